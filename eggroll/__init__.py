@@ -1,0 +1,29 @@
+"""Low-rank evolution strategies (EGGROLL, arXiv 2511.16652) for any JAX model, unchanged."""
+
+from eggroll import estimator as estimator
+from eggroll import noise as noise
+from eggroll import plan as plan
+from eggroll import shaping as shaping
+from eggroll.interpreter import DenseBuildError as DenseBuildError
+from eggroll.interpreter import DenseBuildWarning as DenseBuildWarning
+from eggroll.plan import Dense as Dense
+from eggroll.plan import Frozen as Frozen
+from eggroll.plan import Matrix as Matrix
+from eggroll.strategy import EvolutionStrategy as EvolutionStrategy
+from eggroll.strategy import Metrics as Metrics
+from eggroll.strategy import State as State
+
+__all__ = [
+    "Dense",
+    "DenseBuildError",
+    "DenseBuildWarning",
+    "EvolutionStrategy",
+    "Frozen",
+    "Matrix",
+    "Metrics",
+    "State",
+    "estimator",
+    "noise",
+    "plan",
+    "shaping",
+]

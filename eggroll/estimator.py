@@ -1,0 +1,121 @@
+"""Weights and noise to a gradient estimate, without a perturbation ever being built.
+
+The estimate for a minimiser is ``-(1/N) sum_i w_i E_i / sigma`` (arXiv 2511.16652, section 4, in the
+plain scale of an ES gradient). Members of a pair have opposite noise, so with ``d_p = w_2p - w_2p+1``
+it is ``-(1/N) sum_p d_p A_p B_p^T / (sqrt(r) sigma)``: one matrix product over (pair, rank).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import Mesh
+from jaxtyping import Float, Int, UInt32
+
+from eggroll.lowrank import accumulator
+from eggroll.noise import Noise
+from eggroll.perturbation import Draw, draw
+from eggroll.plan import Leaf, Matrix, Plan
+from eggroll.population import AXIS, devices, split_pairs
+
+# Noise of this many bytes is contracted at a time. It fixes the order of summation, so it depends
+# on nothing but the plan: kept and redrawn factors then give the same bits.
+CHUNK_BYTES = 64 * 2**20
+
+
+def pairs_at_once(plan: Plan, pairs: int) -> int:
+    return max(1, min(pairs, CHUNK_BYTES // max(1, plan.noise_bytes)))
+
+
+def weighted_noise(
+    plan: Plan,
+    noise: Noise,
+    seed: UInt32[Array, "2"],
+    epoch: Int[Array, ""],
+    weights: Float[Array, "pairs"],
+    kept: list[Draw] | None = None,
+    mesh: Mesh | None = None,
+) -> list[Array | None]:
+    """``sum_p d_p E_p sqrt(rank)`` for every trainable leaf, in float32 (float64 for float64).
+
+    Args:
+      plan: the treatment of every leaf.
+      noise: the source of samples.
+      seed: the run's seed.
+      epoch: generation // noise_reuse.
+      weights: the difference of the two members' weights, of every pair.
+      kept: the draws of all pairs, leaves ``[pairs, ...]``, where they were kept; else redrawn.
+      mesh: each device sums its own pairs, then the sums are added up.
+
+    Returns:
+      For each leaf an array of its shape, or None for a frozen one.
+    """
+    pairs = weights.shape[0]
+    share = -(-pairs // devices(mesh))
+    at_once = pairs_at_once(plan, share)
+    share = -(-share // at_once) * at_once
+
+    def on_device(ids: Any, valid: Any, data: Any) -> list[Array | None]:
+        d, kept = data
+        d = jnp.where(valid, d, 0)
+        chunks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (ids, d, kept))
+
+        def add(total: list[Any], chunk: Any) -> tuple[list[Any], None]:
+            ids, d, draws = chunk
+            if draws is None:
+                draws = jax.vmap(lambda pair: draw(plan, noise, seed, epoch, pair))(ids)
+                draws = lax.optimization_barrier(draws)
+            sums = [contract(leaf, x, d) for leaf, x in zip(plan.leaves, draws, strict=True)]
+            return jax.tree.map(jnp.add, total, sums), None
+
+        zero = [
+            jnp.zeros(leaf.shape, accumulator(leaf.dtype)) if leaf.trainable else None
+            for leaf in plan.leaves
+        ]
+        if share == at_once:
+            total, _ = add(zero, jax.tree.map(lambda x: x[0], chunks))
+        else:
+            total, _ = lax.scan(add, zero, chunks)
+        return total if mesh is None else lax.psum(total, AXIS)
+
+    return split_pairs(on_device, pairs, (weights, kept), share, mesh, jax.P())
+
+
+def contract(leaf: Leaf, drawn: Draw, d: Float[Array, "pairs"]) -> Array | None:
+    """The weighted sum of one leaf's noise over a chunk of pairs, ``[*shape]``."""
+    if not drawn:
+        return None
+    dtype = accumulator(leaf.dtype)
+    d = d.astype(dtype)
+    if not isinstance(leaf.treatment, Matrix):
+        return jnp.tensordot(d, drawn[0].astype(dtype), 1)
+    a, b = (x.astype(dtype) for x in drawn)  # [pairs, rank, *axes]
+    a = a * d.reshape(-1, *(1,) * (a.ndim - 1))
+    t = leaf.treatment
+    axes = range(len(leaf.shape))
+    in_a = [x for x in axes if x not in t.columns]
+    in_b = [x for x in axes if x not in t.rows]
+    a = a.reshape(*a.shape[:2], *(leaf.shape[x] for x in in_a))
+    b = b.reshape(*b.shape[:2], *(leaf.shape[x] for x in in_b))
+    n = len(leaf.shape)
+    return jnp.einsum(a, [n, n + 1, *in_a], b, [n, n + 1, *in_b], list(axes))
+
+
+def gradient(
+    plan: Plan,
+    sums: list[Array | None],
+    sigma: Float[Array, ""],
+    members: Int[Array, ""],
+) -> list[Array | None]:
+    """The sums of :func:`weighted_noise` as a gradient for a minimiser, ``-(1/N) ... / sigma``."""
+
+    def of(leaf: Leaf, total: Array | None) -> Array | None:
+        if total is None:
+            return None
+        t = leaf.treatment
+        rank = t.rank if isinstance(t, Matrix) else 1
+        factor = 1 / (rank**0.5 * t.sigma * sigma * jnp.maximum(members, 1))
+        return -total * factor.astype(total.dtype)
+
+    return [of(leaf, total) for leaf, total in zip(plan.leaves, sums, strict=True)]

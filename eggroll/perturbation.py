@@ -1,0 +1,84 @@
+"""From a plan and a pair's noise to the parameters of a member, lazy or built."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int, UInt32
+
+from eggroll.lowrank import LowRank, Wide, accumulator, build, is_narrow
+from eggroll.noise import Noise, stream
+from eggroll.plan import Dense, Leaf, Matrix, Plan
+
+# Of each leaf what a pair draws: the factors (A, B), dense noise (E,), or nothing.
+Draw = tuple[Array, ...]
+
+
+def draw(
+    plan: Plan, noise: Noise, seed: UInt32[Array, "2"], epoch: Int[Array, ""], pair: Int[Array, ""]
+) -> list[Draw]:
+    """What one pair of members draws, a pure function of its arguments and the leaves' paths.
+
+    Args:
+      plan: the treatment of every leaf.
+      noise: the source of samples.
+      seed: the run's seed.
+      epoch: generation // noise_reuse.
+      pair: which pair; may be traced.
+
+    Returns:
+      For each leaf ``(A [rank, *axes], B [rank, *axes])``, ``(E [*shape],)`` or ``()``.
+    """
+
+    def of(leaf: Leaf) -> Draw:
+        shapes = leaf.noise_shapes()
+        first = 2 if len(shapes) == 1 else 0  # roles: 0 A, 1 B, 2 dense
+        return tuple(
+            noise.sample(stream(seed, leaf.path, epoch, pair, first + i), shape, leaf.noise_dtype)
+            for i, shape in enumerate(shapes)
+        )
+
+    return [of(leaf) for leaf in plan.leaves]
+
+
+def scale_of(leaf: Leaf, sigma: Float[Array, ""]) -> Array:
+    """sigma of this leaf over the square root of the rank: what multiplies ``sum_r A_r B_r``."""
+    t = leaf.treatment
+    if isinstance(t, Matrix):
+        assert t.rank is not None
+        return sigma * (t.sigma / t.rank**0.5)
+    assert isinstance(t, Dense)
+    return sigma * t.sigma
+
+
+def perturb(
+    plan: Plan, params: Any, draws: list[Draw], sigma: Float[Array, ""], sign: Float[Array, ""]
+) -> Any:
+    """A member's parameters, with low-rank leaves as LowRank values that are not built."""
+    leaves, tree = jax.tree.flatten(params)
+    out = []
+    for leaf, w, drawn in zip(plan.leaves, leaves, draws, strict=True):
+        if not drawn:
+            out.append(w)
+        elif isinstance(leaf.treatment, Matrix):
+            out.append(LowRank(w, drawn, sign * scale_of(leaf, sigma), (leaf.path,)))
+        else:
+            wide = accumulator(w.dtype)
+            value = w.astype(wide) + (sign * scale_of(leaf, sigma)).astype(wide) * drawn[0]
+            out.append(Wide(value, w.dtype) if is_narrow(w.dtype) else value)
+    return jax.tree.unflatten(tree, out)
+
+
+def built_member(
+    plan: Plan, params: Any, draws: list[Draw], sigma: Float[Array, ""], sign: Float[Array, ""]
+) -> Any:
+    """The same as ordinary arrays; perturbed leaves of a narrow type come in float32."""
+    lazy = perturb(plan, params, draws, sigma, sign)
+
+    def dense(value: Any) -> Array:
+        if isinstance(value, LowRank):
+            return build(value)
+        return value.value if isinstance(value, Wide) else jnp.asarray(value)
+
+    return jax.tree.map(dense, lazy, is_leaf=lambda v: isinstance(v, LowRank | Wide))

@@ -1,0 +1,435 @@
+"""Which parameter gets what noise: low rank (and which axes are rows), dense, or none.
+
+A plan is fixed before anything is drawn and depends on the parameters' paths and shapes alone
+(:func:`by_shape`), or on a trace of the fitness made once (:func:`infer`), so that members can be
+built, and values from elsewhere used, without a fitness function at hand.
+"""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from eggroll.interpreter import Context, interpret
+from eggroll.lowrank import LowRank, accumulator
+
+Axes = int | Sequence[int]
+
+
+def _axes(axes: Axes) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """Low-rank noise: ``A`` over the row axes, ``B`` over the column axes.
+
+    Attributes:
+      rows: axes that ``A`` varies along (mostly those that a product contracts).
+      columns: axes that ``B`` varies along.
+      batch: axes with noise of their own at every index: layers of a stack, experts.
+      rank: columns of ``A`` and ``B``; None takes the strategy's.
+      sigma: factor on the strategy's sigma for this parameter.
+
+    Example:
+      >>> Matrix(rows=0, columns=(1, 2))
+      Matrix(rows=(0,), columns=(1, 2), batch=(), rank=None, sigma=1.0)
+    """
+
+    rows: Axes
+    columns: Axes
+    batch: Axes = ()
+    rank: int | None = None
+    sigma: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns", "batch"):
+            object.__setattr__(self, name, _axes(getattr(self, name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Full-rank noise, one number an entry: vectors, small matrices, or plain OpenES."""
+
+    sigma: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """No noise and no update."""
+
+
+Treatment = Matrix | Dense | Frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter and its treatment; of a :class:`Matrix` the rank is settled."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    treatment: Treatment
+    reason: str
+
+    @property
+    def sides(self) -> tuple[int, int, int]:
+        """(batch, rows, columns) as numbers of entries."""
+        t = self.treatment
+        assert isinstance(t, Matrix)
+        return tuple(math.prod(self.shape[a] for a in axes) for axes in (t.batch, t.rows, t.columns))  # type: ignore[return-value]
+
+    @property
+    def trainable(self) -> bool:
+        return not isinstance(self.treatment, Frozen)
+
+    def noise_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of what one pair draws: the factors ``[rank, *axes]``, or ``[*shape]``."""
+        t = self.treatment
+        if isinstance(t, Frozen):
+            return ()
+        if isinstance(t, Dense):
+            return (self.shape,)
+        a = [1 if axis in t.columns else n for axis, n in enumerate(self.shape)]
+        b = [1 if axis in t.rows else n for axis, n in enumerate(self.shape)]
+        assert t.rank is not None
+        return ((t.rank, *a), (t.rank, *b))
+
+    @property
+    def noise_dtype(self) -> Any:
+        """Factors are drawn in the parameter's type; dense noise is never narrower than float32."""
+        if isinstance(self.treatment, Matrix):
+            return self.dtype
+        return accumulator(self.dtype)
+
+    @property
+    def noise_bytes(self) -> int:
+        """Bytes that a pair of members draws for this parameter."""
+        size = jnp.dtype(self.noise_dtype).itemsize if self.trainable else 0
+        return size * sum(math.prod(shape) for shape in self.noise_shapes())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The treatment of every leaf, in the order of the parameters' tree."""
+
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def noise_bytes(self) -> int:
+        return sum(leaf.noise_bytes for leaf in self.leaves)
+
+    def __getitem__(self, path: str) -> Leaf:
+        for leaf in self.leaves:
+            if leaf.path == path:
+                return leaf
+        raise KeyError(f"no parameter {path!r}; there are {[leaf.path for leaf in self.leaves]}")
+
+
+class Planner(Protocol):
+    """Makes a plan for parameters at a strategy's rank."""
+
+    def __call__(self, params: Any, rank: int | Literal["full"]) -> Plan: ...
+
+
+Overrides = Mapping[str, Treatment]
+
+
+def by_shape(overrides: Overrides | None = None) -> Planner:
+    """Plans by shapes alone.
+
+    Two axes are a matrix; of more, the last is the columns and the rest are the rows; vectors and
+    scalars get dense noise. A matrix whose factors would be no smaller than itself, that is
+    ``rank (m + n) >= m n``, gets dense noise too.
+
+    Args:
+      overrides: treatments by path pattern (``fnmatch`` on paths such as
+        ``"params/Dense_0/kernel"``); of several that match, the last counts.
+
+    Returns:
+      A planner, for ``EvolutionStrategy(plan=...)``.
+
+    Raises:
+      ValueError: (when used) for a pattern that matches nothing, axes that do not partition the
+        parameter's, or a named rank above a side.
+
+    Example:
+      >>> params = {"kernel": jnp.zeros((64, 32)), "bias": jnp.zeros(32)}
+      >>> plan = by_shape({"bias": Frozen()})(params, rank=1)
+      >>> plan["kernel"].treatment
+      Matrix(rows=(0,), columns=(1,), batch=(), rank=1, sigma=1.0)
+      >>> plan["bias"].treatment
+      Frozen()
+    """
+
+    def planner(params: Any, rank: int | Literal["full"]) -> Plan:
+        return _settle(params, rank, _propose_by_shape, overrides or {})
+
+    return planner
+
+
+def infer(
+    fitness: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    members: Any = None,
+    overrides: Overrides | None = None,
+) -> Planner:
+    """Plans by what the fitness does with each parameter.
+
+    The fitness is traced once, abstractly, and every axis of every parameter followed to the
+    products that it enters: contracted axes are rows, free axes columns; scanned, indexed (a stack)
+    or batched axes get noise of their own at each index; a parameter that never enters a product
+    gets dense noise; one that is looked up in is an embedding, whose indexed axis is the rows.
+
+    Args:
+      fitness: ``fitness(params, key, [member,] *args)``.
+      params: the parameters, or a tree of ``jax.ShapeDtypeStruct``.
+      *args: what the fitness gets beside them.
+      members: as in ``EvolutionStrategy.evaluate`` (leading axis: the population).
+      overrides: as in :func:`by_shape`.
+
+    Returns:
+      A planner, for ``EvolutionStrategy(plan=...)``.
+
+    Example:
+      >>> def fitness(params, key, x):
+      ...     layer = lambda x, w: (jnp.tanh(x @ w), None)
+      ...     return jax.lax.scan(layer, x, params["layers"])[0].sum()
+      >>> params = {"layers": jnp.zeros((12, 32, 32))}
+      >>> infer(fitness, params, jnp.zeros((4, 32)))(params, rank=1)["layers"].treatment
+      Matrix(rows=(1,), columns=(2,), batch=(0,), rank=1, sigma=1.0)
+    """
+    roles = _trace_roles(fitness, params, args, members)
+
+    def propose(path: str, shape: tuple[int, ...]) -> tuple[Treatment, str]:
+        if path not in roles:
+            raise ValueError(
+                f"parameter {path!r} was not there when the plan was inferred; it knows {sorted(roles)}"
+            )
+        return _classify(shape, roles[path])
+
+    def planner(params: Any, rank: int | Literal["full"]) -> Plan:
+        return _settle(params, rank, propose, overrides or {})
+
+    return planner
+
+
+# ---------------------------------------------------------------- the parameters' tree
+
+
+def leaf_paths(params: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree of parameters with their paths, ``"params/Dense_0/kernel"``.
+
+    Raises:
+      ValueError: where a leaf is no array, or two leaves have one path.
+    """
+    leaves = []
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"parameter {path!r} is {leaf!r}, not an array; keep what is not an array out of the "
+                "parameters (with Equinox: eqx.partition(model, eqx.is_array))"
+            )
+        leaves.append((path, leaf))
+    seen: set[str] = set()
+    for path, _ in leaves:
+        if path in seen:
+            raise ValueError(f"two parameters have the path {path!r}; noise is keyed by paths: rename one")
+        seen.add(path)
+    return leaves
+
+
+def is_float(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _settle(
+    params: Any,
+    rank: int | Literal["full"],
+    propose: Callable[[str, tuple[int, ...]], tuple[Treatment, str]],
+    overrides: Overrides,
+) -> Plan:
+    leaves = leaf_paths(params)
+    for pattern in overrides:
+        if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in leaves):
+            raise ValueError(
+                f"the override {pattern!r} matches no parameter; there are {[p for p, _ in leaves]}"
+            )
+    plan = []
+    for path, leaf in leaves:
+        shape = tuple(leaf.shape)
+        treatment: Treatment
+        if not is_float(leaf):
+            treatment, reason = Frozen(), f"{leaf.dtype}: passes through"
+        else:
+            treatment, reason = propose(path, shape)
+            for pattern, chosen in overrides.items():
+                if fnmatch.fnmatchcase(path, pattern):
+                    treatment, reason = chosen, f"override {pattern!r}"
+        if isinstance(treatment, Matrix):
+            treatment, reason = _settle_matrix(path, shape, treatment, rank, reason)
+        plan.append(Leaf(path, shape, leaf.dtype, treatment, reason))
+    if not any(leaf.trainable for leaf in plan):
+        kinds = {leaf.path: str(leaf.dtype) for leaf in plan}
+        raise ValueError(f"params hold no float array to train: every leaf is frozen or no float ({kinds})")
+    return Plan(tuple(plan))
+
+
+def _settle_matrix(
+    path: str, shape: tuple[int, ...], matrix: Matrix, rank: int | Literal["full"], reason: str
+) -> tuple[Treatment, str]:
+    groups = (matrix.rows, matrix.columns, matrix.batch)
+    axes = [a % len(shape) if -len(shape) <= a < len(shape) else a for group in groups for a in _axes(group)]
+    if sorted(axes) != list(range(len(shape))):
+        raise ValueError(
+            f"parameter {path!r} has {len(shape)} axes {list(shape)}; rows={matrix.rows}, "
+            f"columns={matrix.columns}, batch={matrix.batch} must name each of them once"
+        )
+    wrap = lambda group: tuple(a % len(shape) for a in _axes(group))  # noqa: E731
+    matrix = dataclasses.replace(
+        matrix, rows=wrap(matrix.rows), columns=wrap(matrix.columns), batch=wrap(matrix.batch)
+    )
+    m = math.prod(shape[a] for a in _axes(matrix.rows))
+    n = math.prod(shape[a] for a in _axes(matrix.columns))
+    if matrix.rank is not None:
+        if not 1 <= matrix.rank <= min(m, n):
+            raise ValueError(
+                f"rank {matrix.rank} for parameter {path!r} is out of range: its matrix is {m} x {n}, "
+                f"so 1 to {min(m, n)} would be right"
+            )
+        return matrix, reason
+    if rank == "full":
+        return Dense(matrix.sigma), "rank='full'"
+    if rank * (m + n) >= m * n:
+        return Dense(matrix.sigma), f"rank {rank} of {m} x {n} is no smaller than dense"
+    return dataclasses.replace(matrix, rank=rank), reason
+
+
+def _propose_by_shape(path: str, shape: tuple[int, ...]) -> tuple[Treatment, str]:
+    if len(shape) < 2:
+        return Dense(), "vector" if shape else "scalar"
+    last = len(shape) - 1
+    return Matrix(rows=tuple(range(last)), columns=last), "by shape"
+
+
+# ---------------------------------------------------------------- inference
+
+Roles = dict[int, set[str]]
+
+
+def _trace_roles(fitness: Callable[..., Any], params: Any, args: tuple, members: Any) -> dict[str, Roles]:
+    roles: dict[str, Roles] = {}
+    leaves = leaf_paths(params)
+    treedef = jax.tree.structure(params)
+    for path, leaf in leaves:
+        if is_float(leaf):
+            roles[path] = {axis: set() for axis in range(len(leaf.shape))}
+
+    def record(role: str, path: str, axis: int) -> None:
+        roles[path][axis].add(role)
+
+    def run(arrays: list[Any], key: Any, member: Any, args: tuple) -> Any:
+        probes = []
+        for (path, leaf), array in zip(leaves, arrays, strict=True):
+            varying = [axis for axis, n in enumerate(leaf.shape) if n > 1]
+            if not is_float(leaf) or len(varying) < 2:
+                probes.append(array)
+                continue
+            factors = tuple(
+                jnp.ones([1, *(n if a == axis else 1 for a, n in enumerate(leaf.shape))], leaf.dtype)
+                for axis in varying
+            )
+            tags = tuple(frozenset({(path, axis)}) for axis in varying)
+            probes.append(LowRank(array, factors, jnp.float32(1), (path,), False, tags))
+        extra = () if members is None else (member,)
+        context = Context(on_dense="ignore", recorder=record)
+        return interpret(fitness, context)(jax.tree.unflatten(treedef, probes), key, *extra, *args)
+
+    member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), members)
+    jax.eval_shape(run, [leaf for _, leaf in leaves], jax.random.key(0), member, args)
+    return roles
+
+
+def _classify(shape: tuple[int, ...], roles: Roles) -> tuple[Treatment, str]:
+    wide = [a for a, n in enumerate(shape) if n > 1]
+    if len(wide) < 2:
+        return Dense(), "vector" if shape else "scalar"
+    if not any(roles[a] & {"contracted", "free"} for a in wide):
+        rows = [a for a in wide if "indexed" in roles[a]]
+        columns = [a for a in range(len(shape)) if a not in rows]
+        if not rows or len(rows) == len(wide):
+            return Dense(), "never in a product"
+        return Matrix(rows, columns), "rows looked up"
+
+    def is_batch(axis: int) -> bool:
+        if roles[axis] & {"scanned", "batched"}:
+            return True
+        return "indexed" in roles[axis] and not roles[axis] & {"contracted", "free"}
+
+    batch = [a for a in wide if is_batch(a)]
+    rest = [a for a in range(len(shape)) if a not in batch]
+    rows = [a for a in rest if "contracted" in roles[a] or "free" not in roles[a]]
+    columns = [a for a in rest if a not in rows]
+    if not any(a in wide for a in columns):
+        both = [a for a in rows if "free" in roles[a]]
+        if len(both) < 2:
+            return Dense(), "only contracted as a whole"
+        columns, rows = both[-1:], [a for a in rows if a != both[-1]]  # used as W and as W^T
+    if not any(a in wide for a in rows):
+        return Dense(), "never contracted"
+    return Matrix(rows, columns, batch), "from the traced fitness"
+
+
+# ---------------------------------------------------------------- the printed table
+
+
+def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:
+    """The plan as a table, a line a parameter, with what would be built for every member and why.
+
+    Args:
+      plan: the plan.
+      built: for each parameter path the primitives that build its matrix, from a trace.
+    """
+    head = ("parameter", "shape", "treatment", "rank", "noise/member", "why")
+    rows = [head]
+    for leaf in plan.leaves:
+        t = leaf.treatment
+        if isinstance(t, Matrix):
+            kind = f"low rank, rows {_listed(t.rows)}, columns {_listed(t.columns)}"
+            kind += f", batch {_listed(t.batch)}" if t.batch else ""
+            if t.sigma != 1:
+                kind += f", sigma x{t.sigma:g}"
+        else:
+            kind = "frozen" if isinstance(t, Frozen) else "dense"
+            kind += f", sigma x{t.sigma:g}" if isinstance(t, Dense) and t.sigma != 1 else ""
+        why = leaf.reason
+        if leaf.path in built:
+            why += f"; BUILT for every member by {', '.join(built[leaf.path])}"
+        rank = str(t.rank) if isinstance(t, Matrix) else "full" if isinstance(t, Dense) else "-"
+        shape = "x".join(map(str, leaf.shape)) or "scalar"
+        rows.append((leaf.path, f"{shape} {leaf.dtype}", kind, rank, _size(leaf.noise_bytes), why))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    dense = sum(math.prod(leaf.shape) * jnp.dtype(leaf.noise_dtype).itemsize for leaf in plan.leaves if leaf.trainable)
+    total = (
+        f"noise a pair of members: {_size(plan.noise_bytes)}, where dense noise would take {_size(dense)}"
+    )
+    return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:], total])
+
+
+def _listed(axes: Axes) -> str:
+    return ",".join(map(str, _axes(axes)))
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

@@ -1,0 +1,104 @@
+"""Maps a function over the population: pairs, chunks, devices.
+
+The unit is a pair of members, since both share one draw of noise. Pairs are mapped by ``vmap`` in
+chunks that bound memory, the chunks one after the other, and the axis "population" of a mesh
+divides them among devices. Neither changes what a pair computes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh
+
+AXIS = "population"
+
+
+def check_mesh(mesh: Mesh | None) -> None:
+    """Raises ValueError for a mesh that members cannot be divided over."""
+    if mesh is None:
+        return
+    if AXIS not in mesh.axis_names:
+        raise ValueError(f"mesh has the axes {mesh.axis_names}; one of them must be called {AXIS!r}")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"mesh has the axis types {mesh.axis_types}; make it with "
+            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number of axes)"
+        )
+
+
+def devices(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.shape[AXIS]
+
+
+def layout(pairs: int, chunk: int | None, mesh: Mesh | None) -> tuple[int, int]:
+    """How many pairs each device gets, padding included, and how many it takes at a time.
+
+    Example:
+      >>> layout(pairs=10, chunk=8, mesh=None)
+      (12, 4)
+    """
+    share = -(-pairs // devices(mesh))
+    at_once = share if chunk is None else min(share, max(1, chunk // 2))
+    return -(-share // at_once) * at_once, at_once
+
+
+def split_pairs(
+    fn: Callable[..., Any], pairs: int, data: Any, share: int, mesh: Mesh | None, out_specs: Any
+) -> Any:
+    """Calls ``fn(ids [share], valid [share], data [share, ...])`` once a device, over its pairs.
+
+    Ids past the last pair repeat the first ones and have ``valid`` False.
+    """
+    total = share * devices(mesh)
+    ids = jnp.arange(total, dtype=jnp.int32)
+    valid = ids < pairs
+    ids = ids % pairs
+    if total != pairs:
+        data = jax.tree.map(lambda x: x[ids], data)
+    if mesh is None:
+        return fn(ids, valid, data)
+    spec = jax.P(AXIS)
+    # check_vma off: a model's loops start from constants, which it would not let vary over devices.
+    return jax.shard_map(
+        fn,
+        mesh=mesh,
+        in_specs=(spec, spec, spec),
+        out_specs=out_specs,
+        axis_names={AXIS},
+        check_vma=False,
+    )(ids, valid, data)
+
+
+def map_pairs(
+    fn: Callable[[Any, Any], Any], pairs: int, data: Any, chunk: int | None, mesh: Mesh | None
+) -> Any:
+    """``fn(pair, data_of_pair)`` for every pair.
+
+    Args:
+      fn: gives a tree whose leaves lead with the two members, ``[2, ...]``.
+      pairs: how many.
+      data: tree of what each pair gets, leaves ``[pairs, ...]``.
+      chunk: members at a time on a device; None for all at once.
+      mesh: divides pairs over its axis "population".
+
+    Returns:
+      The same tree with leaves ``[2 * pairs, ...]``: members 2p and 2p + 1 are pair p.
+
+    Example:
+      >>> map_pairs(lambda p, d: jnp.stack([p, -p]) * d, 3, jnp.array([1, 10, 100]), 2, None).tolist()
+      [0, 0, 10, -10, 200, -200]
+    """
+    share, at_once = layout(pairs, chunk, mesh)
+
+    def on_device(ids: Any, valid: Any, data: Any) -> Any:
+        if at_once == share:
+            return jax.vmap(fn)(ids, data)
+        chunks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (ids, data))
+        out = lax.map(lambda each: jax.vmap(fn)(*each), chunks)
+        return jax.tree.map(lambda x: x.reshape(share, *x.shape[2:]), out)
+
+    out = split_pairs(on_device, pairs, data, share, mesh, jax.P(AXIS))
+    return jax.tree.map(lambda x: x[:pairs].reshape(2 * pairs, *x.shape[2:]), out)

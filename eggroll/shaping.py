@@ -1,0 +1,468 @@
+"""Raw fitness to weights: pure functions of the scores, chained like optax transforms.
+
+A shaping maps ``(values, valid, groups)`` to the weights ``[population, tasks]`` that the estimator
+gives to each member's noise. Three words recur:
+
+* a *task* is a column of ``values``; scores ``[population]`` are one task;
+* a *group* is the cells of one task whose members carry the same id in ``groups``. Without
+  ``groups`` it is the whole column (every member answers every prompt, a prompt a column); with
+  them, scores ``[population]`` split into the members that met the same prompt;
+* the *batch* is every cell there is.
+
+What holds for all of them:
+
+* statistics are over valid cells only, whatever stands in the others; invalid cells leave as 0;
+* what leaves is finite, and zero where nothing is valid;
+* scores that differ by no more than rounding (a range within two machine epsilons of the largest
+  magnitude) count as equal for means and deviations: they are centred to exactly zero and nothing
+  is divided by what is left of their spread. Ranks and signs compare exactly;
+* the weights are float32, or float64 for scores in float64; the variance has ddof 0;
+* sums over groups are a fixed tree over sorted members and not a scatter-add, whose order of
+  addition a GPU does not promise to repeat.
+
+Evolution strategies cannot see a constant added inside a group (the two members of a pair cancel
+it), so centring removes noise and no signal; what changes the direction is scaling and ranking.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int, Integer, Shaped
+
+Shaping = Callable[
+    [
+        Float[Array, "population tasks"],
+        Bool[Array, "population tasks"],
+        Int[Array, "population"] | None,
+    ],
+    Float[Array, "population tasks"],
+]
+
+# Folds cells with jnp.add or jnp.maximum over each set of cells that a statistic is over; the
+# answer broadcasts against the cells.
+_Reduce = Callable[[Any, Float[Array, "population tasks"]], Float[Array, "_ _"]]
+
+
+def identity() -> Shaping:
+    """The scores themselves; what ``shaping=None`` stands for.
+
+    Returns:
+      A shaping that only sets invalid cells to 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> identity()(jnp.array([[2.0], [3.0]]), jnp.array([[True], [False]]), None).tolist()
+      [[2.0], [0.0]]
+    """
+    return _Rule(_identity)
+
+
+def zscore(eps: float = 0.0) -> Shaping:
+    """``(R - mean) / sqrt(var + eps)``, each task's scores against the whole population.
+
+    The paper (arXiv 2511.16652) takes the z-score of one score a member over all members. With more
+    tasks each is taken by itself, so that one with a wide range of scores does not drown the rest;
+    ``groups`` is ignored. Nothing needs ``eps`` for safety: a positive one damps a population whose
+    scores hardly differ, and makes the weights depend on the unit of the scores.
+
+    Args:
+      eps: added to the variance; at least 0.
+
+    Returns:
+      A shaping whose columns have mean 0 and, for ``eps=0``, variance 1 (or are 0 throughout).
+
+    Raises:
+      ValueError: ``eps`` is negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores = jnp.array([[1.0], [3.0], [1.0], [3.0]])
+      >>> zscore()(scores, jnp.ones((4, 1), bool), None)[:, 0].tolist()
+      [-1.0, 1.0, -1.0, 1.0]
+    """
+    return _Rule(_zscore, (("eps", _checked_eps("zscore", eps)),))
+
+
+def centered_rank() -> Shaping:
+    """Ranks within the group, evenly over [-0.5, 0.5]; equal scores share their average rank.
+
+    The worst valid score of a group gets -0.5, the best 0.5, a single one 0. The weights depend on
+    the order of the scores alone, hence not on outliers or units.
+
+    Returns:
+      A shaping; O(n log n) in the population.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores = jnp.array([[5.0], [-1.0], [5.0], [900.0], [0.0]])
+      >>> centered_rank()(scores, jnp.ones((5, 1), bool), None)[:, 0].tolist()
+      [0.125, -0.5, 0.125, 0.5, -0.25]
+    """
+    return _Rule(_centered_rank)
+
+
+def center(by: str = "task") -> Shaping:
+    """Subtracts a mean.
+
+    Args:
+      by: whose mean. ``"task"``: the task's over the population; ``"group"``: the group's;
+        ``"population"``: that of every score of every member.
+
+    Returns:
+      A shaping. Differences beyond the largest finite float are cut off there.
+
+    Raises:
+      ValueError: ``by`` is none of these.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores, valid = jnp.array([[1.0, 5.0], [3.0, 7.0]]), jnp.ones((2, 2), bool)
+      >>> center("task")(scores, valid, None).tolist()
+      [[-1.0, -1.0], [1.0, 1.0]]
+      >>> center("population")(scores, valid, None).tolist()
+      [[-3.0, 1.0], [-1.0, 3.0]]
+    """
+    _check_option("center", "by", by, ("task", "group", "population"))
+    return _Rule(_center, (("by", by),))
+
+
+def scale(by: str = "batch", eps: float = 1e-5) -> Shaping:
+    """Divides by a standard deviation, ``R / sqrt(var + eps)``, and subtracts nothing.
+
+    The deviation is that of what arrives: after ``center("group")`` it is the spread within groups,
+    which is less than that of the raw scores wherever the groups' means differ. :func:`per_task`
+    centres by the group and divides by the deviation of the raw scores.
+
+    Args:
+      by: whose deviation. ``"none"``: do not divide; ``"group"``: the group's; ``"batch"``: that of
+        every score of every member.
+      eps: added to the variance; at least 0. The default is that of :func:`per_task`.
+
+    Returns:
+      A shaping; scores without spread become 0 unless ``by`` is ``"none"``.
+
+    Raises:
+      ValueError: ``by`` is none of these, or ``eps`` is negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scale(eps=0.0)(jnp.array([[4.0], [8.0]]), jnp.ones((2, 1), bool), None).tolist()
+      [[2.0], [4.0]]
+    """
+    _check_option("scale", "by", by, _SCALES)
+    return _Rule(
+        _scale,
+        (
+            ("by", by),
+            ("eps", _checked_eps("scale", eps)),
+        ),
+    )
+
+
+def per_task(scale: str = "batch", eps: float = 1e-5) -> Shaping:
+    """``(R - group mean) / sqrt(var + eps)``: the shaping of arXiv 2511.16652 for prompts.
+
+    Args:
+      scale: whose variance, always of the raw scores. ``"batch"``: every score of every member, the
+        paper's; ``"group"``: the group's, which is GRPO's advantage (arXiv 2402.03300) with ddof 0
+        and ``eps`` inside the root; ``"none"``: do not divide, as Dr. GRPO.
+      eps: added to the variance; at least 0. The default is that of the paper's public code.
+
+    Returns:
+      A shaping.
+
+    Raises:
+      ValueError: ``scale`` is none of these, or ``eps`` is negative or not finite.
+
+    Example:
+      Two prompts of four members each; a correct answer to the first, harder prompt weighs more.
+
+      >>> import jax.numpy as jnp
+      >>> correct = jnp.array([[1, 0, 0, 0], [1, 1, 1, 0]]).T
+      >>> weights = per_task()(correct, jnp.ones((4, 2), bool), None)
+      >>> print(weights.T.round(5))
+      [[ 1.49997 -0.49999 -0.49999 -0.49999]
+       [ 0.49999  0.49999  0.49999 -1.49997]]
+    """
+    _check_option("per_task", "scale", scale, _SCALES)
+    return _Rule(
+        _per_task,
+        (
+            ("scale", scale),
+            ("eps", _checked_eps("per_task", eps)),
+        ),
+    )
+
+
+def pair_sign() -> Shaping:
+    """Which member of each pair did better: +1/2 for it, -1/2 for the other, 0 in a tie.
+
+    Members ``2p`` and ``2p + 1`` share their noise up to its sign, so the pair's weight on it is
+    the difference of the two: -1, 0 or 1, which is what integer training (arXiv 2511.16652) takes.
+    A pair with an invalid member gets 0. ``groups`` is ignored.
+
+    Returns:
+      A shaping.
+
+    Raises:
+      ValueError: when called, on a population that is odd.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> scores = jnp.array([[3.0], [7.0], [2.0], [2.0]])
+      >>> pair_sign()(scores, jnp.ones((4, 1), bool), None)[:, 0].tolist()
+      [-0.5, 0.5, 0.0, 0.0]
+    """
+    return _Rule(_pair_sign)
+
+
+def chain(*shapings: Shaping) -> Shaping:
+    """Applies shapings one after another, the first one first.
+
+    Args:
+      *shapings: those of this file, or any function of the same type. A cell whose score is not
+        finite counts as invalid for all of them.
+
+    Returns:
+      A shaping; that of no shapings is :func:`identity`.
+
+    Raises:
+      ValueError: one of them is not callable, or is a maker of shapings that was not called.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> clipped = chain(zscore(), lambda values, valid, groups: jnp.clip(values, -1, 1))
+      >>> scores = jnp.array([[0.0], [0.0], [0.0], [9.0]])
+      >>> clipped(scores, jnp.ones((4, 1), bool), None)[:, 0].round(3)
+      Array([-0.577, -0.577, -0.577,  1.   ], dtype=float32)
+    """
+    for shaping in shapings:
+        if not callable(shaping):
+            raise ValueError(f"chain takes shapings such as zscore(), got {shaping!r}")
+        if not isinstance(shaping, _Rule) and getattr(shaping, "__module__", None) == __name__:
+            name = shaping.__name__
+            raise ValueError(f"chain got {name}, which makes a shaping; call it: {name}()")
+    return _Rule(_chain, (("shapings", shapings),))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """A rule with its options, compared by them: ``zscore() == zscore()``.
+
+    Strategies built alike are then equal as static arguments, and nothing compiles twice.
+    """
+
+    rule: Callable[..., Array]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(
+        self,
+        values: Shaped[Array, "population tasks"],
+        valid: Bool[Array, "population tasks"],
+        groups: Integer[Array, "population"] | None = None,
+    ) -> Float[Array, "population tasks"]:
+        scores = values.astype(jnp.float64 if values.dtype == jnp.float64 else jnp.float32)
+        valid = valid & jnp.isfinite(scores)
+        scores = jnp.where(valid, scores, 0)
+        return jnp.where(valid, self.rule(scores, valid, groups, **dict(self.options)), 0)
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options)
+        return f"{self.rule.__name__.removeprefix('_')}({options})"
+
+
+# The rules: scores and valid [population, tasks], scores 0 where invalid
+# (finite elsewhere); groups [population] or None.
+
+
+def _identity(scores: Array, valid: Array, groups: Array | None) -> Array:
+    return scores
+
+
+def _zscore(scores: Array, valid: Array, groups: Array | None, *, eps: float) -> Array:
+    deviation, std = _half_moments(scores, valid, _over_task)
+    return _divide(deviation, std, eps)
+
+
+def _center(scores: Array, valid: Array, groups: Array | None, *, by: str) -> Array:
+    deviation, _ = _half_moments(scores, valid, _over(by, groups))
+    largest = jnp.finfo(scores.dtype).max
+    return jnp.clip(2 * deviation, -largest, largest)
+
+
+def _scale(scores: Array, valid: Array, groups: Array | None, *, by: str, eps: float) -> Array:
+    if by == "none":
+        return scores
+    _, std = _half_moments(scores, valid, _over(by, groups))
+    return _divide(scores / 2, std, eps)
+
+
+def _per_task(
+    scores: Array, valid: Array, groups: Array | None, *, scale: str, eps: float
+) -> Array:
+    if scale == "none":
+        return _center(scores, valid, groups, by="group")
+    deviation, group_std = _half_moments(scores, valid, _over("group", groups))
+    if scale == "group":
+        return _divide(deviation, group_std, eps)
+    _, std = _half_moments(scores, valid, _over_batch)
+    return _divide(deviation, std, eps)
+
+
+def _pair_sign(scores: Array, valid: Array, groups: Array | None) -> Array:
+    population, tasks = scores.shape
+    if population % 2:
+        raise ValueError(
+            f"pair_sign needs members in pairs (2p, 2p + 1), got a population of {population}:"
+            " use an even one"
+        )
+    pairs = scores.reshape(population // 2, 2, tasks)
+    other = pairs[:, ::-1]
+    both = valid.reshape(pairs.shape).all(axis=1, keepdims=True)
+    # Compared and not subtracted: a difference may underflow or overflow.
+    ahead = (pairs > other).astype(scores.dtype) - (pairs < other).astype(scores.dtype)
+    return jnp.where(both, ahead / 2, 0).reshape(scores.shape)
+
+
+def _chain(
+    scores: Array, valid: Array, groups: Array | None, *, shapings: tuple[Shaping, ...]
+) -> Array:
+    for shaping in shapings:
+        scores = shaping(scores, valid, groups)
+    return scores
+
+
+def _centered_rank(scores: Array, valid: Array, groups: Array | None) -> Array:
+    ids = jnp.zeros(scores.shape[0], jnp.int32) if groups is None else groups
+    # -0 and 0 are one score; the sort would tell them apart.
+    keys = jnp.where(valid, jnp.where(scores == 0, 0, scores), jnp.inf)
+    return jax.vmap(_column_rank, in_axes=(1, None), out_axes=1)(keys, ids)
+
+
+def _column_rank(
+    keys: Float[Array, "population"], ids: Integer[Array, "population"]
+) -> Float[Array, "population"]:
+    """The centred rank of each key among the finite keys of the same id."""
+    ids, ordered, order = lax.sort((ids, keys, jnp.arange(keys.size)), num_keys=2)
+    new_group = _differs_from_previous(ids)
+    group_first, group_end = _run_bounds(new_group)
+    first, end = _run_bounds(new_group | _differs_from_previous(ordered))
+    below = first - group_first
+    up_to = end - group_first
+    # Invalid keys are inf and hence the last of their group.
+    finite = jnp.isfinite(ordered)
+    counted = jnp.cumsum(finite)
+    count = counted[group_end - 1] - counted[group_first] + finite[group_first]
+    # Equal keys hold the ranks below ... up_to - 1; this is their average over count - 1, less 1/2.
+    rank = (below + up_to - count).astype(keys.dtype) / (2 * jnp.maximum(count - 1, 1))
+    return jnp.zeros_like(keys).at[order].set(rank, unique_indices=True)
+
+
+def _half_moments(scores: Array, valid: Array, reduce: _Reduce) -> tuple[Array, Array]:
+    """Half of each score's deviation from the mean of its set, and half of the standard deviation.
+
+    Halves, because the difference of two finite floats may not be finite. Scores are first taken
+    from the lowest, which is exact under a large common offset, and in units of a power of two near
+    the range, so that squares neither overflow nor underflow and whole numbers stay exact.
+    """
+    high = reduce(jnp.maximum, jnp.where(valid, scores, -jnp.inf)) / 2
+    low = -reduce(jnp.maximum, jnp.where(valid, -scores, -jnp.inf)) / 2
+    half_range = high - low  # -inf where nothing is valid
+    precision = jnp.finfo(scores.dtype)
+    rounding = 2 * precision.eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    # The second bound keeps the deviation clear of denormals, which accelerators take as zero.
+    has_spread = half_range > jnp.maximum(rounding, precision.tiny / precision.eps)
+    used = valid & has_spread
+    _, exponent = jnp.frexp(jnp.where(has_spread, half_range, 1))
+    unit = jnp.ldexp(jnp.ones_like(half_range), exponent - 1)
+    count = jnp.maximum(reduce(jnp.add, valid.astype(scores.dtype)), 1)
+    deviation = jnp.where(used, (scores / 2 - low) / unit, 0)
+    # The second time takes away what rounding left in the first mean.
+    for _ in range(2):
+        deviation = jnp.where(used, deviation - reduce(jnp.add, deviation) / count, 0)
+    std = jnp.sqrt(reduce(jnp.add, deviation**2) / count)
+    return deviation * unit, std * unit
+
+
+def _divide(half_scores: Array, half_std: Array, eps: float) -> Array:
+    """``scores / sqrt(std^2 + eps)``, and 0 where there is no spread."""
+    divisor = jnp.hypot(half_std, math.sqrt(eps) / 2)
+    return jnp.where(half_std > 0, half_scores / jnp.where(half_std > 0, divisor, 1), 0)
+
+
+def _over(by: str, groups: Array | None) -> _Reduce:
+    if by in ("population", "batch"):
+        return _over_batch
+    return _over_task if by == "task" or groups is None else _over_groups(groups)
+
+
+def _over_task(op: Any, x: Array) -> Array:
+    return op.reduce(x, axis=0, keepdims=True)
+
+
+def _over_batch(op: Any, x: Array) -> Array:
+    return op.reduce(x, axis=(0, 1), keepdims=True)
+
+
+def _over_groups(groups: Integer[Array, "population"]) -> _Reduce:
+    """Folds over the members of each group, within a task; any integers serve as ids."""
+    order = jnp.argsort(groups)
+    first, end = _run_bounds(_differs_from_previous(groups[order]))
+
+    def reduce(op: Any, x: Array) -> Array:
+        folded = _fold_runs(x[order], first, op=op)[end - 1]
+        return jnp.zeros_like(x).at[order].set(folded, unique_indices=True)
+
+    return reduce
+
+
+# Compiled by itself, because a loop run eagerly would be compiled again at every call.
+@functools.partial(jax.jit, static_argnames="op")
+def _fold_runs(x: Float[Array, "n tasks"], first: Int[Array, "n"], *, op: Any) -> Array:
+    """For each row, the fold of the rows from ``first`` of its run up to it."""
+    size = first.size
+    index = jnp.arange(size)
+
+    # After step k a row holds the fold of the 2^(k+1) rows up to it, or of fewer where its run
+    # starts later: log2(size) steps, and the same tree of additions every time.
+    def step(k: Array, folded: Array) -> Array:
+        shift = 1 << k
+        inside = (index - shift >= first)[:, None]
+        return jnp.where(inside, op(jnp.roll(folded, shift, axis=0), folded), folded)
+
+    return lax.fori_loop(0, (size - 1).bit_length(), step, x)
+
+
+def _differs_from_previous(x: Shaped[Array, "n"]) -> Bool[Array, "n"]:
+    return (x != jnp.roll(x, 1)).at[0].set(True)
+
+
+def _run_bounds(starts: Bool[Array, "n"]) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
+    """For each position, where its run starts and where the next one does; the first is a start."""
+    index = jnp.arange(starts.size)
+    first = lax.cummax(jnp.where(starts, index, 0))
+    last = lax.cummin(jnp.where(jnp.roll(starts, -1), index, starts.size - 1), reverse=True)
+    return first, last + 1
+
+
+_SCALES = ("none", "group", "batch")
+
+
+def _check_option(function: str, field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        names = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
+        raise ValueError(f"{function}: {field}={value!r} is not known; {field} must be {names}")
+
+
+def _checked_eps(function: str, eps: float) -> float:
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(
+            f"{function}: eps={eps!r} is not allowed; it must be finite and at least 0"
+        )
+    return float(eps)
