@@ -18,8 +18,18 @@ from jax import Array, lax
 from jax.extend import core
 
 from eggroll import compat
-from eggroll.lowrank import LowRank, Spread, Value, Wide, build, is_narrow, is_special
-from eggroll.rules import RULES, UNHANDLED, bind, materialize
+from eggroll.lowrank import (
+    LowRank,
+    Spread,
+    Value,
+    Wide,
+    build,
+    is_narrow,
+    is_special,
+    materialize,
+    narrow,
+)
+from eggroll.rules import RULES, TAKE_SPREAD, UNHANDLED, bind, dims
 
 OnDense = Literal["error", "warn", "ignore"]
 
@@ -50,7 +60,7 @@ class Context:
     _memo: dict[int, tuple[LowRank, Value]] = dataclasses.field(default_factory=dict)
 
     def inner(self, *, quiet: bool = False) -> "Context":
-        """The context of a loop's body or a branch: arrays built in there stay in there."""
+        """The context of a trace of its own, as of a loop's body: what it builds stays in there."""
         changes: dict[str, Any] = {"on_dense": "ignore", "built": {}} if quiet else {}
         return dataclasses.replace(self, _memo=dict(self._memo), **changes)
 
@@ -61,10 +71,9 @@ class Context:
                     for path, original in tags:
                         self.recorder(role, path, original)
 
-    def dense(self, value: Value, eqn: Any) -> Array:
+    def dense(self, value: Value, eqn: Any) -> Any:
         """The value as one array of its own type, reported where that is a matrix of parameters."""
-        value = self.wide(value, eqn)
-        return value.value.astype(value.dtype) if isinstance(value, Wide) else value
+        return narrow(self.wide(value, eqn))
 
     def wide(self, value: Value, eqn: Any) -> Value:
         """As :meth:`dense`, but a narrow type stays :class:`Wide`."""
@@ -73,7 +82,8 @@ class Context:
         if id(value) not in self._memo:
             self._report(value, eqn)
             array = build(value)
-            self._memo[id(value)] = (value, Wide(array, value.dtype) if is_narrow(value.dtype) else array)
+            built = Wide(array, value.dtype) if is_narrow(value.dtype) else array
+            self._memo[id(value)] = (value, built)
         return self._memo[id(value)][1]
 
     def _report(self, value: LowRank, eqn: Any) -> None:
@@ -87,9 +97,10 @@ class Context:
                 continue
             seen.append(name)
             message = (
-                f"parameter {path!r} is perturbed at low rank, but {name!r} has no rule for that and "
-                f"builds its {list(value.shape)} matrix for every member; give it a treatment of its "
-                "own (eggroll.Dense or eggroll.Frozen in the plan's overrides, or eggroll.plan.infer)"
+                f"parameter {path!r} is perturbed at low rank, but {name!r} has no rule for that "
+                f"and builds its {list(value.shape)} matrix for every member; give it a treatment "
+                "of its own (eggroll.Dense or eggroll.Frozen in the plan's overrides, or "
+                "eggroll.plan.infer)"
             )
             if self.on_dense == "error":
                 raise DenseBuildError(message)
@@ -119,8 +130,9 @@ def interpret(fn: Callable[..., Any], context: Context | None = None) -> Callabl
         values, tree = jax.tree.flatten(args, is_leaf=is_special)
         stand_ins = jax.tree.unflatten(tree, [stand_in(v) for v in values])
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*stand_ins)
-        outs = evaluate(context, closed.jaxpr, closed.consts, values)
-        outs = [context.dense(v, "output") for v in outs]
+        ctx = context.inner()
+        outs = evaluate(ctx, closed.jaxpr, closed.consts, values)
+        outs = [ctx.dense(v, "output") for v in outs]
         return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
     return interpreted
@@ -128,9 +140,7 @@ def interpret(fn: Callable[..., Any], context: Context | None = None) -> Callabl
 
 def stand_in(value: Value) -> Any:
     """What the function is traced with in a value's place: an array of its shape and type."""
-    if isinstance(value, LowRank):
-        return value.w
-    return value.value.astype(value.dtype) if isinstance(value, Wide) else value
+    return value.w if isinstance(value, LowRank) else narrow(value)
 
 
 def evaluate(
@@ -155,24 +165,29 @@ def evaluate(
 def step(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     """Evaluates one equation."""
     name = eqn.primitive.name
-    if any(isinstance(v, LowRank | Wide) for v in values):
-        if name in CONTROL_FLOW:
-            values = [materialize(v) for v in values]
-            return CONTROL_FLOW[name](context, eqn, values)
-        if any(isinstance(v, LowRank) for v in values) and name in RULES:
-            out = RULES[name](context, eqn, *values)
-            if out is not UNHANDLED:
-                return out if isinstance(out, list) else [out]
-        values = [context.wide(v, eqn) for v in values]
-        if any(isinstance(v, Wide) for v in values):
-            return in_float32(eqn, values)
-    elif name == "broadcast_in_dim" and len(values) == 1 and not is_special(values[0]):
+    if name == "broadcast_in_dim" and len(values) == 1 and not is_special(values[0]):
         return [put_off(eqn, values[0])]
-    out = bind(eqn, *map(materialize, values))
+    if name not in TAKE_SPREAD or not any(isinstance(v, LowRank) for v in values):
+        values = [materialize(v) for v in values]
+    if any(isinstance(v, LowRank | Wide) for v in values) and name in CONTROL_FLOW:
+        return CONTROL_FLOW[name](context, eqn, values)
+    if any(isinstance(v, LowRank) for v in values):
+        out = RULES[name](context, eqn, *values) if name in RULES else UNHANDLED
+        if out is not UNHANDLED:
+            outs = out if isinstance(out, list) else [out]
+            return [v.w if isinstance(v, LowRank) and v.w.size == 0 else v for v in outs]
+        values = [context.wide(v, eqn) for v in values]
+    if any(isinstance(v, Wide) for v in values):
+        return in_float32(eqn, values)
+    return results(eqn, values)
+
+
+def results(eqn: Any, values: Sequence[Value], **params: Any) -> list[Value]:
+    out = bind(eqn, *values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def put_off(eqn: Any, x: Array) -> Spread:
+def put_off(eqn: Any, x: Any) -> Spread:
     shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     thin = [1] * len(shape)
     for axis, out in enumerate(where):
@@ -180,34 +195,52 @@ def put_off(eqn: Any, x: Array) -> Spread:
     return Spread(jnp.reshape(x, thin), tuple(shape))
 
 
-# Of a Wide operand these give a Wide result: they move numbers and do not round them.
+# These move numbers and do not round them: of Wide operands they give Wide results.
 MOVES = frozenset(
-    "broadcast_in_dim copy copy_p dynamic_slice expand_dims gather neg pcast pvary reshape rev "
-    "reshard sharding_constraint slice squeeze stop_gradient transpose".split()
+    "broadcast_in_dim concatenate copy copy_p dynamic_slice dynamic_update_slice gather neg "
+    "optimization_barrier pad pcast pvary reshape reshard rev select_n sharding_constraint slice "
+    "split squeeze stack stop_gradient tile transpose unstack".split()
 )
 # These are computed in float32 and rounded once, at the end.
-ARITHMETIC = frozenset("add sub mul div max min pow integer_pow exp tanh logistic rsqrt sqrt abs".split())
+ELEMENTWISE = frozenset(
+    "abs add add_any clamp cos div erf exp exp2 expm1 integer_pow log log1p logistic max min mul "
+    "pow rsqrt sign sin sqrt square sub tanh".split()
+)
+SUMS = frozenset(
+    "conv_general_dilated cumsum dot_general eq ge gt le lt ne reduce_max reduce_min "
+    "reduce_sum".split()
+)
 
 
 def in_float32(eqn: Any, values: list[Value]) -> list[Value]:
     """An equation on narrow parameters held in float32."""
     name = eqn.primitive.name
     dtypes = [var.aval.dtype for var in eqn.outvars]
-    if name in MOVES and isinstance(values[0], Wide):
-        wide, *others = values
-        return [Wide(bind(eqn, wide.value, *map(narrow, others)), wide.dtype)]
     if name == "convert_element_type":
-        return [values[0].value.astype(dtypes[0])]
-    if name in (*ARITHMETIC, "dot_general"):
-        params = {"preferred_element_type": jnp.float32} if name == "dot_general" else {}
-        operands = [v.value if isinstance(v, Wide) else jnp.asarray(v).astype(jnp.float32) for v in values]
-        return [bind(eqn, *operands, **params).astype(dtypes[0])]
-    out = bind(eqn, *map(narrow, values))
-    return list(out) if eqn.primitive.multiple_results else [out]
+        array = values[0].value
+        return [Wide(array, dtypes[0]) if is_narrow(dtypes[0]) else array.astype(dtypes[0])]
+    if name not in MOVES | ELEMENTWISE | SUMS:
+        return results(eqn, [narrow(v) for v in values])
+    # What depends on parameters alone stays in float32 until it meets data: 1 + gain, for one.
+    constant = all(isinstance(v, Wide) or jnp.ndim(v) == 0 for v in values)
+    params = (
+        {"preferred_element_type": jnp.float32} if "preferred_element_type" in eqn.params else {}
+    )
+    outs = results(eqn, [widened(v) for v in values], **params)
+    if name in MOVES or (name in ELEMENTWISE and constant):
+        return [
+            Wide(out, dtype) if is_narrow(dtype) else out
+            for out, dtype in zip(outs, dtypes, strict=True)
+        ]
+    return [out.astype(dtype) for out, dtype in zip(outs, dtypes, strict=True)]
 
 
-def narrow(value: Value) -> Array:
-    return value.value.astype(value.dtype) if isinstance(value, Wide) else value
+def widened(value: Value) -> Array:
+    """The numbers of a value in float32, if they are in a narrower float type."""
+    if isinstance(value, Wide):
+        return value.value
+    array = jnp.asarray(value)
+    return array.astype(jnp.float32) if is_narrow(array.dtype) else array
 
 
 # ---------------------------------------------------------------- control flow
@@ -242,81 +275,90 @@ def same_kind(a: Any, b: Any) -> bool:
     )
 
 
+def held(inner: Sequence[Any], outer: Sequence[Any], carry: list[Value]) -> dict[int, Value]:
+    """The perturbed carries that a loop's body hands on untouched, by position.
+
+    They stay outside: a loop that each member leaves in its own time would otherwise carry a copy
+    for every member.
+    """
+    pairs = enumerate(zip(inner, outer, carry, strict=True))
+    return {i: v for i, (a, b, v) in pairs if a is b and isinstance(v, LowRank | Wide)}
+
+
+def without(held: dict[int, Value], carry: Sequence[Value]) -> list[Value]:
+    return [v for i, v in enumerate(carry) if i not in held]
+
+
+def together(held: dict[int, Value], moving: Sequence[Value]) -> list[Value]:
+    rest = iter(moving)
+    return [held[i] if i in held else next(rest) for i in range(len(held) + len(moving))]
+
+
 def settle(
     context: Context, eqn: Any, carry: list[Value], body: Callable[[list[Value]], list[Value]]
 ) -> list[Value]:
     """Builds those loop carries that the body does not hand on in the form that it got them in."""
-    carry = [v if isinstance(v, LowRank) else context.dense(v, eqn) for v in carry]
-    while any(isinstance(v, LowRank) for v in carry):
-        outs = jax.eval_shape(body, carry)
-        changed = [
-            isinstance(v, LowRank) and not same_kind(jax.eval_shape(lambda x: x, v), out)
-            for v, out in zip(carry, outs, strict=True)
-        ]
-        if not any(changed):
+    while any(isinstance(v, LowRank | Wide) for v in carry):
+        before, after = jax.eval_shape(lambda x: x, carry), jax.eval_shape(body, carry)
+        stays = [is_special(a) and same_kind(a, b) for a, b in zip(before, after, strict=True)]
+        if all(s or not is_special(v) for s, v in zip(stays, carry, strict=True)):
             break
-        carry = [context.dense(v, eqn) if c else v for v, c in zip(carry, changed, strict=True)]
+        carry = [v if s else context.dense(v, eqn) for s, v in zip(stays, carry, strict=True)]
     return carry
 
 
 def hand_on(context: Context, eqn: Any, outs: list[Value], carry: list[Value]) -> list[Value]:
     """The outputs of a loop's body in the form of its carry."""
-    return [
-        out if isinstance(c, LowRank) and isinstance(out, LowRank) else context.dense(out, eqn)
-        for out, c in zip(outs, carry, strict=True)
-    ]
+    pairs = zip(outs, carry, strict=True)
+    return [out if is_special(c) else context.dense(out, eqn) for out, c in pairs]
 
 
 @control_flow("scan")
 def scan(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     parts = compat.scan_parts(eqn, values)
-    slices, fixed = [], []
-    for x in parts.xs:
-        x = x if isinstance(x, LowRank) else narrow(x)
-        if isinstance(x, LowRank):
-            context.record("scanned", x, 0)
-            # Only what varies along the stack is sliced; the rest is the same at every step.
-            sliced = tuple(f.shape[1] > 1 or x.shape[0] == 1 for f in x.factors)
-            moved = [jnp.moveaxis(f, 1, 0) for f, s in zip(x.factors, sliced, strict=True) if s]
-            slices.append((x.w, moved))
-            fixed.append((x, sliced))
-        else:
-            slices.append(x)
-            fixed.append(None)
+    first, n = len(parts.consts), len(parts.carry)
+    still = held(parts.jaxpr.invars[first : first + n], parts.jaxpr.outvars[:n], parts.carry)
+    pieces = [sliced(context, x) for x in parts.xs]
 
-    def whole(piece: Any, rest: Any) -> Value:
-        if rest is None:
-            return piece
-        x, sliced = rest
-        w, moved = piece
-        moved = iter(moved)
-        factors = tuple(
-            next(moved) if s else jnp.squeeze(f, 1) for f, s in zip(x.factors, sliced, strict=True)
-        )
-        return x.replace(w=w, factors=factors)
-
-    def body(carry: list[Value], pieces: list[Any]) -> tuple[list[Value], list[Array]]:
-        ctx, n = context.inner(), len(carry)
-        xs = [whole(piece, rest) for piece, rest in zip(pieces, fixed, strict=True)]
+    def run(ctx: Context, moving: list[Value], slices: Any) -> tuple[list[Value], list[Value]]:
+        xs = [whole(piece) for (_, whole), piece in zip(pieces, slices, strict=True)]
+        carry = together(still, moving)
         outs = evaluate(ctx, parts.jaxpr, parts.jaxpr_consts, [*parts.consts, *carry, *xs])
-        return hand_on(ctx, eqn, outs[:n], carry), [ctx.dense(y, eqn) for y in outs[n:]]
+        return without(still, outs[:n]), outs[n:]
 
-    def trial(carry: list[Value]) -> list[Value]:
-        first = jax.tree.map(lambda x: x[0], slices) if parts.length else slices
-        return evaluate_trial(context, parts, carry, [whole(*p) for p in zip(first, fixed, strict=True)])
+    slices = [x for x, _ in pieces]
 
-    init = settle(context, eqn, parts.carry, trial)
-    carry, ys = lax.scan(
-        body, init, slices, parts.length, reverse=parts.reverse, unroll=parts.unroll
+    def trial(moving: list[Value]) -> list[Value]:
+        # For the form alone: nothing that is built here is reported.
+        return run(context.inner(quiet=True), moving, jax.tree.map(lambda x: x[0], slices))[0]
+
+    def body(moving: list[Value], slices: Any) -> tuple[list[Value], list[Array]]:
+        ctx = context.inner()
+        carry, ys = run(ctx, moving, slices)
+        return hand_on(ctx, eqn, carry, moving), [ctx.dense(y, eqn) for y in ys]
+
+    moving = settle(context, eqn, without(still, parts.carry), trial)
+    moving, ys = lax.scan(
+        body, moving, slices, parts.length, reverse=parts.reverse, unroll=parts.unroll
     )
-    return [*carry, *ys]
+    return [*together(still, moving), *ys]
 
 
-def evaluate_trial(context: Context, parts: Any, carry: list[Value], xs: list[Value]) -> list[Value]:
-    """A loop body's carry as it comes out, for its form alone: nothing built here is reported."""
-    quiet = context.inner(quiet=True)
-    outs = evaluate(quiet, parts.jaxpr, parts.jaxpr_consts, [*parts.consts, *carry, *xs])
-    return outs[: len(carry)]
+def sliced(context: Context, x: Value) -> tuple[Any, Callable[[Any], Value]]:
+    """What a scan slices of a scanned input, and how one step's input comes of a slice."""
+    if not isinstance(x, LowRank):
+        return x, lambda piece: piece
+    context.record("scanned", x, 0)
+    # Only what varies along the stack is sliced; the rest is the same at every step.
+    moves = [f.shape[1] == x.shape[0] for f in x.factors]
+    moved = [jnp.moveaxis(f, 1, 0) for f, m in zip(x.factors, moves, strict=True) if m]
+
+    def whole(piece: Any) -> LowRank:
+        w, own = piece[0], iter(piece[1])
+        pairs = zip(x.factors, moves, strict=True)
+        return x.replace(w=w, factors=tuple(next(own) if m else f[:, 0] for f, m in pairs))
+
+    return (x.w, moved), whole
 
 
 @control_flow("while")
@@ -325,22 +367,27 @@ def while_(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     n, m = params["cond_nconsts"], params["body_nconsts"]
     test, body = params["cond_jaxpr"], params["body_jaxpr"]
     test_consts, body_consts, carry = values[:n], values[n : n + m], values[n + m :]
+    still = held(body.jaxpr.invars[m:], body.jaxpr.outvars, carry)
 
-    def run(ctx: Context, carry: list[Value]) -> list[Value]:
-        return evaluate(ctx, body.jaxpr, body.consts, [*body_consts, *carry])
+    def run(ctx: Context, moving: list[Value]) -> list[Value]:
+        args = [*body_consts, *together(still, moving)]
+        return without(still, evaluate(ctx, body.jaxpr, body.consts, args))
 
-    init = settle(context, eqn, carry, lambda c: run(context.inner(quiet=True), c))
-
-    def cond_fun(carry: list[Value]) -> Array:
+    def cond_fun(moving: list[Value]) -> Array:
         ctx = context.inner()
-        (out,) = evaluate(ctx, test.jaxpr, test.consts, [*test_consts, *carry])
+        args = [*test_consts, *together(still, moving)]
+        (out,) = evaluate(ctx, test.jaxpr, test.consts, args)
         return ctx.dense(out, eqn)
 
-    def body_fun(carry: list[Value]) -> list[Value]:
+    def body_fun(moving: list[Value]) -> list[Value]:
         ctx = context.inner()
-        return hand_on(ctx, eqn, run(ctx, carry), carry)
+        return hand_on(ctx, eqn, run(ctx, moving), moving)
 
-    return lax.while_loop(cond_fun, body_fun, init)
+    def trial(moving: list[Value]) -> list[Value]:
+        return run(context.inner(quiet=True), moving)
+
+    moving = settle(context, eqn, without(still, carry), trial)
+    return together(still, lax.while_loop(cond_fun, body_fun, moving))
 
 
 @control_flow("cond")
@@ -349,11 +396,14 @@ def cond(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     branches = eqn.params["branches"]
 
     def run(ctx: Context, branch: Any, operands: list[Value]) -> list[Value]:
-        return evaluate(ctx, branch.jaxpr, branch.consts, operands)
+        return [materialize(v) for v in evaluate(ctx, branch.jaxpr, branch.consts, operands)]
 
-    shapes = [jax.eval_shape(lambda ops, b=b: run(context.inner(quiet=True), b, ops), operands) for b in branches]
+    shapes = [
+        jax.eval_shape(lambda ops, b=b: run(context.inner(quiet=True), b, ops), operands)
+        for b in branches
+    ]
     keep = [
-        isinstance(first, LowRank) and all(same_kind(first, other) for other in rest)
+        is_special(first) and all(same_kind(first, other) for other in rest)
         for first, *rest in zip(*shapes, strict=True)
     ]
 
@@ -377,11 +427,11 @@ def shard_map(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
         if not isinstance(value, LowRank):
             return jax.tree.map(lambda _: spec, value)
         names = (*spec, *(None,) * (value.ndim - len(spec)))
-        factors = tuple(
-            jax.P(None, *(name if n > 1 else None for name, n in zip(names, f.shape[1:], strict=True)))
+        factors = [
+            jax.P(None, *(name if n > 1 else None for name, n in zip(names, dims(f), strict=True)))
             for f in value.factors
-        )
-        return value.replace(w=spec, factors=factors, scale=jax.P())
+        ]
+        return jax.tree.unflatten(jax.tree.structure(value), [spec, *factors, jax.P()])
 
     def fn(*values: Value) -> list[Array]:
         ctx = context.inner()

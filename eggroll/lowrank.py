@@ -1,18 +1,19 @@
 """Values that stand for a perturbed array without ever building it.
 
-:class:`LowRank` is a parameter ``W + scale * sum_r A_r B_r`` (arXiv 2511.16652, section 4) in a form that
-every structural operation of JAX can act on: each factor has the axes of ``W``, with size 1 where
-the factor does not vary, so that the factors of a matrix ``[m, n]`` are ``[rank, m, 1]`` and
+:class:`LowRank` is a parameter ``W + scale * sum_r A_r B_r`` (arXiv 2511.16652, section 4) in a
+form that every structural operation of JAX can act on: each factor has the axes of ``W``, of size 1
+where it does not vary, so that the factors of a matrix ``[m, n]`` are ``[rank, m, 1]`` and
 ``[rank, 1, n]`` and the perturbation is their broadcast product. A transposition, reshape, slice or
 gather of the parameter is then the same operation on each factor, and an axis along which both
 factors vary is a batch axis with noise of its own (the layers of a scanned stack).
 
-:class:`Wide` is a low-precision parameter with dense noise, kept in float32 so that the perturbation
-is never rounded away into a bfloat16 weight. :class:`Spread` is a broadcast that has not been carried
+:class:`Wide` is a low-precision parameter with dense noise, kept in float32 so that the noise is
+never rounded away into a bfloat16 weight. :class:`Spread` is a broadcast that has not been carried
 out, which lets a matrix be multiplied by a row or a column vector without building it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,14 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-# Up to this rank the perturbation is a sum of outer products that XLA fuses into the addition to the
-# main product; above it, a matrix product over the rank. On CPU, rank 4 took 1.0 ms unrolled where
-# one [m, 4] product a member took 2.3 ms.
+# Up to this rank the perturbation is a sum of outer products that XLA fuses into the addition to
+# the main product; above it, a matrix product over the rank. On CPU, rank 4 took 1.0 ms unrolled
+# where one [m, 4] product a member took 2.3 ms.
 MAX_UNROLLED_RANK = 8
+
+
+# An array; in trees of the same structure a shape or a sharding takes its place.
+Part = Any
 
 
 @jax.tree_util.register_dataclass
@@ -39,21 +44,23 @@ class LowRank:
       paths: the parameters that this value was made from, for messages.
       activation: True where the value is data that was looked up (rows of an embedding), so that
         building it is no cost worth a warning.
-      tags: for each factor the axes of the parameter that it belongs to; used by plan inference only.
+      tags: for each factor the (path, axis) of parameters that it belongs to; plan inference only.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> w = LowRank(jnp.zeros((2, 3)), (jnp.ones((1, 2, 1)), jnp.ones((1, 1, 3))), jnp.float32(0.5))
-      >>> build(w).tolist()
+      >>> factors = (jnp.ones((1, 2, 1)), jnp.ones((1, 1, 3)))
+      >>> build(LowRank(jnp.zeros((2, 3)), factors, jnp.float32(0.5))).tolist()
       [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
     """
 
-    w: Array
-    factors: tuple[Array, ...]
-    scale: Array
+    w: Part
+    factors: tuple[Part, ...]
+    scale: Part
     paths: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     activation: bool = dataclasses.field(default=False, metadata={"static": True})
-    tags: tuple[frozenset[int], ...] = dataclasses.field(default=(), metadata={"static": True})
+    tags: tuple[frozenset[tuple[str, int]], ...] = dataclasses.field(
+        default=(), metadata={"static": True}
+    )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,7 +91,7 @@ class LowRank:
 class Wide:
     """A perturbed array held in float32 that stands for one of the narrower ``dtype``."""
 
-    value: Array
+    value: Part
     dtype: Any = dataclasses.field(metadata={"static": True})
 
     @property
@@ -95,9 +102,9 @@ class Wide:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """``value`` broadcast to ``shape``, not carried out; ``value`` has size 1 along the new axes."""
+    """``value`` broadcast to ``shape``, not carried out; it has size 1 along the new axes."""
 
-    value: Array
+    value: Part
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @property
@@ -111,6 +118,16 @@ Value = Any  # an array, or one of Special
 
 def is_special(value: Value) -> bool:
     return isinstance(value, LowRank | Wide | Spread)
+
+
+def materialize(value: Value) -> Value:
+    """Carries out a broadcast that was put off."""
+    return jnp.broadcast_to(value.value, value.shape) if isinstance(value, Spread) else value
+
+
+def narrow(value: Value) -> Value:
+    """A Wide value as the array of the type that it stands for."""
+    return value.value.astype(value.dtype) if isinstance(value, Wide) else value
 
 
 def is_narrow(dtype: DTypeLike) -> bool:
@@ -155,70 +172,74 @@ def perturbation(
     Returns:
       Array with one axis for each of ``out_labels``, of full size or 1.
     """
-    if value.rank <= MAX_UNROLLED_RANK:
-        total = None
-        for r in range(value.rank):
-            factors = [_labelled(factor[r], labels) for factor in value.factors]
-            term = _product(x, tuple(x_labels), factors, out_labels, dtype, precision, value.scale)
-            total = term if total is None else total + term
-        return total
-    factors = [_labelled(factor, ("rank", *labels)) for factor in value.factors]
-    return _product(x, tuple(x_labels), factors, out_labels, dtype, precision, value.scale)
+    out = set(out_labels)
+    parts = []
+    for factors in terms(value.factors, labels):
+        # The factor over the contracted axes first: what is left is as thin as the rank.
+        *first, last = sorted(factors, key=lambda f: -len(set(f[1]) & set(x_labels) - out))
+        t = chain((x, tuple(x_labels)), first, out.union(last[1]), out_labels, dtype, precision)
+        t = (t[0] * value.scale.astype(dtype), t[1])
+        t = chain(t, [last], out, out_labels, dtype, precision)
+        parts.append(align(t, out_labels))
+    return functools.reduce(jnp.add, parts)
 
 
-_Labelled = tuple[Array, tuple[str, ...]]
+Labelled = tuple[Array, tuple[str, ...]]
 
 
-def _labelled(factor: Array, labels: Sequence[str]) -> _Labelled:
+def terms(factors: Sequence[Array], labels: Sequence[str]) -> list[list[Labelled]]:
+    """The factors ``[rank, *axes]`` of each rank; of many ranks at once, with a label "rank"."""
+    rank = factors[0].shape[0]
+    if rank <= MAX_UNROLLED_RANK:
+        return [[labelled(factor[r], labels) for factor in factors] for r in range(rank)]
+    return [[labelled(factor, ("rank", *labels)) for factor in factors]]
+
+
+def labelled(factor: Array, labels: Sequence[str]) -> Labelled:
     """Drops the axes along which a factor does not vary (the rank's stays)."""
     kept = [i for i, label in enumerate(labels) if factor.shape[i] > 1 or label == "rank"]
     return factor.reshape([factor.shape[i] for i in kept]), tuple(labels[i] for i in kept)
 
 
-def _product(
-    x: Array,
-    x_labels: tuple[str, ...],
-    factors: list[_Labelled],
-    out_labels: Sequence[str],
+def chain(
+    t: Labelled,
+    factors: Sequence[Labelled],
+    keep: set[str],
+    order: Sequence[str],
     dtype: DTypeLike,
-    precision: Any,
-    scale: Array,
-) -> Array:
-    out = set(out_labels)
-    # The factor over the contracted axes first: what is left is as thin as the rank.
-    factors = sorted(factors, key=lambda f: -len(set(f[1]) & set(x_labels) - out))
-    t: _Labelled = (x, x_labels)
+    precision: Any = None,
+) -> Labelled:
+    """Multiplies by one factor after the other, summing over what is not to ``keep`` in the end."""
     for i, factor in enumerate(factors):
-        needed = out.union(*(labels for _, labels in factors[i + 1 :]))
-        if i == len(factors) - 1:
-            t = (t[0] * scale.astype(dtype), t[1])
-        t = contract(t, factor, needed, out_labels, dtype, precision)
-    return align(t, out_labels)
+        needed = keep.union(*(labels for _, labels in factors[i + 1 :]))
+        t = contract(t, factor, needed, order, dtype, precision)
+    return t
 
 
 def contract(
-    t: _Labelled,
-    factor: _Labelled,
+    t: Labelled,
+    factor: Labelled,
     needed: set[str],
     order: Sequence[str],
     dtype: DTypeLike,
     precision: Any = None,
-) -> _Labelled:
+) -> Labelled:
     """Multiplies two labelled arrays and sums over the labels that are not ``needed``."""
     (x, xl), (f, fl) = t, factor
-    kept = [label for label in dict.fromkeys((*order, *xl, *fl)) if label in needed and label in {*xl, *fl}]
-    if all(label in needed for label in (*xl, *fl)):
+    present = dict.fromkeys((*xl, *fl))
+    kept = [v for v in dict.fromkeys((*order, *present)) if v in present and v in needed]
+    if present.keys() <= needed:
         # An outer product: an element-wise multiplication fuses with the addition that follows.
         return align((x.astype(dtype), xl), kept) * align((f.astype(dtype), fl), kept), tuple(kept)
-    letters = {label: chr(ord("a") + i) for i, label in enumerate(dict.fromkeys((*xl, *fl)))}
-    spec = [("".join(letters[label] for label in labels)) for labels in (xl, fl, kept)]
+    number = {label: i for i, label in enumerate(present)}
+    numbers = [[number[label] for label in labels] for labels in (xl, fl, kept)]
     y = jnp.einsum(
-        f"{spec[0]},{spec[1]}->{spec[2]}", x, f, precision=precision, preferred_element_type=dtype
+        x, numbers[0], f, numbers[1], numbers[2], precision=precision, preferred_element_type=dtype
     )
     return y, tuple(kept)
 
 
-def align(t: _Labelled, labels: Sequence[str]) -> Array:
+def align(t: Labelled, labels: Sequence[str]) -> Array:
     """Transposes a labelled array to the order of ``labels``, with size 1 for those it lacks."""
     x, xl = t
     x = jnp.transpose(x, [xl.index(label) for label in labels if label in xl])

@@ -9,7 +9,7 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -130,11 +130,8 @@ class Plan:
         raise KeyError(f"no parameter {path!r}; there are {[leaf.path for leaf in self.leaves]}")
 
 
-class Planner(Protocol):
-    """Makes a plan for parameters at a strategy's rank."""
-
-    def __call__(self, params: Any, rank: int | Literal["full"]) -> Plan: ...
-
+# Makes a plan for parameters at a strategy's rank (a whole number, or "full").
+Planner = Callable[[Any, Any], Plan]
 
 Overrides = Mapping[str, Treatment]
 

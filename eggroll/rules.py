@@ -6,6 +6,7 @@ along which axes each factor varies, so that one rule serves matrices, kernels w
 column axes, stacks and batches alike.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -13,23 +14,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from eggroll import compat
 from eggroll.lowrank import (
+    Labelled,
     LowRank,
     Spread,
     Value,
+    Wide,
     accumulator,
     align,
+    chain,
     contract,
     is_special,
+    labelled,
     perturbation,
+    terms,
 )
 
 UNHANDLED = object()
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
+
+# The rules of these take broadcasts that have not been carried out.
+TAKE_SPREAD = frozenset({"mul", "div", "add", "sub", "add_any"})
 
 # Kernels with more positions than this are convolved thinly (rank output channels); below it, the
 # perturbation is a sum of shifted products, since a convolution with a kernel of each member's own
@@ -50,11 +61,6 @@ def bind(eqn: Any, *values: Any, **params: Any) -> Any:
     return compat.bind(eqn, values, params)
 
 
-def materialize(value: Value) -> Array:
-    """Carries out a broadcast that was put off."""
-    return jnp.broadcast_to(value.value, value.shape) if isinstance(value, Spread) else value
-
-
 def on_each(value: LowRank, on_w: Callable, on_factor: Callable, **changes: Any) -> LowRank:
     """Applies an operation to the array and, along their rank, to the factors."""
     factors = tuple(jax.vmap(on_factor)(factor) for factor in value.factors)
@@ -68,7 +74,7 @@ def dims(factor: Array) -> tuple[int, ...]:
 # ---------------------------------------------------------------- same operation on every part
 
 
-@rule("copy", "copy_p", "stop_gradient", "transpose", "reduce_precision", "real")
+@rule("copy", "copy_p", "stop_gradient", "transpose", "reduce_precision")
 def same_on_all(ctx: Any, eqn: Any, value: LowRank) -> Any:
     return on_each(value, lambda x: bind(eqn, x), lambda x: bind(eqn, x))
 
@@ -113,7 +119,7 @@ def sharding_constraint(ctx: Any, eqn: Any, value: LowRank) -> Any:
 
 
 @rule("broadcast_in_dim")
-def broadcast_in_dim(ctx: Any, eqn: Any, value: LowRank, *dynamic: Array) -> Any:
+def broadcast_in_dim(ctx: Any, eqn: Any, value: LowRank, *dynamic: Any) -> Any:
     shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
 
     def on_factor(f: Array) -> Array:
@@ -132,28 +138,31 @@ def squeeze(ctx: Any, eqn: Any, value: LowRank) -> Any:
 
 
 @rule("reshape")
-def reshape(ctx: Any, eqn: Any, value: LowRank, *dynamic: Array) -> Any:
-    if eqn.params.get("dimensions") is not None or value.w.size == 0:
+def reshape(ctx: Any, eqn: Any, value: LowRank, *dynamic: Any) -> Any:
+    if eqn.params.get("dimensions") is not None:
         return UNHANDLED
     new = eqn.params["new_sizes"]
     groups = common_groups(value.shape, new)
     if ctx.recorder is not None:
         value = merge_factors(value, [old for old, _ in groups])
+    count = len(value.factors)
+    alike = {a for a in range(value.ndim) if not any(value.varies(k, a) for k in range(count))}
 
-    targets = []
+    factors = []
     for factor in value.factors:
-        target = [1] * len(new)
+        full, target = list(factor.shape), [factor.shape[0], *(1 for _ in new)]
         for old, fresh in groups:
-            varying = [a for a in old if value.shape[a] > 1]
-            full = [dims(factor)[a] > 1 for a in varying]
-            if any(full) and not all(full):
+            missing = {a for a in old if dims(factor)[a] < value.shape[a]}
+            if all(dims(factor)[a] == 1 for a in old):
+                continue
+            if not missing <= alike:
                 return UNHANDLED  # rows and columns, or layers and rows, run together
-            if any(full):
-                for a in fresh:
-                    target[a] = new[a]
-        targets.append(target)
-    factors = tuple(f.reshape(f.shape[0], *t) for f, t in zip(value.factors, targets, strict=True))
-    return value.replace(w=bind(eqn, value.w, *dynamic), factors=factors)
+            for a in old:
+                full[a + 1] = value.shape[a]
+            for a in fresh:
+                target[a + 1] = new[a]
+        factors.append(jnp.broadcast_to(factor, full).reshape(target))
+    return value.replace(w=bind(eqn, value.w, *dynamic), factors=tuple(factors))
 
 
 def common_groups(
@@ -210,35 +219,44 @@ def rev(ctx: Any, eqn: Any, value: LowRank) -> Any:
 def slice_(ctx: Any, eqn: Any, value: LowRank) -> Any:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * value.ndim
-    if any(limit <= start for start, limit in zip(starts, limits, strict=True)):
-        return UNHANDLED
+    for axis, size in enumerate(eqn.outvars[0].aval.shape):
+        if size == 1:
+            ctx.record("indexed", value, axis)
 
     def on_factor(f: Array) -> Array:
-        one = [n == 1 for n in f.shape]
-        pick = lambda given, alone: [alone if o else g for o, g in zip(one, given, strict=True)]  # noqa: E731
-        return lax.slice(f, pick(starts, 0), pick(limits, 1), pick(strides, 1))
+        ranges = zip(f.shape, starts, limits, strides, strict=True)
+        picked = [(0, 1, 1) if n == 1 else given for n, *given in ranges]
+        return lax.slice(f, *zip(*picked, strict=True))
 
     return on_each(value, lambda x: bind(eqn, x), on_factor)
 
 
 @rule("split")
 def split(ctx: Any, eqn: Any, value: LowRank) -> Any:
-    axis, sizes = eqn.params["axis"], [int(n) for n in eqn.params["sizes"]]
-    ends = list(itertools.accumulate(sizes))
+    axis = eqn.params["axis"]
+    ends = [0, *itertools.accumulate(map(int, eqn.params["sizes"]))]
 
     def part(start: int, end: int) -> LowRank:
-        def op(x: Array) -> Array:
-            return x if x.shape[axis] == 1 else lax.slice_in_dim(x, start, end, axis=axis)
+        op = lambda x: lax.slice_in_dim(x, start, end, axis=axis)  # noqa: E731
+        return on_each(value, op, lambda f: f if f.shape[axis] == 1 else op(f))
 
-        return on_each(value, op, op)
+    return [part(start, end) for start, end in itertools.pairwise(ends)]
 
-    return [part(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+@rule("unstack")
+def unstack(ctx: Any, eqn: Any, value: LowRank) -> Any:
+    axis = eqn.params["axis"]
+    ctx.record("indexed", value, axis)
+
+    def part(i: int) -> LowRank:
+        op = lambda x: lax.index_in_dim(x, i, axis, keepdims=False)  # noqa: E731
+        return on_each(value, op, lambda f: lax.squeeze(f, [axis]) if f.shape[axis] == 1 else op(f))
+
+    return [part(i) for i in range(value.shape[axis])]
 
 
 @rule("dynamic_slice")
-def dynamic_slice(ctx: Any, eqn: Any, value: Value, *starts: Array) -> Any:
-    if not isinstance(value, LowRank):
-        return UNHANDLED
+def dynamic_slice(ctx: Any, eqn: Any, value: LowRank, *starts: Any) -> Any:
     sizes = eqn.params["slice_sizes"]
     for axis, size in enumerate(sizes):
         if size < value.shape[axis]:
@@ -252,44 +270,40 @@ def dynamic_slice(ctx: Any, eqn: Any, value: Value, *starts: Array) -> Any:
 
 
 @rule("gather")
-def gather(ctx: Any, eqn: Any, value: Value, indices: Value) -> Any:
-    if not isinstance(value, LowRank):
-        return UNHANDLED
-    indices = materialize(indices)
+def gather(ctx: Any, eqn: Any, value: LowRank, indices: Any) -> Any:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    indexed, collapsed = numbers.start_index_map, numbers.collapsed_slice_dims
-    together = numbers.operand_batching_dims
-    offset_axes = [a for a in range(value.ndim) if a not in collapsed and a not in together]
-    out_ndim = indices.ndim - 1 + len(offset_axes)
+    indexed, together = numbers.start_index_map, numbers.operand_batching_dims
+    mode = eqn.params["mode"]
+    unseen = [a for a in indexed if not any(value.varies(k, a) for k in range(len(value.factors)))]
+    if mode == lax.GatherScatterMode.FILL_OR_DROP and any(value.shape[a] > 1 for a in unseen):
+        return UNHANDLED  # no factor would know that the index is out of bounds
+    dropped = (*numbers.collapsed_slice_dims, *together)
+    offset_axes = [a for a in range(value.ndim) if a not in dropped]
     for axis in (*indexed, *together):
         if sizes[axis] < value.shape[axis]:
             ctx.record("indexed", value, axis)
 
     def on_factor(f: Array) -> Array:
-        f = jnp.broadcast_to(
-            f, [value.shape[a] if a in together else n for a, n in enumerate(f.shape)]
-        )
-        alone = [min(size, n) for size, n in zip(sizes, f.shape, strict=True)]
-        kept = [j for j, axis in enumerate(indexed) if f.shape[axis] > 1]
+        # An axis that the factor does not vary along needs no index: all its entries are the same.
+        kept = [j for j, axis in enumerate(indexed) if f.shape[axis] == value.shape[axis]]
+        f_sizes = [min(size, n) for size, n in zip(sizes, f.shape, strict=True)]
         if not kept and not together:
-            f = lax.slice(f, [0] * f.ndim, alone)
-            shape = [1] * out_ndim
+            shape = [1] * len(eqn.outvars[0].aval.shape)
             for axis, out in zip(offset_axes, numbers.offset_dims, strict=True):
-                shape[out] = f.shape[axis]
-            return f.reshape(shape)
+                shape[out] = f_sizes[axis]
+            return lax.slice(f, [0] * f.ndim, f_sizes).reshape(shape)
+        full = [value.shape[a] if a in together else n for a, n in enumerate(f.shape)]
         return lax.gather(
-            f,
-            indices[..., jnp.array(kept, int)],
+            jnp.broadcast_to(f, full),
+            indices[..., np.array(kept, int)],
             numbers._replace(start_index_map=tuple(indexed[j] for j in kept)),
-            alone,
-            mode=eqn.params["mode"],
+            f_sizes,
+            mode=mode,
             fill_value=0,  # out of bounds: what the array itself gives, unperturbed
         )
 
     # Rows of an embedding are data from here on; W[i] on a stack is still a matrix.
-    varying = {
-        k for k in range(len(value.factors)) if any(value.varies(k, axis) for axis in offset_axes)
-    }
+    varying = [k for k in range(len(value.factors)) if any(value.varies(k, a) for a in offset_axes)]
     looked_up = value.activation or len(varying) <= 1
     return on_each(value, lambda x: bind(eqn, x, indices), on_factor, activation=looked_up)
 
@@ -306,90 +320,97 @@ def concatenate(ctx: Any, eqn: Any, *values: Value) -> Any:
 def stack(ctx: Any, eqn: Any, *values: Value) -> Any:
     axis = eqn.params["axis"]
     op = lambda x: jnp.expand_dims(x, axis)  # noqa: E731
-    return join([on_each(v, op, op) if isinstance(v, LowRank) else op(materialize(v)) for v in values], axis)
+    return join([on_each(v, op, op) if isinstance(v, LowRank) else op(v) for v in values], axis)
 
 
 def join(values: Sequence[Value], axis: int) -> Any:
-    if not all(isinstance(v, LowRank) or not is_special(v) or isinstance(v, Spread) for v in values):
+    if any(isinstance(v, Wide) for v in values):
         return UNHANDLED
-    values = [materialize(v) for v in values]
+
+    def besides_axis(v: LowRank) -> Any:
+        return [dims(f)[:axis] + dims(f)[axis + 1 :] for f in v.factors]
+
+    parts = matched([v for v in values if isinstance(v, LowRank)], besides_axis)
+    if parts is None:
+        return UNHANDLED
     w = jnp.concatenate([v.w if isinstance(v, LowRank) else v for v in values], axis)
-    parts = [v for v in values if isinstance(v, LowRank)]
-    first = parts[0]
-
-    def full(v: LowRank) -> bool:
-        return all(dims(f)[axis] == v.shape[axis] for f in v.factors)
-
-    if len(parts) == len(values) and all(map(full, parts)) and same_form(parts, besides=axis):
-        # Every part has noise of its own along this axis: a stack of matrices, of the same rank.
-        folded = [fold_scale(v).factors for v in parts]
-        factors = tuple(jnp.concatenate(fs, axis + 1) for fs in zip(*folded, strict=True))
-        return combined(parts, w, factors)
+    own_noise = all(dims(f)[axis] == v.shape[axis] for v in parts for f in v.factors)
+    if own_noise and len(parts) == len(values) and len({v.rank for v in parts}) == 1:
+        # A stack of matrices: every part has noise of its own along this axis.
+        return combined(parts, w, axis + 1)
 
     # Otherwise each part keeps ranks of its own that are zero outside it.
-    total, offset, padded = w.shape[axis], 0, []
+    along = [k for k in range(len(parts[0].factors)) if any(v.varies(k, axis) for v in parts)]
+    offset, rest, padded = 0, iter(parts), []
     for v in values:
-        size = (v.w if isinstance(v, LowRank) else v).shape[axis]
+        after = w.shape[axis] - offset - v.shape[axis]
         if isinstance(v, LowRank):
-            v = fold_scale(v)
-            along = [k for k in range(len(v.factors)) if dims(v.factors[k])[axis] == size] or [0]
-            factors = list(v.factors)
-            for k in along:
-                f = factors[k]
-                f = jnp.broadcast_to(f, (*f.shape[: axis + 1], size, *f.shape[axis + 2 :]))
-                widths = [(0, 0)] * f.ndim
-                widths[axis + 1] = (offset, total - offset - size)
-                factors[k] = jnp.pad(f, widths)
-            padded.append(v.replace(factors=tuple(factors)))
-        offset += size
-    if not same_form(padded):
-        return UNHANDLED
-    factors = tuple(jnp.concatenate(fs) for fs in zip(*(v.factors for v in padded), strict=True))
-    return combined([first, *parts[1:]], w, factors)
+            padded.append(pad_noise(next(rest), along or [0], axis, (offset, after, 0)))
+        offset += v.shape[axis]
+    return combined(padded, w, 0)
 
 
-def same_form(values: Sequence[LowRank], besides: int | None = None) -> bool:
-    """Whether corresponding factors have equal axes (and, given an axis apart, equal rank)."""
-
-    def form(v: LowRank) -> Any:
-        if besides is None:
-            return [dims(f) for f in v.factors]
-        return [f.shape[: besides + 1] + f.shape[besides + 2 :] for f in v.factors]
-
-    return all(form(v) == form(values[0]) for v in values)
-
-
-def fold_scale(value: LowRank) -> LowRank:
-    """Moves the scale into the first factor, where values of different scale are joined."""
-    first, *rest = value.factors
-    first = first * value.scale.astype(first.dtype)
-    return value.replace(factors=(first, *rest), scale=jnp.ones_like(value.scale))
+def matched(values: Sequence[LowRank], form: Callable[[LowRank], Any]) -> list[LowRank] | None:
+    """The values with their factors in an order that makes their forms equal, if there is one."""
+    out = []
+    for value in values:
+        for order in itertools.permutations(range(len(value.factors))):
+            factors = tuple(value.factors[k] for k in order)
+            tags = tuple(value.tags[k] for k in order) if value.tags else ()
+            turned = value.replace(factors=factors, tags=tags)
+            if form(turned) == form(values[0]):
+                out.append(turned)
+                break
+        else:
+            return None
+    return out
 
 
-def combined(parts: Sequence[LowRank], w: Array, factors: tuple[Array, ...]) -> LowRank:
-    paths = tuple(dict.fromkeys(path for v in parts for path in v.paths))
-    tags = tuple(frozenset().union(*ts) for ts in zip(*(v.tags for v in parts), strict=True))
-    activation = all(v.activation for v in parts)
-    scale = jnp.ones_like(parts[0].scale)
-    return LowRank(w, factors, scale, paths, activation, tags)
+def combined(parts: Sequence[LowRank], w: Array, axis: int) -> LowRank:
+    """The value ``w`` with the factors of several put together along ``axis`` (0 is the rank's)."""
+    folded = []
+    for v in parts:  # their scales may differ: each goes into the first factor
+        first, *others = v.factors
+        folded.append((first * v.scale.astype(first.dtype), *others))
+    return LowRank(
+        w,
+        tuple(jnp.concatenate(factors, axis) for factors in zip(*folded, strict=True)),
+        jnp.ones_like(parts[0].scale),
+        tuple(dict.fromkeys(path for v in parts for path in v.paths)),
+        all(v.activation for v in parts),
+        tuple(frozenset().union(*tags) for tags in zip(*(v.tags for v in parts), strict=True)),
+    )
+
+
+def pad_noise(value: LowRank, along: list[int], axis: int, config: Sequence[Any]) -> LowRank:
+    """Pads the factors ``along`` with zeros on an axis; they vary along it from then on."""
+    factors = list(value.factors)
+    for k in along:
+        size, widths = list(factors[k].shape), [(0, 0, 0)] * factors[k].ndim
+        size[axis + 1], widths[axis + 1] = value.shape[axis], tuple(config)
+        zero = jnp.zeros((), factors[k].dtype)
+        factors[k] = lax.pad(jnp.broadcast_to(factors[k], size), zero, widths)
+    return value.replace(factors=tuple(factors))
 
 
 @rule("pad")
-def pad(ctx: Any, eqn: Any, value: Value, padding: Array) -> Any:
-    if not isinstance(value, LowRank):
-        return UNHANDLED
-    config = eqn.params["padding_config"]
-    touched = [axis for axis, entry in enumerate(config) if tuple(entry) != (0, 0, 0)]
-    factors = list(value.factors)
-    for axis in touched:
-        along = [k for k, f in enumerate(factors) if dims(f)[axis] == value.shape[axis]] or [0]
-        for k in along:
-            f = factors[k]
-            f = jnp.broadcast_to(f, (*f.shape[: axis + 1], value.shape[axis], *f.shape[axis + 2 :]))
-            widths = [(0, 0, 0)] * f.ndim
-            widths[axis + 1] = config[axis]
-            factors[k] = lax.pad(f, jnp.zeros((), f.dtype), widths)
-    return value.replace(w=bind(eqn, value.w, padding), factors=tuple(factors))
+def pad(ctx: Any, eqn: Any, value: LowRank, padding: Any) -> Any:
+    w = bind(eqn, value.w, padding)
+    for axis, config in enumerate(eqn.params["padding_config"]):
+        if tuple(config) != (0, 0, 0):
+            along = [k for k in range(len(value.factors)) if value.varies(k, axis)]
+            value = pad_noise(value, along or [0], axis, config)
+    return value.replace(w=w)
+
+
+@rule("tile")
+def tile(ctx: Any, eqn: Any, value: LowRank) -> Any:
+    reps = eqn.params["reps"]
+
+    def on_factor(f: Array) -> Array:
+        return jnp.tile(f, [1 if n == 1 else r for n, r in zip(f.shape, reps, strict=True)])
+
+    return on_each(value, lambda x: bind(eqn, x), on_factor)
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -399,49 +420,40 @@ def pad(ctx: Any, eqn: Any, value: Value, padding: Array) -> Any:
 def scale_by(ctx: Any, eqn: Any, left: Value, right: Value) -> Any:
     """Multiplication by a scalar, or by a vector along the axes of one factor."""
     multiply = eqn.primitive.name == "mul"
-    if isinstance(right, LowRank) and (isinstance(left, LowRank) or not multiply):
-        return UNHANDLED
     value, other = (left, right) if isinstance(left, LowRank) else (right, left)
-    small = other.value if isinstance(other, Spread) else other
-    if is_special(small):
+    small = jnp.asarray(other.value) if isinstance(other, Spread) else other
+    if is_special(small) or (value is right and not multiply):
         return UNHANDLED
     op = jnp.multiply if multiply else jnp.divide
     small = jnp.asarray(small)
-    if small.ndim == 0:
-        small = small.reshape((1,) * value.ndim)
-    w = op(value.w, small)
-    axes = [a for a in range(value.ndim) if small.shape[a] > 1]
+    axes = [a for a, n in enumerate(small.shape) if n > 1]
     if not axes:
-        return value.replace(w=w, scale=op(value.scale, small.reshape(()).astype(value.scale.dtype)))
+        by = small.reshape(())
+        return value.replace(w=op(value.w, by), scale=op(value.scale, by.astype(value.scale.dtype)))
     for k, factor in enumerate(value.factors):
         if all(value.varies(k, a) for a in axes):
             scaled = op(factor, small.astype(factor.dtype))
-            return value.replace(
-                w=w, factors=(*value.factors[:k], scaled, *value.factors[k + 1 :])
-            )
+            factors = (*value.factors[:k], scaled, *value.factors[k + 1 :])
+            return value.replace(w=op(value.w, small), factors=factors)
     return UNHANDLED
 
 
 @rule("add", "sub", "add_any")
 def add(ctx: Any, eqn: Any, left: Value, right: Value) -> Any:
-    """The sum of two perturbed matrices has the ranks of both."""
-    both = isinstance(left, LowRank) and isinstance(right, LowRank)
-    if not both or left.shape != right.shape or left.activation or right.activation:
+    """The sum of two perturbed matrices has the ranks of both; an array is added to the array."""
+    values = [v for v in (left, right) if isinstance(v, LowRank)]
+    others = [v for v in (left, right) if not isinstance(v, LowRank)]
+    if any(map(is_special, others)) or any(v.activation for v in values):
         return UNHANDLED
-    if eqn.primitive.name == "sub":
-        right = right.replace(w=-right.w, scale=-right.scale)
-    for order in itertools.permutations(range(len(right.factors))):
-        turned = right.replace(
-            factors=tuple(right.factors[k] for k in order),
-            tags=tuple(right.tags[k] for k in order) if right.tags else (),
-        )
-        parts = [fold_scale(left), fold_scale(turned)]
-        if len(left.factors) == len(right.factors) and same_form(parts):
-            factors = tuple(
-                jnp.concatenate(fs) for fs in zip(*(v.factors for v in parts), strict=True)
-            )
-            return combined(parts, left.w + right.w, factors)
-    return UNHANDLED
+    if left.shape != right.shape:
+        return UNHANDLED
+    w = bind(eqn, *(v.w if isinstance(v, LowRank) else v for v in (left, right)))
+    if eqn.primitive.name == "sub" and isinstance(right, LowRank):
+        values[-1] = right.replace(scale=-right.scale)
+    if len(values) == 1:
+        return values[0].replace(w=w)
+    parts = matched(values, lambda v: [dims(f) for f in v.factors])
+    return UNHANDLED if parts is None else combined(parts, w, 0)
 
 
 @rule("reduce_sum")
@@ -469,23 +481,32 @@ def dot_general(ctx: Any, eqn: Any, lhs: Value, rhs: Value) -> Any:
         product = product_of_two(ctx, eqn, lhs, rhs)
         if product is not UNHANDLED:
             return product
-        # The one that is cheaper to build gives way.
-        if lhs.w.size < rhs.w.size:
-            lhs = ctx.dense(lhs, eqn)
+        # Data gives way before weights, and the smaller before the larger.
+        if (not lhs.activation, lhs.w.size) < (not rhs.activation, rhs.w.size):
+            lhs = ctx.wide(lhs, eqn)
         else:
-            rhs = ctx.dense(rhs, eqn)
-    value, other = (lhs, rhs) if isinstance(lhs, LowRank) else (rhs, lhs)
-    other = ctx.dense(other, eqn)
+            rhs = ctx.wide(rhs, eqn)
     left, right, out = dot_labels(eqn, lhs, rhs)
-    labels, other_labels = (left, right) if value is lhs else (right, left)
-    record_dot(ctx, value, labels, other_labels, out)
-
     dtype = eqn.outvars[0].aval.dtype
     acc = accumulator(dtype)
-    operands = (value.w, other) if value is lhs else (other, value.w)
+    if isinstance(lhs, LowRank):
+        value, x, labels, x_labels = lhs, rhs, left, right
+    else:
+        value, x, labels, x_labels = rhs, lhs, right, left
+    value, x = in_one_type(ctx, eqn, value, x)
+    record_dot(ctx, value, labels, x_labels, out)
+    operands = (value.w, x) if isinstance(lhs, LowRank) else (x, value.w)
     main = bind(eqn, *operands, preferred_element_type=acc)
-    noise = perturbation(other, other_labels, value, labels, out, acc, eqn.params["precision"])
+    noise = perturbation(x, x_labels, value, labels, out, acc, eqn.params["precision"])
     return (main + noise).astype(dtype)
+
+
+def in_one_type(ctx: Any, eqn: Any, value: LowRank, x: Value) -> tuple[LowRank, Any]:
+    """Where ``x`` is a narrow parameter held in float32, the other operand is taken there too."""
+    x = ctx.wide(x, eqn)
+    if isinstance(x, Wide):
+        return value.replace(w=value.w.astype(x.value.dtype)), x.value
+    return value, x
 
 
 def dot_labels(eqn: Any, lhs: Value, rhs: Value) -> tuple[list[str], list[str], list[str]]:
@@ -509,71 +530,58 @@ def record_dot(
 
 
 def product_of_two(ctx: Any, eqn: Any, lhs: LowRank, rhs: LowRank) -> Any:
-    """``(W1 + s1 p1 q1^T)(W2 + s2 q2 p2^T)`` has rank r1 + r2: it need not be built either.
+    """``(W + p q^T)(V + u v^T)`` is ``W V + p (q^T (V + u v^T)) + (W u) v^T``: not built either.
 
-    Taken where one factor of each holds all that is contracted and the other all that is free.
+    Taken where of both one factor holds all that is contracted and the other all that is free.
     """
     left, right, out = dot_labels(eqn, lhs, rhs)
     contracted = [label for label in left if label not in out]
     if set(left) & set(right) & set(out) or lhs.activation or rhs.activation:
         return UNHANDLED
-    sides = []
-    for value, labels in ((lhs, left), (rhs, right)):
-        inner = [k for k in range(len(value.factors)) if on(value, k, labels, contracted)]
-        outer = [k for k in range(len(value.factors)) if on(value, k, labels, out)]
-        if len(value.factors) != 2 or sorted(inner + outer) != [0, 1]:
-            return UNHANDLED
-        sides.append((value.factors[inner[0]], value.factors[outer[0]]))
+    sides = [inner_and_outer(v, ls, contracted) for v, ls in ((lhs, left), (rhs, right))]
+    if None in sides:
+        return UNHANDLED
     record_dot(ctx, lhs, left, right, out)
     record_dot(ctx, rhs, right, left, out)
-    (q1, p1), (q2, p2) = sides
-    acc = accumulator(eqn.outvars[0].aval.dtype)
+    dtype, precision = eqn.outvars[0].aval.dtype, eqn.params["precision"]
+    acc = accumulator(dtype)
+    order = ("thin", *out)
 
-    def to_out(x: Array, labels: Sequence[str]) -> Array:
-        return jax.vmap(lambda v: align((v, tuple(labels)), out))(x)
+    def thin(factor: Array, labels: Sequence[str], scale: Array) -> Labelled:
+        f, kept = labelled(factor, ("thin", *labels))
+        return f.astype(acc) * scale.astype(acc), kept
 
-    def drop(factor: Array, labels: Sequence[str], keep: Sequence[str]) -> tuple[Array, list[str]]:
-        kept = [i for i, label in enumerate(labels) if label in keep]
-        return factor.reshape(factor.shape[0], *(factor.shape[i + 1] for i in kept)), [labels[i] for i in kept]
+    def through(t: Labelled, w: Array, labels: Sequence[str]) -> Array:
+        return align(contract(t, (w, tuple(labels)), set(order), order, acc, precision), order)
 
-    def through(factor: Array, labels: Sequence[str], w: Array, w_labels: Sequence[str]) -> Array:
-        thin, thin_labels = drop(factor, labels, contracted)
-        needed = {"rank", *(label for label in w_labels if label in out)}
-        y, y_labels = contract(
-            (thin, ("rank", *thin_labels)), (w, tuple(w_labels)), needed, ["rank", *out], acc
-        )
-        return to_out(y, y_labels[1:])
-
-    first, first_labels = drop(p1, left, out)
-    last, last_labels = drop(p2, right, out)
-    left_1 = to_out(first, first_labels) * lhs.scale.astype(acc)
-    right_1 = through(q1, left, rhs.w, right)
-    left_2 = through(q2, right, lhs.w, left) * rhs.scale.astype(acc)
-    right_2 = to_out(last, last_labels)
-    # The cross term (q1 . q2) of the two perturbations joins the first pair.
-    inner_1, inner_labels = drop(q1, left, contracted)
-    inner_2, _ = drop(q2, right, contracted)
-    order = [drop(q2, right, contracted)[1].index(label) + 1 for label in inner_labels]
-    cross = jnp.tensordot(
-        inner_1.astype(acc), inner_2.astype(acc), (list(range(1, inner_1.ndim)), order)
-    ) * rhs.scale.astype(acc)
-    right_1 = right_1 + jnp.tensordot(cross, right_2.astype(acc), 1)
-
-    dtype = eqn.outvars[0].aval.dtype
-    w = bind(eqn, lhs.w, rhs.w)
-    factors = (
-        jnp.concatenate([left_1, left_2]).astype(dtype),
-        jnp.concatenate([right_1, right_2.astype(acc)]).astype(dtype),
+    (q, p), (u, v) = sides
+    one = jnp.ones((), acc)
+    t = thin(q, left, one)
+    across = through(t, rhs.w, right) + perturbation(*t, rhs, right, order, acc, precision)
+    pairs = (
+        (align(thin(p, left, lhs.scale), order), through(thin(u, right, rhs.scale), lhs.w, left)),
+        (across, align(thin(v, right, one), order)),
     )
-    paths = tuple(dict.fromkeys((*lhs.paths, *rhs.paths)))
-    tags = (frozenset(), frozenset()) if lhs.tags else ()
-    return LowRank(w, factors, jnp.ones_like(lhs.scale), paths, False, tags)
+    return LowRank(
+        bind(eqn, lhs.w, rhs.w),
+        tuple(jnp.concatenate(factors).astype(dtype) for factors in pairs),
+        jnp.ones_like(lhs.scale),
+        tuple(dict.fromkeys((*lhs.paths, *rhs.paths))),
+        False,
+        (frozenset(), frozenset()) if lhs.tags else (),
+    )
 
 
-def on(value: LowRank, k: int, labels: Sequence[str], where: Sequence[str]) -> bool:
-    """Whether factor ``k`` varies along axes of ``where`` and along no other."""
-    varying = [label for axis, label in enumerate(labels) if value.varies(k, axis)]
-    return bool(varying) and all(label in where for label in varying)
+def inner_and_outer(
+    value: LowRank, labels: Sequence[str], contracted: Sequence[str]
+) -> tuple[Array, Array] | None:
+    """The factor that varies along all contracted axes, and the one that does along none."""
+    wide = {label for label, n in zip(labels, value.shape, strict=True) if n > 1}
+    along = [set(labelled(f[0], labels)[1]) for f in value.factors]
+    for k, other in ((0, 1), (1, 0)):
+        if len(along) == 2 and along[k] == wide & {*contracted} and not along[other] & along[k]:
+            return value.factors[k], value.factors[other]
+    return None
 
 
 @rule("conv_general_dilated")
@@ -581,122 +589,104 @@ def conv_general_dilated(ctx: Any, eqn: Any, lhs: Value, rhs: Value) -> Any:
     params = eqn.params
     if not isinstance(rhs, LowRank) or params["batch_group_count"] != 1:
         return UNHANDLED
-    lhs = ctx.dense(lhs, eqn)
+    rhs, lhs = in_one_type(ctx, eqn, rhs, lhs)
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    out_axis, in_axis, *spatial_axes = numbers.rhs_spec
-    for axis, role in [(out_axis, "free"), *((a, "contracted") for a in (in_axis, *spatial_axes))]:
-        ctx.record(role, rhs, axis)
+    out_axis, *inner_axes = numbers.rhs_spec
+    ctx.record("free", rhs, out_axis)
+    for axis in inner_axes:
+        ctx.record("contracted", rhs, axis)
 
     dtype = eqn.outvars[0].aval.dtype
     acc = accumulator(dtype)
     main = bind(eqn, lhs, rhs.w, preferred_element_type=acc)
-    positions = math.prod(rhs.shape[a] for a in spatial_axes)
-    if positions <= MAX_SHIFTS or len(rhs.factors) != 2 or not rows_and_columns(rhs, out_axis):
-        noise = shifted_products(eqn, lhs, rhs, main, acc)
+    if main.size == 0:
+        return main.astype(dtype)
+    positions = math.prod(rhs.shape[a] for a in inner_axes[1:])
+    columns = [f for f in rhs.factors if f[0].size == dims(f)[out_axis]]
+    rows = [f for f in rhs.factors if dims(f)[out_axis] == 1]
+    if positions > MAX_SHIFTS and len(columns) == len(rows) == 1:
+        noise = thin_convolution(eqn, lhs, rows[0], columns[0], acc)
     else:
-        noise = thin_convolution(eqn, lhs, rhs, acc)
-    # [batch, *spatial, groups, channels of a group] back to the layout of the output
-    flat = noise.reshape(*noise.shape[:-2], noise.shape[-2] * noise.shape[-1])
-    if flat.shape[-1] != rhs.shape[out_axis]:
-        full = (*noise.shape[:-2], groups, rhs.shape[out_axis] // groups)
-        flat = jnp.broadcast_to(noise, full).reshape(*noise.shape[:-2], rhs.shape[out_axis])
-    batch, channel, *spatial = numbers.out_spec
-    source = [0, flat.ndim - 1, *range(1, flat.ndim - 1)]
-    order = [0] * flat.ndim
-    for axis, at in zip((batch, channel, *spatial), source, strict=True):
-        order[axis] = at
-    return (main + jnp.transpose(flat, order)).astype(dtype)
+        noise = shifted_products(eqn, lhs, rhs, main, acc)
+    channels = rhs.shape[out_axis]
+    noise = jnp.broadcast_to(noise, (*noise.shape[:-2], groups, channels // groups))
+    noise = noise.reshape(*noise.shape[:-2], channels) * rhs.scale.astype(acc)
+    noise = jnp.moveaxis(noise, channels_last(noise.ndim), numbers.out_spec)
+    return (main + noise).astype(dtype)
 
 
-def rows_and_columns(value: LowRank, out_axis: int) -> bool:
-    """Whether one factor varies along the output channels alone and the other along the rest."""
-    columns = [k for k in range(2) if value.varies(k, out_axis)]
-    return len(columns) == 1 and all(
-        axis == out_axis or not value.varies(columns[0], axis) for axis in range(value.ndim)
-    )
+def channels_last(ndim: int) -> tuple[int, ...]:
+    """Where (batch, channel, *spatial) stand in the layout ``[batch, *spatial, channel]``."""
+    return (0, ndim - 1, *range(1, ndim - 1))
 
 
-def shifted_products(eqn: Any, lhs: Array, rhs: LowRank, main: Array, acc: Any) -> Array:
-    """The perturbation as a sum over kernel positions of thin products with a shifted input."""
+def shifted_products(eqn: Any, lhs: Array, rhs: LowRank, main: Array, acc: DTypeLike) -> Array:
+    """The perturbation as a sum over kernel positions of thin products with a shifted input.
+
+    Returns:
+      ``[batch, *spatial, groups, channels of a group]``, not scaled yet; the last may be 1.
+    """
     params = eqn.params
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    x = jnp.transpose(lhs, numbers.lhs_spec)  # [batch, channel, *spatial]
-    x = jnp.moveaxis(x, 1, -1)
-    edges = [(0, 0, 0)]
-    for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True):
-        edges.append((low, high, dilation - 1))
-    x = lax.pad(x, jnp.zeros((), x.dtype), [*edges, (0, 0, 0)])
+    x = jnp.moveaxis(lhs, numbers.lhs_spec, channels_last(lhs.ndim))
+    padding = zip(params["padding"], params["lhs_dilation"], strict=True)
+    edges = [(low, high, dilation - 1) for (low, high), dilation in padding]
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
     x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-
-    out_axis, in_axis, *spatial_axes = numbers.rhs_spec
-    kernel = [rhs.shape[a] for a in spatial_axes]
     out_sizes = [main.shape[a] for a in numbers.out_spec[2:]]
-    space = [f"s{i}" for i in range(len(kernel))]
-    x_labels = ("n", *space, "g", "i")
-    out_labels = ("n", *space, "g", "o")
-
-    def at(factor: Array, r: int, offset: Sequence[int]) -> tuple[Array, tuple[str, ...]]:
-        f = jnp.transpose(factor[r], (*spatial_axes, in_axis, out_axis))
-        f = f[tuple(0 if f.shape[i] == 1 else o for i, o in enumerate(offset))]
-        labels = []
-        if f.shape[1] > 1:
-            f, labels = f.reshape(f.shape[0], groups, -1), ["g", "o"]
-        else:
-            f = f[:, 0]
-        if f.shape[0] > 1:
-            labels = ["i", *labels]
-        else:
-            f = f[0]
-        if labels and f.ndim == len(labels) and groups == 1 and "g" in labels:
-            f, labels = jnp.squeeze(f, labels.index("g")), [v for v in labels if v != "g"]
-        return f, tuple(labels)
+    steps = list(zip(params["window_strides"], out_sizes, strict=True))
 
     def window(offset: Sequence[int]) -> Array:
-        starts, limits, strides = [0], [x.shape[0]], [1]
-        steps = zip(offset, params["rhs_dilation"], params["window_strides"], out_sizes, strict=True)
-        for position, dilation, stride, size in steps:
-            starts.append(position * dilation)
-            limits.append(position * dilation + (size - 1) * stride + 1)
-            strides.append(stride)
-        tail = x.shape[-2:]
-        return lax.slice(x, [*starts, 0, 0], [*limits, *tail], [*strides, 1, 1])
+        starts = [o * d for o, d in zip(offset, params["rhs_dilation"], strict=True)]
+        ends = [s + (n - 1) * by + 1 for s, (by, n) in zip(starts, steps, strict=True)]
+        at = [slice(s, e, by) for s, e, (by, _) in zip(starts, ends, steps, strict=True)]
+        return x[:, *at]
 
-    moving = [f for f in rhs.factors if any(dims(f)[a] > 1 for a in spatial_axes)]
-    still = [f for f in rhs.factors if all(dims(f)[a] == 1 for a in spatial_axes)]
-    total = None
-    for r in range(rhs.rank):
-        fixed = [at(f, r, [0] * len(kernel)) for f in still]
-        later = set(out_labels).union(*(labels for _, labels in fixed))
-        t = None
-        for offset in itertools.product(*map(range, kernel)):
-            y = (window(offset), x_labels)
-            here = [at(f, r, offset) for f in moving]
-            for i, factor in enumerate(here):
-                needed = later.union(*(labels for _, labels in here[i + 1 :]))
-                y = contract(y, factor, needed, out_labels, acc, params["precision"])
-            t = y if t is None else (t[0] + y[0], y[1])
-        for i, factor in enumerate(fixed):
-            needed = set(out_labels).union(*(labels for _, labels in fixed[i + 1 :]))
-            t = contract(t, factor, needed, out_labels, acc, params["precision"])
-        if "i" in t[1]:  # no factor varies along the input channels
-            t = (t[0].sum(t[1].index("i")), tuple(v for v in t[1] if v != "i"))
-        term = align(t, out_labels) * rhs.scale.astype(acc)
-        total = term if total is None else total + term
-    return total
+    out_axis, in_axis, *kernel_axes = numbers.rhs_spec
+    kernel = [f"k{i}" for i in range(len(kernel_axes))]
+    space = [f"s{i}" for i in range(len(kernel_axes))]
+    x_labels, out_labels = ("n", *space, "g", "i"), ("n", *space, "g", "o")
+
+    def with_groups(f: Array) -> Array:
+        f = jnp.transpose(f, [0, *(a + 1 for a in (*kernel_axes, in_axis, out_axis))])
+        g = groups if f.shape[-1] > 1 else 1
+        return f.reshape(*f.shape[:-1], g, f.shape[-1] // g)
+
+    def at_position(factor: Labelled, position: dict[str, int]) -> Labelled:
+        f, labels = factor
+        index = tuple(position.get(label, slice(None)) for label in labels)
+        return f[index], tuple(label for label in labels if label not in position)
+
+    factors = [with_groups(f) for f in rhs.factors]
+    positions = [range(rhs.shape[a]) for a in kernel_axes]
+    out, precision, total = set(out_labels), params["precision"], []
+    for term in terms(factors, (*kernel, "i", "g", "o")):
+        moving = [f for f in term if set(kernel) & set(f[1])]
+        fixed = [f for f in term if not set(kernel) & set(f[1])]
+        keep = out.union(*(labels for _, labels in fixed))
+        shifted = []
+        for offset in itertools.product(*positions):
+            here = [at_position(f, dict(zip(kernel, offset, strict=True))) for f in moving]
+            t = (window(offset), x_labels)
+            shifted.append(chain(t, here, keep, out_labels, acc, precision))
+        t = (functools.reduce(jnp.add, [y for y, _ in shifted]), shifted[0][1])
+        total.append(align(chain(t, fixed, out, out_labels, acc, precision), out_labels))
+    return functools.reduce(jnp.add, total)
 
 
-def thin_convolution(eqn: Any, lhs: Array, rhs: LowRank, acc: Any) -> Array:
-    """The perturbation of a large kernel: a convolution to one channel a rank, then the columns."""
-    params = eqn.params
-    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    out_axis = numbers.rhs_spec[0]
-    k = 0 if rhs.varies(0, out_axis) else 1
-    columns, rows = rhs.factors[k], rhs.factors[1 - k]
-    total = None
-    for r in range(rhs.rank):
-        kernel = jnp.repeat(rows[r].astype(lhs.dtype), groups, axis=out_axis)
-        t = bind(eqn, lhs, kernel, preferred_element_type=acc)
-        t = jnp.moveaxis(jnp.transpose(t, numbers.out_spec), 1, -1)[..., None]
-        term = t * columns[r].reshape(groups, -1).astype(acc) * rhs.scale.astype(acc)
-        total = term if total is None else total + term
-    return total
+def thin_convolution(eqn: Any, lhs: Array, rows: Array, columns: Array, acc: DTypeLike) -> Array:
+    """The perturbation of a large kernel: a convolution to one channel a rank, then the columns.
+
+    Returns:
+      As :func:`shifted_products`.
+    """
+    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
+    out_axis, rank = numbers.rhs_spec[0], rows.shape[0]
+    kernel = jnp.moveaxis(jnp.squeeze(rows, out_axis + 1), 0, out_axis).astype(lhs.dtype)
+    kernel = jnp.concatenate([kernel] * groups, out_axis)
+    t = bind(eqn, lhs, kernel, preferred_element_type=acc)
+    t = jnp.moveaxis(t, numbers.out_spec, channels_last(t.ndim))
+    t = t.reshape(*t.shape[:-1], groups, rank)
+    return jnp.einsum(
+        "...gr,rgo->...go", t, columns.reshape(rank, groups, -1), preferred_element_type=acc
+    )

@@ -233,7 +233,7 @@ def chain(*shapings: Shaping) -> Shaping:
       A shaping; that of no shapings is :func:`identity`.
 
     Raises:
-      ValueError: one of them is not callable, or is a maker of shapings that was not called.
+      ValueError: one of them is a function of this file itself (``zscore`` for ``zscore()``).
 
     Example:
       >>> import jax.numpy as jnp
@@ -243,9 +243,7 @@ def chain(*shapings: Shaping) -> Shaping:
       Array([-0.577, -0.577, -0.577,  1.   ], dtype=float32)
     """
     for shaping in shapings:
-        if not callable(shaping):
-            raise ValueError(f"chain takes shapings such as zscore(), got {shaping!r}")
-        if not isinstance(shaping, _Rule) and getattr(shaping, "__module__", None) == __name__:
+        if shaping in (identity, zscore, centered_rank, center, scale, per_task, pair_sign, chain):
             name = shaping.__name__
             raise ValueError(f"chain got {name}, which makes a shaping; call it: {name}()")
     return _Rule(_chain, (("shapings", shapings),))
@@ -286,21 +284,21 @@ def _identity(scores: Array, valid: Array, groups: Array | None) -> Array:
 
 
 def _zscore(scores: Array, valid: Array, groups: Array | None, *, eps: float) -> Array:
-    deviation, std = _half_moments(scores, valid, _over_task)
+    deviation, std = _moments(scores, valid, _over_task)
     return _divide(deviation, std, eps)
 
 
 def _center(scores: Array, valid: Array, groups: Array | None, *, by: str) -> Array:
-    deviation, _ = _half_moments(scores, valid, _over(by, groups))
+    deviation, _ = _moments(scores, valid, _over(by, groups))
     largest = jnp.finfo(scores.dtype).max
-    return jnp.clip(2 * deviation, -largest, largest)
+    return jnp.clip(_SHRINK * deviation, -largest, largest)
 
 
 def _scale(scores: Array, valid: Array, groups: Array | None, *, by: str, eps: float) -> Array:
     if by == "none":
         return scores
-    _, std = _half_moments(scores, valid, _over(by, groups))
-    return _divide(scores / 2, std, eps)
+    _, std = _moments(scores, valid, _over(by, groups))
+    return _divide(scores / _SHRINK, std, eps)
 
 
 def _per_task(
@@ -308,10 +306,10 @@ def _per_task(
 ) -> Array:
     if scale == "none":
         return _center(scores, valid, groups, by="group")
-    deviation, group_std = _half_moments(scores, valid, _over("group", groups))
+    deviation, group_std = _moments(scores, valid, _over("group", groups))
     if scale == "group":
         return _divide(deviation, group_std, eps)
-    _, std = _half_moments(scores, valid, _over_batch)
+    _, std = _moments(scores, valid, _over_batch)
     return _divide(deviation, std, eps)
 
 
@@ -340,8 +338,7 @@ def _chain(
 
 def _centered_rank(scores: Array, valid: Array, groups: Array | None) -> Array:
     ids = jnp.zeros(scores.shape[0], jnp.int32) if groups is None else groups
-    # -0 and 0 are one score; the sort would tell them apart.
-    keys = jnp.where(valid, jnp.where(scores == 0, 0, scores), jnp.inf)
+    keys = jnp.where(valid, scores, jnp.inf)
     return jax.vmap(_column_rank, in_axes=(1, None), out_axes=1)(keys, ids)
 
 
@@ -364,25 +361,31 @@ def _column_rank(
     return jnp.zeros_like(keys).at[order].set(rank, unique_indices=True)
 
 
-def _half_moments(scores: Array, valid: Array, reduce: _Reduce) -> tuple[Array, Array]:
-    """Half of each score's deviation from the mean of its set, and half of the standard deviation.
+# Moments are of the scores divided by this. The range of the largest floats is not finite, and
+# their reciprocals, by which XLA may multiply instead of dividing, are denormal.
+_SHRINK = 8
 
-    Halves, because the difference of two finite floats may not be finite. Scores are first taken
-    from the lowest, which is exact under a large common offset, and in units of a power of two near
-    the range, so that squares neither overflow nor underflow and whole numbers stay exact.
+
+def _moments(scores: Array, valid: Array, reduce: _Reduce) -> tuple[Array, Array]:
+    """Each score's deviation from the mean of its set, and the set's deviation, over ``_SHRINK``.
+
+    Scores are first taken from the lowest, which is exact under a large common offset, and in units
+    of a power of two near the range: squares neither overflow nor underflow, and whole numbers stay
+    exact.
     """
-    high = reduce(jnp.maximum, jnp.where(valid, scores, -jnp.inf)) / 2
-    low = -reduce(jnp.maximum, jnp.where(valid, -scores, -jnp.inf)) / 2
-    half_range = high - low  # -inf where nothing is valid
+    scores = scores / _SHRINK
+    high = reduce(jnp.maximum, jnp.where(valid, scores, -jnp.inf))
+    low = -reduce(jnp.maximum, jnp.where(valid, -scores, -jnp.inf))
+    spread = high - low  # -inf where nothing is valid
     precision = jnp.finfo(scores.dtype)
     rounding = 2 * precision.eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-    # The second bound keeps the deviation clear of denormals, which accelerators take as zero.
-    has_spread = half_range > jnp.maximum(rounding, precision.tiny / precision.eps)
+    # The second bound keeps the deviation clear of denormals, which XLA takes as zero.
+    has_spread = spread > jnp.maximum(rounding, precision.tiny / precision.eps)
     used = valid & has_spread
-    _, exponent = jnp.frexp(jnp.where(has_spread, half_range, 1))
-    unit = jnp.ldexp(jnp.ones_like(half_range), exponent - 1)
+    _, exponent = jnp.frexp(jnp.where(has_spread, spread, 1))
+    unit = jnp.ldexp(jnp.ones_like(spread), exponent - 1)
     count = jnp.maximum(reduce(jnp.add, valid.astype(scores.dtype)), 1)
-    deviation = jnp.where(used, (scores / 2 - low) / unit, 0)
+    deviation = jnp.where(used, (scores - low) / unit, 0)
     # The second time takes away what rounding left in the first mean.
     for _ in range(2):
         deviation = jnp.where(used, deviation - reduce(jnp.add, deviation) / count, 0)
@@ -390,10 +393,10 @@ def _half_moments(scores: Array, valid: Array, reduce: _Reduce) -> tuple[Array, 
     return deviation * unit, std * unit
 
 
-def _divide(half_scores: Array, half_std: Array, eps: float) -> Array:
-    """``scores / sqrt(std^2 + eps)``, and 0 where there is no spread."""
-    divisor = jnp.hypot(half_std, math.sqrt(eps) / 2)
-    return jnp.where(half_std > 0, half_scores / jnp.where(half_std > 0, divisor, 1), 0)
+def _divide(shrunk: Array, std: Array, eps: float) -> Array:
+    """``shrunk / sqrt(std^2 + eps)``, both from :func:`_moments`, or 0 without spread."""
+    divisor = jnp.hypot(std, math.sqrt(eps) / _SHRINK)
+    return jnp.where(std > 0, shrunk / jnp.where(std > 0, divisor, 1), 0)
 
 
 def _over(by: str, groups: Array | None) -> _Reduce:

@@ -79,12 +79,12 @@ def test_members_of_a_pair_mirror_each_other_about_the_mean():
     "settings",
     [
         {},
-        {"rank": 4},
-        {"rank": "full"},
+        {"rank": 4, "shaping": None},
         {"plan": eggroll.plan.by_shape({"first/kernel": Matrix(rows=1, columns=0, rank=2, sigma=3.0)})},
-        {"plan": eggroll.plan.by_shape({"first/*": eggroll.Dense(sigma=0.5)})},
-        {"shaping": None},
-        {"shaping": eggroll.shaping.centered_rank()},
+        {
+            "plan": eggroll.plan.by_shape({"first/*": eggroll.Dense(sigma=0.5)}),
+            "shaping": eggroll.shaping.centered_rank(),
+        },
     ],
 )
 def test_gradient_is_the_weighted_sum_of_the_members_noise(settings):
@@ -129,23 +129,20 @@ def test_step_is_evaluate_then_update_is_gradient_then_apply():
 
 def test_chunks_change_nothing():
     outcomes = []
-    for chunk in (None, 8, 10, 16):
+    for chunk in (None, 10):
         es = make(chunk=chunk)
         outcomes.append(es.step(es.init(make_params(), 0), fitness, X, Y))
     for other in outcomes[1:]:
         chex.assert_trees_all_close(outcomes[0], other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (8, 1), (4, 2)])
-@pytest.mark.parametrize("population", [32, 36])
+@pytest.mark.parametrize(("shape", "population"), [((8, 1), 36), ((4, 2), 32)])
 def test_devices_change_nothing_but_rounding(shape, population):
     one = make(population=population)
     many = make(population=population, mesh=mesh(*shape), chunk=4)
-    state, expected = one.init(make_params(), 0), None
-    expected = state
-    found = many.init(make_params(), 0)
+    state = expected = found = one.init(make_params(), 0)
     np.testing.assert_allclose(
-        many.evaluate(found, per_task, X, Y), one.evaluate(state, per_task, X, Y), rtol=1e-5, atol=1e-6
+        many.evaluate(state, per_task, X, Y), one.evaluate(state, per_task, X, Y), rtol=1e-5, atol=1e-6
     )
     for _ in range(3):
         expected, metrics = one.step(expected, fitness, X, Y)
@@ -318,6 +315,19 @@ def test_frozen_leaves_and_integers_pass_the_optimizer_by():
     assert es.gradient(state, np.arange(32.0))["second"] == {"kernel": None, "bias": None}
 
 
+def test_parameters_may_hold_none():
+    params = {"w": make_params()["first"]["kernel"], "nothing": None, "count": jnp.arange(2)}
+
+    def score(params, key):
+        return jnp.sum(X @ params["w"])
+
+    es = make()
+    state = es.init(params, 0)
+    grads = es.gradient(state, es.evaluate(state, score))
+    assert grads["nothing"] is None and grads["count"] is None
+    chex.assert_trees_all_close(es.step(state, score)[0], es.apply_gradient(state, grads)[0], atol=1e-6)
+
+
 def test_sigma_follows_its_schedule():
     es = make(sigma=optax.exponential_decay(0.4, 1, 0.5))
     state = es.init(make_params(), 0)
@@ -468,12 +478,12 @@ def test_it_fits_a_regression_and_a_score_without_a_gradient():
     def accuracy(params, key, x, labels):
         return jnp.mean(jnp.argmax(predict(params, x), 1) == labels)
 
-    es = make(population=256, optimizer=optax.adam(0.05), sigma=0.2)
+    es = make(population=256, optimizer=optax.adam(0.1), sigma=0.3)
     state = es.init(make_params(), 0)
     before = float(fitness(state.params, None, X, Y))
     after = float(fitness(es.optimize(state, fitness, 100, X, Y).params, None, X, Y))
     assert after > before / 5 and before < -0.3
-    trained = es.optimize(state, accuracy, 80, X, labels)
+    trained = es.optimize(state, accuracy, 100, X, labels)
     assert float(accuracy(trained.params, None, X, labels)) >= 0.9
 
 

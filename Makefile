@@ -1,0 +1,60 @@
+# From a clean checkout, with nothing but Python 3.11+ and make: `make demo`, `make test`.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: help setup demo test lint types bench soak constraints clean
+
+help:
+	@echo "make setup   fill $(VENV) with the project and all that it needs"
+	@echo "make demo    train a CartPole policy without backpropagation; about a minute, most of it setup"
+	@echo "make test    all tests, doctests and notebooks (ARGS='-k noise' to choose)"
+	@echo "make lint    ruff            make types   mypy"
+	@echo "make bench   ratios of speed, in one run on this machine"
+	@echo "make soak    long repetitions that make test leaves out"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none was found (set PYTHON=)." >&2; exit 1; }
+	@if command -v uv >/dev/null 2>&1; then \
+		test -x $(BIN)/python || uv venv -q --python $(PYTHON) $(VENV); \
+		uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[rl,dev]'; \
+	else \
+		test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rl,dev]'; \
+	fi
+	@touch $@
+
+demo: setup
+	$(BIN)/eggroll rl --preset cartpole --run-dir runs/demo --overwrite
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks.noise
+	$(BIN)/python -m benchmarks.forward
+	$(BIN)/python -m benchmarks.step
+
+soak: setup
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+# The versions now in $(VENV), names and numbers alone.
+constraints: setup
+	{ echo "# The versions that the project is tested with; refreshed by make constraints."; \
+	  $(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude uv | sort -f; } > constraints.tmp
+	mv constraints.tmp constraints.txt
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info

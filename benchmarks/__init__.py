@@ -1,0 +1,1 @@
+"""Measurements side by side in one process: what is reported is ratios, not times."""

@@ -1,0 +1,1 @@
+"""Training policies in gymnax environments: `eggroll rl`."""

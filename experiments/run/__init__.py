@@ -1,0 +1,1 @@
+"""What every driver shares: command line, run folder, metrics, progress, plots."""

@@ -1,0 +1,59 @@
+"""Progress on stderr: a bar on a terminal, otherwise a plain line every now and then."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Shows how far a run has come.
+
+    Args:
+        total: generations after which it ends.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._bar = _bar() if sys.stderr.isatty() else None
+        self._last_line = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self._total)
+        return self
+
+    def update(self, done: int, text: str) -> None:
+        """Say that `done` generations are over, and something about them."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=text)
+        elif time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.perf_counter()
+            print(f"generation {done} of at most {self._total}: {text}", file=sys.stderr)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _bar():
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    return Bar(
+        TextColumn("generation"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+    )
