@@ -9,9 +9,9 @@ from eggroll.interpreter import DenseBuildWarning as DenseBuildWarning
 from eggroll.plan import Dense as Dense
 from eggroll.plan import Frozen as Frozen
 from eggroll.plan import Matrix as Matrix
+from eggroll.state import Metrics as Metrics
+from eggroll.state import State as State
 from eggroll.strategy import EvolutionStrategy as EvolutionStrategy
-from eggroll.strategy import Metrics as Metrics
-from eggroll.strategy import State as State
 
 __all__ = [
     "Dense",

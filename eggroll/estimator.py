@@ -112,9 +112,7 @@ def gradient(
     def of(leaf: Leaf, total: Array | None) -> Array | None:
         if total is None:
             return None
-        t = leaf.treatment
-        rank = t.rank if isinstance(t, Matrix) else 1
-        factor = 1 / (rank**0.5 * t.sigma * sigma * jnp.maximum(members, 1))
+        factor = 1 / (leaf.root_rank * leaf.sigma * sigma * jnp.maximum(members, 1))
         return -total * factor.astype(total.dtype)
 
     return [of(leaf, total) for leaf, total in zip(plan.leaves, sums, strict=True)]

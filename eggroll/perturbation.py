@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, UInt32
 
 from eggroll.lowrank import LowRank, Wide, accumulator, build, is_narrow
 from eggroll.noise import Noise, stream
-from eggroll.plan import Dense, Leaf, Matrix, Plan
+from eggroll.plan import Leaf, Matrix, Plan
 
 # Of each leaf what a pair draws: the factors (A, B), dense noise (E,), or nothing.
 Draw = tuple[Array, ...]
@@ -65,12 +65,7 @@ def draw_once(
 
 def scale_of(leaf: Leaf, sigma: Float[Array, ""]) -> Array:
     """sigma of this leaf over the square root of the rank: what multiplies ``sum_r A_r B_r``."""
-    t = leaf.treatment
-    if isinstance(t, Matrix):
-        assert t.rank is not None
-        return sigma * (t.sigma / t.rank**0.5)
-    assert isinstance(t, Dense)
-    return sigma * t.sigma
+    return sigma * (leaf.sigma / leaf.root_rank)
 
 
 def perturb(

@@ -20,11 +20,7 @@ from eggroll.lowrank import LowRank, accumulator
 Axes = int | Sequence[int]
 
 
-def _axes(axes: Axes) -> tuple[int, ...]:
-    return (axes,) if isinstance(axes, int) else tuple(axes)
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Matrix:
     """Low-rank noise: ``A`` over the row axes, ``B`` over the column axes.
 
@@ -40,15 +36,24 @@ class Matrix:
       Matrix(rows=(0,), columns=(1, 2), batch=(), rank=None, sigma=1.0)
     """
 
-    rows: Axes
-    columns: Axes
-    batch: Axes = ()
-    rank: int | None = None
-    sigma: float = 1.0
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    batch: tuple[int, ...]
+    rank: int | None
+    sigma: float
 
-    def __post_init__(self) -> None:
-        for name in ("rows", "columns", "batch"):
-            object.__setattr__(self, name, _axes(getattr(self, name)))
+    def __init__(
+        self,
+        rows: Axes,
+        columns: Axes,
+        batch: Axes = (),
+        rank: int | None = None,
+        sigma: float = 1.0,
+    ) -> None:
+        for name, axes in (("rows", rows), ("columns", columns), ("batch", batch)):
+            object.__setattr__(self, name, (axes,) if isinstance(axes, int) else tuple(axes))
+        object.__setattr__(self, "rank", rank)
+        object.__setattr__(self, "sigma", sigma)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,15 +82,18 @@ class Leaf:
     reason: str
 
     @property
-    def sides(self) -> tuple[int, int, int]:
-        """(batch, rows, columns) as numbers of entries."""
-        t = self.treatment
-        assert isinstance(t, Matrix)
-        return tuple(math.prod(self.shape[a] for a in axes) for axes in (t.batch, t.rows, t.columns))  # type: ignore[return-value]
-
-    @property
     def trainable(self) -> bool:
         return not isinstance(self.treatment, Frozen)
+
+    @property
+    def sigma(self) -> float:
+        """The factor on the strategy's sigma."""
+        return 0.0 if isinstance(self.treatment, Frozen) else self.treatment.sigma
+
+    @property
+    def root_rank(self) -> float:
+        """What ``sum_r A_r B_r`` is divided by to have entries of unit variance."""
+        return math.sqrt(getattr(self.treatment, "rank", None) or 1)
 
     def noise_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of what one pair draws: the factors ``[rank, *axes]``, or ``[*shape]``."""
@@ -237,7 +245,9 @@ def leaf_paths(params: Any) -> list[tuple[str, Any]]:
     seen: set[str] = set()
     for path, _ in leaves:
         if path in seen:
-            raise ValueError(f"two parameters have the path {path!r}; noise is keyed by paths: rename one")
+            raise ValueError(
+                f"two parameters have the path {path!r}; noise is keyed by paths: rename one"
+            )
         seen.add(path)
     return leaves
 
@@ -274,7 +284,9 @@ def _settle(
         plan.append(Leaf(path, shape, leaf.dtype, treatment, reason))
     if not any(leaf.trainable for leaf in plan):
         kinds = {leaf.path: str(leaf.dtype) for leaf in plan}
-        raise ValueError(f"params hold no float array to train: every leaf is frozen or no float ({kinds})")
+        raise ValueError(
+            f"params hold no float array to train: every leaf is frozen or no float ({kinds})"
+        )
     return Plan(tuple(plan))
 
 
@@ -282,18 +294,20 @@ def _settle_matrix(
     path: str, shape: tuple[int, ...], matrix: Matrix, rank: int | Literal["full"], reason: str
 ) -> tuple[Treatment, str]:
     groups = (matrix.rows, matrix.columns, matrix.batch)
-    axes = [a % len(shape) if -len(shape) <= a < len(shape) else a for group in groups for a in _axes(group)]
+    axes = [
+        a % len(shape) if -len(shape) <= a < len(shape) else a for group in groups for a in group
+    ]
     if sorted(axes) != list(range(len(shape))):
         raise ValueError(
             f"parameter {path!r} has {len(shape)} axes {list(shape)}; rows={matrix.rows}, "
             f"columns={matrix.columns}, batch={matrix.batch} must name each of them once"
         )
-    wrap = lambda group: tuple(a % len(shape) for a in _axes(group))  # noqa: E731
+    wrap = lambda group: tuple(a % len(shape) for a in group)  # noqa: E731
     matrix = dataclasses.replace(
         matrix, rows=wrap(matrix.rows), columns=wrap(matrix.columns), batch=wrap(matrix.batch)
     )
-    m = math.prod(shape[a] for a in _axes(matrix.rows))
-    n = math.prod(shape[a] for a in _axes(matrix.columns))
+    m = math.prod(shape[a] for a in matrix.rows)
+    n = math.prod(shape[a] for a in matrix.columns)
     if matrix.rank is not None:
         if not 1 <= matrix.rank <= min(m, n):
             raise ValueError(
@@ -320,7 +334,9 @@ def _propose_by_shape(path: str, shape: tuple[int, ...]) -> tuple[Treatment, str
 Roles = dict[int, set[str]]
 
 
-def _trace_roles(fitness: Callable[..., Any], params: Any, args: tuple, members: Any) -> dict[str, Roles]:
+def _trace_roles(
+    fitness: Callable[..., Any], params: Any, args: tuple, members: Any
+) -> dict[str, Roles]:
     roles: dict[str, Roles] = {}
     leaves = leaf_paths(params)
     treedef = jax.tree.structure(params)
@@ -339,7 +355,9 @@ def _trace_roles(fitness: Callable[..., Any], params: Any, args: tuple, members:
                 probes.append(array)
                 continue
             factors = tuple(
-                jnp.ones([1, *(n if a == axis else 1 for a, n in enumerate(leaf.shape))], leaf.dtype)
+                jnp.ones(
+                    [1, *(n if a == axis else 1 for a, n in enumerate(leaf.shape))], leaf.dtype
+                )
                 for axis in varying
             )
             tags = tuple(frozenset({(path, axis)}) for axis in varying)
@@ -412,16 +430,21 @@ def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:
         shape = "x".join(map(str, leaf.shape)) or "scalar"
         rows.append((leaf.path, f"{shape} {leaf.dtype}", kind, rank, _size(leaf.noise_bytes), why))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    dense = sum(math.prod(leaf.shape) * jnp.dtype(leaf.noise_dtype).itemsize for leaf in plan.leaves if leaf.trainable)
-    total = (
-        f"noise a pair of members: {_size(plan.noise_bytes)}, where dense noise would take {_size(dense)}"
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    dense = sum(
+        math.prod(leaf.shape) * jnp.dtype(leaf.noise_dtype).itemsize
+        for leaf in plan.leaves
+        if leaf.trainable
     )
+    total = f"noise a pair of members: {_size(plan.noise_bytes)}, where dense noise would take {_size(dense)}"
     return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:], total])
 
 
-def _listed(axes: Axes) -> str:
-    return ",".join(map(str, _axes(axes)))
+def _listed(axes: tuple[int, ...]) -> str:
+    return ",".join(map(str, axes))
 
 
 def _size(count: float) -> str:

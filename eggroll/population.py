@@ -21,7 +21,9 @@ def check_mesh(mesh: Mesh | None) -> None:
     if mesh is None:
         return
     if AXIS not in mesh.axis_names:
-        raise ValueError(f"mesh has the axes {mesh.axis_names}; one of them must be called {AXIS!r}")
+        raise ValueError(
+            f"mesh has the axes {mesh.axis_names}; one of them must be called {AXIS!r}"
+        )
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(
             f"mesh has the axis types {mesh.axis_types}; make it with "

@@ -501,12 +501,12 @@ def dot_general(ctx: Any, eqn: Any, lhs: Value, rhs: Value) -> Any:
     return (main + noise).astype(dtype)
 
 
-def in_one_type(ctx: Any, eqn: Any, value: LowRank, x: Value) -> tuple[LowRank, Any]:
+def in_one_type(ctx: Any, eqn: Any, value: LowRank, x: Value) -> tuple[LowRank, Array]:
     """Where ``x`` is a narrow parameter held in float32, the other operand is taken there too."""
     x = ctx.wide(x, eqn)
     if isinstance(x, Wide):
         return value.replace(w=value.w.astype(x.value.dtype)), x.value
-    return value, x
+    return value, jnp.asarray(x)
 
 
 def dot_labels(eqn: Any, lhs: Value, rhs: Value) -> tuple[list[str], list[str], list[str]]:

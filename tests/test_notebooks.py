@@ -19,7 +19,15 @@ def test_there_are_notebooks():
 def test_notebook_runs(notebook, tmp_path):
     # A process of its own: a kernel's libraries warn of things that are none of ours.
     done = subprocess.run(
-        [sys.executable, "-m", "jupyter", "execute", str(notebook), "--output", str(tmp_path / "out")],
+        [
+            sys.executable,
+            "-m",
+            "jupyter",
+            "execute",
+            str(notebook),
+            "--output",
+            str(tmp_path / "out"),
+        ],
         env={**os.environ, "EGGROLL_TINY": "1", "MPLBACKEND": "agg"},
         capture_output=True,
         text=True,

@@ -42,7 +42,9 @@ def test_heavy_imports_are_lazy():
 
 
 def tracked_files():
-    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip("not a git checkout")
     return [ROOT / name for name in done.stdout.split("\n") if name]
@@ -61,7 +63,18 @@ def test_no_file_names_a_machine_or_an_index():
 @pytest.mark.slow
 def test_the_wheel_holds_the_library_and_works(tmp_path):
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            tmp_path,
+            ROOT,
+        ],
         check=True,
     )
     (wheel,) = tmp_path.glob("eggroll_jax-*.whl")
@@ -76,6 +89,10 @@ def test_the_wheel_holds_the_library_and_works(tmp_path):
     others = sysconfig.get_paths()["purelib"]
     code = f"import sys; sys.path.append({others!r}); import eggroll; print(eggroll.__file__)"
     done = subprocess.run(
-        [tmp_path / "env" / "bin" / "python", "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+        [tmp_path / "env" / "bin" / "python", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
     )
     assert done.stdout.startswith(str(tmp_path))

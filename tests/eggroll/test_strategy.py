@@ -63,7 +63,9 @@ def test_values_are_those_of_members_built_densely(rank, function):
     expected = jax.vmap(lambda p: function(p, None, X, Y))(members)
     np.testing.assert_allclose(es.evaluate(state, function, X, Y), expected, rtol=2e-6, atol=2e-6)
     for i in (0, 1, 31):
-        chex.assert_trees_all_close(es.member(state, i), jax.tree.map(lambda x: x[i], members), atol=1e-6)
+        chex.assert_trees_all_close(
+            es.member(state, i), jax.tree.map(lambda x: x[i], members), atol=1e-6
+        )
 
 
 def test_members_of_a_pair_mirror_each_other_about_the_mean():
@@ -80,7 +82,11 @@ def test_members_of_a_pair_mirror_each_other_about_the_mean():
     [
         {},
         {"rank": 4, "shaping": None},
-        {"plan": eggroll.plan.by_shape({"first/kernel": Matrix(rows=1, columns=0, rank=2, sigma=3.0)})},
+        {
+            "plan": eggroll.plan.by_shape(
+                {"first/kernel": Matrix(rows=1, columns=0, rank=2, sigma=3.0)}
+            )
+        },
         {
             "plan": eggroll.plan.by_shape({"first/*": eggroll.Dense(sigma=0.5)}),
             "shaping": eggroll.shaping.centered_rank(),
@@ -142,7 +148,10 @@ def test_devices_change_nothing_but_rounding(shape, population):
     many = make(population=population, mesh=mesh(*shape), chunk=4)
     state = expected = found = one.init(make_params(), 0)
     np.testing.assert_allclose(
-        many.evaluate(state, per_task, X, Y), one.evaluate(state, per_task, X, Y), rtol=1e-5, atol=1e-6
+        many.evaluate(state, per_task, X, Y),
+        one.evaluate(state, per_task, X, Y),
+        rtol=1e-5,
+        atol=1e-6,
     )
     for _ in range(3):
         expected, metrics = one.step(expected, fitness, X, Y)
@@ -182,7 +191,9 @@ def test_noise_reuse_keeps_the_noise_for_as_many_generations():
 
     assert np.array_equal(noise(0), noise(1))
     assert not np.array_equal(noise(1), noise(2))
-    assert not np.array_equal(noise(0), make().member(make().init(make_params(), 1), 0)["first"]["kernel"])
+    assert not np.array_equal(
+        noise(0), make().member(make().init(make_params(), 1), 0)["first"]["kernel"]
+    )
 
 
 def test_keys_are_shared_in_a_pair_and_fresh_every_generation():
@@ -226,7 +237,9 @@ def test_aux_comes_back_with_a_leading_population():
     values, aux = es.evaluate(state, with_aux, X, Y)
     assert aux["prediction"].shape == (32, 12, 5)
     np.testing.assert_array_equal(values, es.evaluate(state, fitness, X, Y))
-    chex.assert_trees_all_close(es.step(state, with_aux, X, Y), es.step(state, fitness, X, Y), atol=1e-6)
+    chex.assert_trees_all_close(
+        es.step(state, with_aux, X, Y), es.step(state, fitness, X, Y), atol=1e-6
+    )
 
 
 def test_groups_reach_the_shaping():
@@ -256,10 +269,14 @@ def test_a_score_that_is_not_finite_drops_its_pair_and_is_counted(bad):
     other = es.gradient(state, [1.0, 2.0, bad, -1e6, 3.0, 1.0, 0.0, 5.0])
     chex.assert_trees_all_equal(es.gradient(state, values), other)
     without = es.gradient(state, [1.0, 2.0, 0.0, 0.0, 3.0, 1.0, 0.0, 5.0])
-    chex.assert_trees_all_close(es.gradient(state, values), jax.tree.map(lambda g: g * 8 / 6, without), rtol=1e-5)
+    chex.assert_trees_all_close(
+        es.gradient(state, values), jax.tree.map(lambda g: g * 8 / 6, without), rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize("shaping", [None, eggroll.shaping.zscore(), eggroll.shaping.centered_rank()])
+@pytest.mark.parametrize(
+    "shaping", [None, eggroll.shaping.zscore(), eggroll.shaping.centered_rank()]
+)
 @pytest.mark.parametrize("values", [[None] * 8, [0.1] * 8, [np.nan] * 7 + [1.0]])
 def test_nothing_valid_or_no_spread_leaves_all_but_the_generation(values, shaping):
     es = make(population=8, shaping=shaping)
@@ -290,7 +307,12 @@ def test_metrics_of_identical_pairs_and_agreement():
     # A linear fitness of 93 numbers: theory gives the halves' cosine 1 / (1 + 2 c / P), c about 93.
     linear = lambda params, key: sum(jnp.sum(x) for x in jax.tree.leaves(params))  # noqa: E731
     _, metrics = EvolutionStrategy(
-        optimizer=optax.sgd(1e-3), population=4096, sigma=0.1, rank="full", agreement=True, shaping=None
+        optimizer=optax.sgd(1e-3),
+        population=4096,
+        sigma=0.1,
+        rank="full",
+        agreement=True,
+        shaping=None,
     ).step(big.init(make_params(), 0), linear)
     assert 0.85 < float(metrics.agreement) < 0.97
 
@@ -325,7 +347,9 @@ def test_parameters_may_hold_none():
     state = es.init(params, 0)
     grads = es.gradient(state, es.evaluate(state, score))
     assert grads["nothing"] is None and grads["count"] is None
-    chex.assert_trees_all_close(es.step(state, score)[0], es.apply_gradient(state, grads)[0], atol=1e-6)
+    chex.assert_trees_all_close(
+        es.step(state, score)[0], es.apply_gradient(state, grads)[0], atol=1e-6
+    )
 
 
 def test_sigma_follows_its_schedule():
@@ -344,7 +368,9 @@ def test_master_weights_keep_updates_that_bfloat16_would_lose():
     def score(params, key):
         return jnp.sum(params["w"].astype(jnp.float32))
 
-    settings = dict(optimizer=optax.sgd(2e-6), population=64, sigma=0.01, shaping=None, on_dense="ignore")
+    settings = dict(
+        optimizer=optax.sgd(2e-6), population=64, sigma=0.01, shaping=None, on_dense="ignore"
+    )
     moved = {}
     for master in (True, False):
         es = EvolutionStrategy(**settings, master_weights=master)
@@ -415,7 +441,9 @@ def test_step_works_inside_jit_scan_and_vmap_over_seeds():
         state = es.init(make_params(), key)
         for _ in range(3):
             state, last = es.step(state, fitness, X, Y)
-        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], states.params), state.params, atol=1e-5)
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i: x[i], states.params), state.params, atol=1e-5
+        )
         np.testing.assert_allclose(metrics.fitness_mean[i, -1], last.fitness_mean, rtol=1e-5)
 
 
@@ -429,12 +457,15 @@ def test_state_round_trips_through_orbax(tmp_path):
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), es.init(params, 1)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            es.init(params, 1),
         )
         restored = checkpointer.restore(tmp_path / "state", abstract)
     a, _ = es.step(state, fitness, X, Y)
     b, _ = es.step(restored, fitness, X, Y)
-    chex.assert_trees_all_equal(jax.tree.map(jax.random.key_data, a.params["key"]), jax.random.key_data(b.params["key"]))
+    chex.assert_trees_all_equal(
+        jax.tree.map(jax.random.key_data, a.params["key"]), jax.random.key_data(b.params["key"])
+    )
     a.params.pop("key"), b.params.pop("key")
     chex.assert_trees_all_equal(a, b)
 
@@ -462,7 +493,10 @@ def test_it_finds_the_optimum_of_a_quadratic(rank):
     target = {"w": jnp.linspace(-1, 1, 48).reshape(6, 8), "b": jnp.arange(4.0)}
 
     def score(params, key):
-        return -sum(jnp.sum((p - t) ** 2) for p, t in zip(*map(jax.tree.leaves, (params, target)), strict=True))
+        return -sum(
+            jnp.sum((p - t) ** 2)
+            for p, t in zip(*map(jax.tree.leaves, (params, target)), strict=True)
+        )
 
     es = EvolutionStrategy(
         optimizer=optax.adam(optax.cosine_decay_schedule(0.2, 150)), population=64, sigma=0.05,
@@ -515,7 +549,9 @@ def test_wrong_meshes_are_named():
     with pytest.raises(ValueError, match="one of them must be called 'population'"):
         make(mesh=jax.make_mesh((8,), ("data",), axis_types=(auto,)))
     with pytest.raises(ValueError, match="AxisType.Auto"):
-        make(mesh=jax.make_mesh((8,), ("population",), axis_types=(jax.sharding.AxisType.Explicit,)))
+        make(
+            mesh=jax.make_mesh((8,), ("population",), axis_types=(jax.sharding.AxisType.Explicit,))
+        )
 
 
 def test_wrong_parameters_are_named():
@@ -527,7 +563,9 @@ def test_wrong_parameters_are_named():
     with pytest.raises(ValueError, match="parameter 'f' is .* not an array"):
         es.init({"w": jnp.ones((2, 2)), "f": jax.nn.relu}, 0)
     with pytest.raises(ValueError, match="rank 9 for parameter 'w'.*4 x 6.*1 to 4"):
-        make(plan=eggroll.plan.by_shape({"w": Matrix(rows=0, columns=1, rank=9)})).init({"w": jnp.ones((4, 6))}, 0)
+        make(plan=eggroll.plan.by_shape({"w": Matrix(rows=0, columns=1, rank=9)})).init(
+            {"w": jnp.ones((4, 6))}, 0
+        )
 
 
 def test_wrong_scores_and_inputs_are_named():

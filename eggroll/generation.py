@@ -1,0 +1,235 @@
+"""The parts of a generation, as functions of a strategy and a state; all of them are traced.
+
+values of every member -> weights of the pairs -> gradient estimate -> optimizer step. ``es`` is the
+EvolutionStrategy, whose file imports this one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import UInt32
+
+from eggroll import estimator
+from eggroll.interpreter import Context, interpret
+from eggroll.lowrank import is_narrow
+from eggroll.noise import stream
+from eggroll.perturbation import draw_once, perturb
+from eggroll.plan import Plan
+from eggroll.population import AXIS, devices, map_pairs, split_pairs
+from eggroll.state import Metrics, State, trainable_of
+
+# Roles 0 to 2 of the noise streams are factors and dense noise.
+FITNESS_KEY_ROLE = 3
+
+
+def typed_key(words: UInt32[Array, "2"]) -> Array:
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+def map_members(
+    es: Any,
+    state: State,
+    fn: Callable[..., Any],
+    args: tuple,
+    members: Any,
+    draws: Any,
+) -> Any:
+    """``fn`` of every member; ``draws`` of all pairs, or None to draw them as they are used."""
+    plan, epoch, sigma = es.plan_of(state.params), es.epoch(state), es.sigma_of(state)
+    pairs = es.population // 2
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(members)[0]:
+        if jnp.shape(leaf)[:1] != (es.population,):
+            raise ValueError(
+                f"members{jax.tree_util.keystr(keys)} has the shape {list(jnp.shape(leaf))}; a "
+                f"leading axis of population={es.population} is right"
+            )
+    by_pair = jax.tree.map(lambda x: x.reshape(pairs, 2, *x.shape[1:]), members)
+    # One interpretation reports a built matrix once, however often it is traced.
+    context = Context(on_dense=es.on_dense)
+    lazy_fn = interpret(fn, context)
+
+    def of_pair(pair: Array, data: Any) -> Any:
+        drawn, own = data
+        if drawn is None:
+            drawn = draw_once(plan, es.noise, state.seed, epoch, pair)
+        words = stream(state.seed, "", state.generation, pair, FITNESS_KEY_ROLE)
+
+        def of_member(sign: Array, which: Array, own: Any) -> Any:
+            lazy = perturb(plan, state.params, drawn, sigma, sign)
+            key = typed_key(words)
+            if not es.shared_keys:
+                key = jax.random.fold_in(key, which)
+            extra = () if members is None else (own,)
+            return lazy_fn(lazy, key, *extra, *args)
+
+        signs = jnp.array([1.0, -1.0], jnp.float32)
+        return jax.vmap(of_member)(signs, jnp.arange(2), own)
+
+    return map_pairs(of_pair, pairs, (draws, by_pair), es.chunk, es.mesh)
+
+
+def scores_of(es: Any, out: Any) -> tuple[Array, Any, bool]:
+    """(values, aux, whether there was aux), or a ValueError that says what the fitness gave."""
+    with_aux = isinstance(out, tuple) and len(out) == 2
+    values, aux = out if with_aux else (out, None)
+    leaves = jax.tree.leaves(values)
+    if len(leaves) != 1 or leaves[0] is not values:
+        raise ValueError(
+            f"the fitness returned {jax.tree.structure(values)}; a score [], scores [tasks], or "
+            "(scores, aux) is right"
+        )
+    if values.ndim > 2:
+        raise ValueError(
+            f"the fitness returned scores of the shape {list(values.shape[1:])}; "
+            "[] or [tasks] is right"
+        )
+    if not jnp.issubdtype(values.dtype, jnp.number) and values.dtype != jnp.bool_:
+        raise ValueError(
+            f"the fitness returned scores of the type {values.dtype}; a number is right"
+        )
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        values = values.astype(jnp.float32)
+    return values, aux, with_aux
+
+
+def all_draws(es: Any, plan: Plan, state: State) -> Any:
+    """The draws of all pairs, each made on the device that evaluates the pair."""
+    pairs = es.population // 2
+    share = -(-pairs // devices(es.mesh))
+
+    def on_device(ids: Any, valid: Any, data: Any) -> Any:
+        return jax.vmap(lambda pair: draw_once(plan, es.noise, state.seed, es.epoch(state), pair))(
+            ids
+        )
+
+    drawn = split_pairs(on_device, pairs, None, share, es.mesh, jax.P(AXIS))
+    return jax.tree.map(lambda x: x[:pairs], drawn)
+
+
+class Statistics(NamedTuple):
+    mean: Array
+    best: Array
+    worst: Array
+    std: Array
+    invalid: Array
+    identical: Array
+
+
+def weigh(es: Any, values: Array, groups: Any) -> tuple[Array, Array, Statistics]:
+    """Differences of the pairs' weights ``[pairs]``, the number of valid members, statistics."""
+    table = values if values.ndim == 2 else values[:, None]
+    if not jnp.issubdtype(table.dtype, jnp.floating) or is_narrow(table.dtype):
+        table = table.astype(jnp.float32)
+    finite = jnp.isfinite(table)
+    paired = finite.reshape(-1, 2, table.shape[1]).all(1)
+    valid = jnp.repeat(paired, 2, axis=0)
+    clean = jnp.where(valid, table, 0)
+    if groups is not None:
+        groups = jnp.asarray(groups)
+        if groups.shape != (es.population,):
+            raise ValueError(
+                f"groups have the shape {list(groups.shape)}; one group a member, "
+                f"[{es.population}], is right"
+            )
+    shaped = clean if es.shaping is None else es.shaping(clean, valid, groups)
+    weights = jnp.where(valid, shaped, 0).mean(1)
+    d = weights[0::2] - weights[1::2]
+
+    # Statistics are over each member's own finite scores, pairs or not.
+    counts = finite.sum(1)
+    score = jnp.where(finite, table, 0).sum(1) / jnp.maximum(counts, 1)
+    has = counts > 0
+    n = has.sum()
+    mean = jnp.where(has, score, 0).sum() / n
+    std = jnp.sqrt(jnp.where(has, (score - mean) ** 2, 0).sum() / n)
+    best = jnp.where(n > 0, jnp.where(has, score, -jnp.inf).max(), jnp.nan)
+    worst = jnp.where(n > 0, jnp.where(has, score, jnp.inf).min(), jnp.nan)
+    pair_valid = paired.any(1)
+    same = jnp.where(paired, clean[0::2] == clean[1::2], True).all(1) & pair_valid
+    f32 = lambda x: x.astype(jnp.float32)  # noqa: E731
+    stats = Statistics(
+        f32(mean), f32(best), f32(worst), f32(std),
+        (~finite.all(1)).sum(dtype=jnp.int32), same.sum(dtype=jnp.int32),
+    )  # fmt: skip
+    return d, 2 * pair_valid.sum(dtype=jnp.int32), stats
+
+
+def estimate(
+    es: Any, plan: Plan, state: State, d: Array, members: Array, draws: Any
+) -> tuple[list[Array | None], Array]:
+    """The gradient estimate of every leaf, and how far two halves of the pairs agree on it."""
+    sums = functools.partial(
+        estimator.weighted_noise,
+        plan,
+        es.noise,
+        state.seed,
+        es.epoch(state),
+        kept=draws,
+        mesh=es.mesh,
+    )
+    if not es.agreement:
+        total, agreement = sums(d), jnp.float32(jnp.nan)
+    else:
+        first = jnp.arange(d.shape[0]) < d.shape[0] // 2
+        halves = [
+            estimator.gradient(plan, sums(jnp.where(h, d, 0)), es.sigma_of(state), members)
+            for h in (first, ~first)
+        ]
+        a, b = halves
+        size = optax.tree.norm(a) * optax.tree.norm(b)
+        agreement = (optax.tree.vdot(a, b) / jnp.where(size > 0, size, 1)).astype(jnp.float32)
+        return jax.tree.map(jnp.add, a, b), agreement
+    return estimator.gradient(plan, total, es.sigma_of(state), members), agreement
+
+
+def finish(es: Any, state: State, values: Array, groups: Any, draws: Any) -> tuple[State, Metrics]:
+    """From the values of a population to the next state."""
+    plan = es.plan_of(state.params)
+    d, members, stats = weigh(es, values, groups)
+    grads, agreement = estimate(es, plan, state, d, members, draws)
+    moved = jnp.any(d != 0)
+    new, norm = apply(es, plan, state, grads, moved)
+    return new, Metrics(
+        state.generation, stats.mean, stats.best, stats.worst, stats.std, stats.invalid,
+        stats.identical, moved, norm, agreement, es.sigma_of(state),
+    )  # fmt: skip
+
+
+def apply(
+    es: Any, plan: Plan, state: State, grads: list[Array | None], moved: Array
+) -> tuple[State, Array]:
+    """Steps the optimizer, unless nothing ``moved``; the generation always advances."""
+    tree: Any = jax.tree.structure(state.params)
+    old = trainable_of(plan, state.params, state.master)
+    grads = [
+        None if g is None else g.astype(w.dtype)
+        for g, w in zip(grads, tree.flatten_up_to(old), strict=True)
+    ]
+    updates, optimizer = es.optimizer.update(jax.tree.unflatten(tree, grads), state.optimizer, old)
+    new = optax.apply_updates(old, updates)
+    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(moved, new, old))
+    new, optimizer = keep(new, old), keep(optimizer, state.optimizer)
+    change = jax.tree.map(lambda a, b: (a - b).astype(jnp.float32), new, old)
+    norm = optax.tree.norm(change)
+
+    master, params = {}, []
+    for leaf, value, before in zip(
+        plan.leaves,
+        tree.flatten_up_to(new),
+        jax.tree.leaves(state.params),
+        strict=True,
+    ):
+        if leaf.path in state.master:
+            master[leaf.path] = value
+        params.append(before if value is None else value.astype(leaf.dtype))
+    return (
+        State(
+            jax.tree.unflatten(tree, params), master, optimizer, state.generation + 1, state.seed
+        ),
+        norm,
+    )

@@ -1,0 +1,101 @@
+"""Perturbed values of any form, and their comparison with the arrays that they stand for."""
+
+import contextlib
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eggroll import interpreter
+from eggroll.interpreter import Context, interpret
+from eggroll.lowrank import LowRank, Wide, build
+
+SCALE = 0.3
+
+
+def normal(shape, name="x", dtype=np.float64):
+    """Samples that depend on the name and the shape alone."""
+    seed = zlib.crc32(f"{name}{tuple(shape)}".encode())
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def low_rank(shape, columns=(-1,), batch=(), rank=2, path="w", dtype=jnp.float64):
+    """A LowRank of the shape: ``columns`` are one factor's axes, ``batch`` both, the rest the other's."""
+    shape, ndim = tuple(shape), len(shape)
+    columns = {axis % ndim for axis in columns}
+    rows = set(range(ndim)) - columns - {axis % ndim for axis in batch}
+    factors = tuple(
+        jnp.asarray(
+            normal([rank, *(1 if a in absent else n for a, n in enumerate(shape))], path + name),
+            dtype,
+        )
+        for name, absent in (("a", columns), ("b", rows))
+    )
+    scale = jnp.asarray(SCALE, jnp.promote_types(dtype, jnp.float32))
+    return LowRank(jnp.asarray(normal(shape, path), dtype), factors, scale, (path,))
+
+
+def wide(shape, path="v", dtype=jnp.bfloat16):
+    """A narrow parameter with dense noise."""
+    return Wide(jnp.asarray(normal(shape, path), jnp.float32), jnp.dtype(dtype))
+
+
+# In tables of cases values are named before there is a test to make them in.
+def matrix(*shape, **how):
+    return functools.partial(low_rank, shape, **how)
+
+
+def data(*shape, name="x"):
+    return functools.partial(normal, shape, name)
+
+
+def built(value):
+    return build(value) if isinstance(value, LowRank) else value
+
+
+def close(got, expected, tolerance=1e-9):
+    def check(a, b):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+    jax.tree.map(check, got, expected)
+
+
+def agree(fn, *args, on_dense="error"):
+    """Asserts that ``fn`` gives on perturbed values what it gives on built ones, for both signs.
+
+    Returns:
+      For each parameter path the primitives that it was built for.
+    """
+    context = Context(on_dense)
+
+    def both(sign):
+        signed = [a.replace(scale=sign * a.scale) if isinstance(a, LowRank) else a for a in args]
+        return interpret(fn, context)(*signed), fn(*map(built, signed))
+
+    close(*jax.jit(jax.vmap(both))(jnp.array([1.0, -1.0])))
+    return context.built
+
+
+def run_case(fn, makers, **how):
+    return agree(fn, *(make() for make in makers), **how)
+
+
+@contextlib.contextmanager
+def checked_in_float64():
+    """Float64 on; every value that an equation gives has the shape and type that it says."""
+    plain = interpreter.step
+
+    def step(context, eqn, values):
+        outs = plain(context, eqn, values)
+        for out, var in zip(outs, eqn.outvars, strict=True):
+            assert jnp.shape(out) == var.aval.shape, eqn
+            assert out.dtype == var.aval.dtype, eqn
+        return outs
+
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "step", step)
+        yield

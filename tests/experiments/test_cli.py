@@ -1,0 +1,93 @@
+"""Mistakes on the command line get one sentence and exit code 2; help is instant."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.run.cli import main
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "rl " in text
+    assert "doctor " in text
+
+
+@pytest.mark.parametrize("args", [["--help"], ["rl", "--population", "7"], ["rk"]])
+def test_help_and_mistakes_load_nothing_heavy(args: list[str]) -> None:
+    code = f"import sys; from experiments.run.cli import main; main({args}); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert not {"jax", "numpy", "gymnax", "flax", "matplotlib"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["rk"], "no command 'rk'; did you mean 'rl'?"),
+        (["rl", "--population", "7"], "an even number of at least 2"),
+        (["rl", "--population", "0"], "an even number of at least 2"),
+        (["rl", "--sigma", "0"], "--sigma 0.0: choose a positive number"),
+        (["rl", "--learning-rate", "nan"], "--learning-rate nan: choose a positive number"),
+        (["rl", "--generations", "0"], "--generations 0: choose a whole number of at least 1"),
+        (["rl", "--rank", "0"], "--rank 0: choose a whole number of at least 1"),
+        (["rl", "--seed", "-1"], "--seed -1: choose a whole number from 0"),
+        (["rl", "--env", "CartPole-v2"], "no environment 'CartPole-v2'; did you mean"),
+        (["rl", "--env", "Pendulum-v1"], "continuous actions"),
+        (["doctor", "--fast"], "takes no options"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(
+    args: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ["--run-dir", str(tmp_path / "run")] if args[0] == "rl" else []
+    assert main([*args, *folder]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--populaton", "8"], "--population"),
+        (["--preset", "cartpol"], "cartpole"),
+        (["--population", "many"], "--population"),
+    ],
+)
+def test_unknown_words_are_answered_with_known_ones(
+    args: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["rl", *args])
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_run_folder_that_cannot_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["rl", "--run-dir", str(tmp_path / "file" / "run")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"generation": 0}\n')
+    assert main(["rl", "--run-dir", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "already holds a run" in message
+    assert "--overwrite" in message
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"generation": 0}\n'
+
+
+def test_doctor_is_content_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    assert "jax" in report
+    assert report.endswith("Everything works.\n")

@@ -1,0 +1,194 @@
+"""Episodes are what a plain loop over gymnax gives; a small run learns and leaves what it promises."""
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.models.mlp import MLP
+from experiments.rl.config import PRESETS
+from experiments.rl.rollout import Policy, Task, make_policy, make_task, run_episode
+from experiments.rl.train import Result, train
+from experiments.run.errors import UsageError
+from experiments.run.metrics import read_metrics
+
+SMALL = dataclasses.replace(
+    PRESETS["cartpole"], width=16, depth=1, population=128, generations=6, seed=3
+)
+KEYS = jax.random.split(jax.random.key(0), 6)
+
+
+@pytest.fixture(scope="module")
+def cartpole() -> Task:
+    return make_task("CartPole-v1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("rl") / "run"
+    return folder, train(dataclasses.replace(SMALL, run_dir=folder))
+
+
+def linear_policy(task: Task, deterministic: bool) -> tuple[Policy, Any]:
+    model = MLP(task.actions, depth=0)
+    params = model.init(jax.random.key(1), jnp.zeros(task.observations))["params"]
+    return make_policy(model, deterministic), params
+
+
+# ---------------------------------------------------------------- episodes
+
+
+def loop_over_step_env(task: Task, policy: Policy, params: Any, key: Any) -> tuple[float, int]:
+    """The same episode, step by step in Python."""
+    reset_key, episode_key = jax.random.split(key)
+    observation, state = task.env.reset(reset_key, task.env_params)
+    score, steps, over = 0.0, 0, False
+    while not over:
+        policy_key, env_key = jax.random.split(jax.random.fold_in(episode_key, steps))
+        action = policy(params, observation.astype(jnp.float32), policy_key)
+        observation, state, reward, terminated, _ = task.env.step_env(
+            env_key, state, action, task.env_params
+        )
+        score, steps = score + float(reward), steps + 1
+        over = bool(terminated) or bool(task.env.is_truncated(state, task.env_params))
+    return score, steps
+
+
+@pytest.mark.parametrize(
+    ("name", "deterministic"),
+    [("CartPole-v1", True), ("CartPole-v1", False), ("UmbrellaChain-bsuite", False)],
+)
+def test_episode_equals_a_loop_over_step_env(name: str, deterministic: bool) -> None:
+    task = make_task(name)
+    policy, params = linear_policy(task, deterministic)
+    together = jax.jit(jax.vmap(lambda key: run_episode(task, policy, params, key)))(KEYS)
+    expected = [loop_over_step_env(task, policy, params, key) for key in KEYS]
+    # One loop for all: an episode that is over stays as it is while the others go on.
+    assert together.steps.tolist() == [steps for _, steps in expected]
+    np.testing.assert_allclose(together.score, [score for score, _ in expected], atol=1e-5)
+    if name == "CartPole-v1":
+        assert len(set(together.steps.tolist())) > 1
+
+
+def test_episode_ends_where_the_environment_says_so(cartpole: Task) -> None:
+    policy, params = linear_policy(cartpole, deterministic=True)
+    for key in KEYS[:3]:
+        reset_key, step_key = jax.random.split(key)
+        observation, state = cartpole.env.reset(reset_key)
+        score, over = 0.0, False
+        while not over:
+            action = policy(params, observation, step_key)
+            observation, state, reward, terminated, truncated, _ = cartpole.env.step(
+                step_key, state, action
+            )
+            score, over = score + float(reward), bool(terminated | truncated)
+        assert float(run_episode(cartpole, policy, params, key).score) == score
+
+
+def test_episode_is_cut_at_the_time_limit(cartpole: Task) -> None:
+    # No pole falls within seven steps.
+    short = cartpole._replace(env_params=cartpole.env_params.replace(max_steps_in_episode=7))
+    policy, params = linear_policy(short, deterministic=True)
+    episodes = jax.vmap(lambda key: run_episode(short, policy, params, key))(KEYS)
+    assert set(episodes.steps.tolist()) == {7}
+    assert set(episodes.score.tolist()) == {7.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("CartPole-v2", "did you mean 'CartPole-v1'"),
+        ("Pendulum-v1", "continuous actions of shape (1,)"),
+        ("Breakout-MinAtar", "observations of shape (10, 10, 4)"),
+    ],
+)
+def test_other_environments_are_refused_in_a_sentence(name: str, words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        make_task(name)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_small_run_learns(run: tuple[Path, Result]) -> None:
+    _, result = run
+    assert result.held_out_return_before < 60
+    assert result.held_out_return > 150
+    assert result.generations == SMALL.generations
+
+
+def test_metrics_have_a_row_a_generation(run: tuple[Path, Result]) -> None:
+    folder, result = run
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["generation"] for row in rows] == list(range(SMALL.generations))
+    assert rows[0]["held_out_return"] == result.held_out_return_before
+    assert rows[-1]["environment_steps"] == result.environment_steps
+    for before, row in zip([{"environment_steps": 0}, *rows], rows, strict=False):
+        # In CartPole every step gives a reward of one.
+        taken = row["environment_steps"] - before["environment_steps"]
+        assert taken == pytest.approx(row["fitness_mean"] * SMALL.population)
+        assert row["fitness_worst"] <= row["fitness_mean"] <= row["fitness_best"]
+        assert row["invalid"] == 0
+        assert row["timing"]["seconds"] > 0
+
+
+def test_the_same_seed_gives_the_same_rows(run: tuple[Path, Result], tmp_path: Path) -> None:
+    folder, result = run
+    again = train(dataclasses.replace(SMALL, run_dir=tmp_path))
+
+    def untimed(path: Path) -> list[dict[str, Any]]:
+        return [{**row, "timing": None} for row in read_metrics(path / "metrics.jsonl")]
+
+    assert untimed(folder) == untimed(tmp_path)
+    assert again.held_out_return == result.held_out_return
+    with np.load(folder / "params.npz") as first, np.load(tmp_path / "params.npz") as second:
+        assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_run_folder_holds_what_it_promises(run: tuple[Path, Result]) -> None:
+    folder, result = run
+    config = json.loads((folder / "config.json").read_text())
+    assert config["population"] == SMALL.population
+    assert config["generations"] == SMALL.generations
+    packages = json.loads((folder / "versions.json").read_text())["packages"]
+    assert packages["jax"] == jax.__version__
+    assert json.loads((folder / "result.json").read_text())["sentence"] == result.sentence
+    with np.load(folder / "params.npz") as params:
+        assert set(params) == {f"Dense_{i}/{leaf}" for i in (0, 1) for leaf in ("kernel", "bias")}
+        assert params["Dense_0/kernel"].shape == (4, SMALL.width)
+    assert not list(folder.glob("*.part"))
+
+
+def test_curve_is_a_picture(run: tuple[Path, Result]) -> None:
+    folder, _ = run
+    data = (folder / "curve.png").read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = struct.unpack(">II", data[16:24])
+    assert 800 <= width <= 2000
+    assert 500 <= height <= 1500
+    assert len(data) > 20_000
+
+
+def test_a_missed_target_is_admitted(run: tuple[Path, Result]) -> None:
+    _, result = run
+    assert result.solved is (result.held_out_return >= 500)
+    assert result.sentence.startswith("Learned to" if result.solved else "Not yet learned to")
+    assert f"{result.held_out_return:.1f} of 500 steps (64 held-out episodes)" in result.sentence
+
+
+def test_a_reached_target_stops_early(tmp_path: Path) -> None:
+    # Every episode of CartPole is longer than one step, so even the first policy will do.
+    easy = dataclasses.replace(SMALL, run_dir=tmp_path, generations=None, target=1.0)
+    result = train(easy)
+    assert result.solved
+    assert (result.generations, result.environment_steps) == (0, 0)
+    assert (tmp_path / "curve.png").exists()
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
