@@ -5,13 +5,13 @@ from pathlib import Path
 
 # Before JAX starts: its devices are fixed then.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+# At the lowest optimisation, since the tests compile more than they run.
+flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
+import hypothesis
+import jax
+from jaxtyping import install_import_hook
 
 # Shapes and types in signatures are checked at every call.
 install_import_hook(["eggroll", "experiments"], "beartype.beartype")

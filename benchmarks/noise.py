@@ -89,7 +89,9 @@ def main() -> None:
 
     table = measure(args.samples, args.rounds)
     device = jax.devices()[0]
-    print(f"{args.samples} samples a call, {args.rounds} rounds, {device.device_kind}, JAX {jax.__version__}")
+    print(
+        f"{args.samples} samples a call, {args.rounds} rounds, {device.device_kind}, JAX {jax.__version__}"
+    )
     print(f"{'source':<18} {'layout':<20} {'dtype':<9} {'ns/sample':>9} {'ratio':>7}")
     for row in table:
         print(
@@ -98,7 +100,9 @@ def main() -> None:
         )
     if args.json:
         setting = {"samples": args.samples, "rounds": args.rounds, "device": device.device_kind}
-        args.json.write_text(json.dumps({**setting, "jax": jax.__version__, "rows": table}, indent=1))
+        args.json.write_text(
+            json.dumps({**setting, "jax": jax.__version__, "rows": table}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,11 @@ def bind(eqn: Any, values: Sequence[Any], changes: Mapping[str, Any]) -> Any:
 
 def scan_parts(eqn: Any, values: list[Any]) -> ScanParts:
     p = eqn.params
-    n, m = p["num_consts"], p["num_carry"]
+    if "ft_in" in p:  # 0.11: the inputs as a tree of (constants, carry, scanned)
+        consts, carry, _ = p["ft_in"].unpack()
+        n, m = len(list(consts.vals)), len(list(carry.vals))
+    else:
+        n, m = p["num_consts"], p["num_carry"]
     return ScanParts(
         p["jaxpr"].jaxpr,
         p["jaxpr"].consts,

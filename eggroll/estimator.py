@@ -90,7 +90,9 @@ def contract(leaf: Leaf, drawn: Draw, d: Float[Array, "pairs"]) -> Array | None:
     if not isinstance(leaf.treatment, Matrix):
         return jnp.tensordot(d, drawn[0].astype(dtype), 1)
     a, b = (x.astype(dtype) for x in drawn)  # [pairs, rank, *axes]
-    a = a * d.reshape(-1, *(1,) * (a.ndim - 1))
+    # Onto B, not A: XLA transposes A for the product, and would work the weights out again at each
+    # of its entries, where here it does so once a pair.
+    b = b * d.reshape(-1, *(1,) * (b.ndim - 1))
     t = leaf.treatment
     axes = range(len(leaf.shape))
     in_a = [x for x in axes if x not in t.columns]

@@ -288,7 +288,9 @@ def _gaussian(
 def _rademacher(
     words: UInt32[Array, "2"], shape: tuple[int, ...], dtype: DTypeLike
 ) -> Float[Array, "..."]:
-    return _cast(jax.random.rademacher(_threefry(words), shape, jnp.float32), dtype)
+    # From bits: jax.random.rademacher gives other signs once 64-bit types are enabled.
+    bits = jax.random.bits(_threefry(words), shape, jnp.uint32)
+    return _cast(1 - 2 * (bits >> 31).astype(jnp.float32), dtype)
 
 
 def _threefry(words: UInt32[Array, "2"]) -> Array:

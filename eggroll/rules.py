@@ -133,7 +133,7 @@ def broadcast_in_dim(ctx: Any, eqn: Any, value: LowRank, *dynamic: Any) -> Any:
 
 @rule("squeeze")
 def squeeze(ctx: Any, eqn: Any, value: LowRank) -> Any:
-    op = lambda x: lax.squeeze(x, eqn.params["dimensions"])  # noqa: E731
+    op = lambda x: lax.squeeze(x, eqn.params["dimensions"])
     return on_each(value, op, op)
 
 
@@ -211,7 +211,7 @@ def merge_factors(value: LowRank, groups: Sequence[Sequence[int]]) -> LowRank:
 
 @rule("rev")
 def rev(ctx: Any, eqn: Any, value: LowRank) -> Any:
-    op = lambda x: lax.rev(x, eqn.params["dimensions"])  # noqa: E731
+    op = lambda x: lax.rev(x, eqn.params["dimensions"])
     return on_each(value, op, op)
 
 
@@ -237,7 +237,7 @@ def split(ctx: Any, eqn: Any, value: LowRank) -> Any:
     ends = [0, *itertools.accumulate(map(int, eqn.params["sizes"]))]
 
     def part(start: int, end: int) -> LowRank:
-        op = lambda x: lax.slice_in_dim(x, start, end, axis=axis)  # noqa: E731
+        op = lambda x: lax.slice_in_dim(x, start, end, axis=axis)
         return on_each(value, op, lambda f: f if f.shape[axis] == 1 else op(f))
 
     return [part(start, end) for start, end in itertools.pairwise(ends)]
@@ -249,7 +249,7 @@ def unstack(ctx: Any, eqn: Any, value: LowRank) -> Any:
     ctx.record("indexed", value, axis)
 
     def part(i: int) -> LowRank:
-        op = lambda x: lax.index_in_dim(x, i, axis, keepdims=False)  # noqa: E731
+        op = lambda x: lax.index_in_dim(x, i, axis, keepdims=False)
         return on_each(value, op, lambda f: lax.squeeze(f, [axis]) if f.shape[axis] == 1 else op(f))
 
     return [part(i) for i in range(value.shape[axis])]
@@ -272,7 +272,8 @@ def dynamic_slice(ctx: Any, eqn: Any, value: LowRank, *starts: Any) -> Any:
 @rule("gather")
 def gather(ctx: Any, eqn: Any, value: LowRank, indices: Any) -> Any:
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    indexed, together = numbers.start_index_map, numbers.operand_batching_dims
+    indexed = tuple(int(a) for a in numbers.start_index_map)
+    together = tuple(int(a) for a in numbers.operand_batching_dims)
     mode = eqn.params["mode"]
     unseen = [a for a in indexed if not any(value.varies(k, a) for k in range(len(value.factors)))]
     if mode == lax.GatherScatterMode.FILL_OR_DROP and any(value.shape[a] > 1 for a in unseen):
@@ -313,13 +314,13 @@ def gather(ctx: Any, eqn: Any, value: LowRank, indices: Any) -> Any:
 
 @rule("concatenate")
 def concatenate(ctx: Any, eqn: Any, *values: Value) -> Any:
-    return join(values, eqn.params["dimension"])
+    return join(values, int(eqn.params["dimension"]))
 
 
 @rule("stack")
 def stack(ctx: Any, eqn: Any, *values: Value) -> Any:
     axis = eqn.params["axis"]
-    op = lambda x: jnp.expand_dims(x, axis)  # noqa: E731
+    op = lambda x: jnp.expand_dims(x, axis)
     return join([on_each(v, op, op) if isinstance(v, LowRank) else op(v) for v in values], axis)
 
 
@@ -458,7 +459,7 @@ def add(ctx: Any, eqn: Any, left: Value, right: Value) -> Any:
 
 @rule("reduce_sum")
 def reduce_sum(ctx: Any, eqn: Any, value: LowRank) -> Any:
-    axes = eqn.params["axes"]
+    axes = [int(a) for a in eqn.params["axes"]]
     factors, scale = list(value.factors), value.scale
     for axis in axes:
         along = [k for k in range(len(factors)) if value.varies(k, axis)]
@@ -602,13 +603,14 @@ def conv_general_dilated(ctx: Any, eqn: Any, lhs: Value, rhs: Value) -> Any:
     if main.size == 0:
         return main.astype(dtype)
     positions = math.prod(rhs.shape[a] for a in inner_axes[1:])
-    columns = [f for f in rhs.factors if f[0].size == dims(f)[out_axis]]
-    rows = [f for f in rhs.factors if dims(f)[out_axis] == 1]
-    if positions > MAX_SHIFTS and len(columns) == len(rows) == 1:
-        noise = thin_convolution(eqn, lhs, rows[0], columns[0], acc)
+    channels = rhs.shape[out_axis]
+    row_shape = tuple(1 if a == out_axis else n for a, n in enumerate(rhs.shape))
+    column_shape = tuple(channels if a == out_axis else 1 for a in range(rhs.ndim))
+    factors = sorted(rhs.factors, key=lambda f: dims(f) != row_shape)
+    if positions > MAX_SHIFTS and [dims(f) for f in factors] == [row_shape, column_shape]:
+        noise = thin_convolution(eqn, lhs, *factors, acc)
     else:
         noise = shifted_products(eqn, lhs, rhs, main, acc)
-    channels = rhs.shape[out_axis]
     noise = jnp.broadcast_to(noise, (*noise.shape[:-2], groups, channels // groups))
     noise = noise.reshape(*noise.shape[:-2], channels) * rhs.scale.astype(acc)
     noise = jnp.moveaxis(noise, channels_last(noise.ndim), numbers.out_spec)

@@ -6,7 +6,7 @@ starts a new episode by itself, is passed over: ``step_env`` is looped until the
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -95,7 +95,7 @@ def make_policy(model: nn.Module, deterministic: bool) -> Policy:
     def act(
         params: PyTree, observation: Float[Array, "observations"], key: Key[Array, ""]
     ) -> Int[Array, ""]:
-        logits = model.apply({"params": params}, observation)
+        logits = cast(Array, model.apply({"params": params}, observation))
         return jnp.argmax(logits) if deterministic else jax.random.categorical(key, logits)
 
     return act
@@ -121,7 +121,8 @@ def run_episode(task: Task, policy: Policy, params: PyTree, key: Key[Array, ""])
             env_key, state, action, task.env_params
         )
         episode = Episode(episode.score + reward, episode.steps + 1)
-        return observation, state, episode, terminated | task.env.is_truncated(state, task.env_params)
+        over = terminated | task.env.is_truncated(state, task.env_params)
+        return observation, state, episode, over
 
     start = Episode(jnp.float32(0), jnp.int32(0))
     carry = (observation, state, start, jnp.array(False))

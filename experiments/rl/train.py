@@ -1,8 +1,9 @@
 """One training run: an evolution strategy teaches a Flax policy a gymnax environment."""
 
+import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ def train(config: Config, started: float | None = None) -> Result:
         folder / "curve.png",
         read_metrics(folder / "metrics.jsonl"),
         title=lesson,
-        unit=UNITS.get(config.env, "sum of rewards"),
+        measure=f"return of a {config.env} episode ({UNITS.get(config.env, 'sum of rewards')})",
         final=(generations, score),
         target=config.target,
     )
@@ -163,7 +164,8 @@ def train(config: Config, started: float | None = None) -> Result:
         generations=generations,
         environment_steps=environment_steps,
         sentence=f"{lesson} ({config.held_out_episodes} held-out episodes), after {generations} "
-        f"generations and {environment_steps:,} environment steps, {watch.total():.1f} s from start.",
+        f"generation{'s' * (generations != 1)} and {environment_steps:,} environment steps, "
+        f"{watch.total():.1f} s from start.",
         timing=watch.phases,
     )
     run_folder.write_json(folder / "result.json", result._asdict())
@@ -180,4 +182,6 @@ def put_in_words(config: Config, task: Task, score: float) -> str:
         verdict = f"Learned {skill}"
     else:
         verdict = f"Not yet learned {skill} (target {config.target:g})"
-    return f"{verdict}: {measure.format(score=score, max_steps=task.max_steps)}"
+    # Cut, not rounded: 499.97 is not 500.
+    shown = math.floor(score * 10) / 10
+    return f"{verdict}: {measure.format(score=shown, max_steps=task.max_steps)}"

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def usage() -> str:
     """What `eggroll --help` prints."""
     commands = (f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
-    return "\n".join([
+    lines = [
         "usage: eggroll COMMAND [OPTIONS]",
         "",
         "Training without backpropagation, by low-rank evolution strategies.",
@@ -52,7 +52,8 @@ def usage() -> str:
         *commands,
         "",
         "eggroll COMMAND --help lists the options of a command.",
-    ])
+    ]
+    return "\n".join(lines)
 
 
 def parse(
@@ -67,7 +68,7 @@ def parse(
     import tyro
 
     words = [word for arg in args for word in arg.split("=", 1)]
-    name = words[words.index("--preset") + 1] if "--preset" in words[:-1] else None
+    name = words[words.index("--preset") + 1] if "--preset" in words[:-1] else ""
     default = presets.get(name, next(iter(presets.values())))
     return tyro.cli(kind, prog=prog, default=default, args=args)
 

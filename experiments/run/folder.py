@@ -1,14 +1,15 @@
 """The run folder: everything a run leaves behind, in plain files.
 
-    config.json     the settings, resolved
-    versions.json   packages, Python, kind of machine
-    metrics.jsonl   one row a generation
-    params.npz      the trained parameters, one array a leaf, named by its path
-    result.json     what the run came to
-    curve.png       the learning curve
+- config.json: the settings, resolved
+- versions.json: packages, Python, kind of machine
+- metrics.jsonl: one row a generation
+- params.npz: the trained parameters, one array a leaf, named by its path
+- result.json: what the run came to
+- curve.png: the learning curve
 """
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -29,11 +30,13 @@ def open_run_folder(path: Path, overwrite: bool) -> Path:
     Raises:
         UsageError: if it cannot be written to, or holds a run and `overwrite` is False.
     """
-    if (path / "metrics.jsonl").exists() and not overwrite:
-        raise UsageError(
-            f"{path} already holds a run: choose another --run-dir, or replace it with --overwrite"
-        )
     try:
+        if not overwrite and any(
+            _has_content(path / name) for name in ("metrics.jsonl", "params.npz")
+        ):
+            raise UsageError(
+                f"{path} already holds a run: choose another --run-dir, or replace it with --overwrite"
+            )
         path.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             (path / name).unlink(missing_ok=True)
@@ -41,6 +44,10 @@ def open_run_folder(path: Path, overwrite: bool) -> Path:
     except OSError as error:
         raise UsageError(f"--run-dir {path} cannot be written to: {error.strerror}") from error
     return path
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -68,19 +75,20 @@ def versions() -> dict[str, Any]:
     """Versions of Python, of the packages that decide results, and the kind of machine."""
     import jax
 
-    packages = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = None
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "devices": [device.device_kind for device in jax.devices()],
-        "packages": packages,
+        "packages": {name: _package_version(name) for name in PACKAGES},
     }
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def save_params(path: Path, params: Any) -> None:
@@ -89,7 +97,6 @@ def save_params(path: Path, params: Any) -> None:
     import numpy as np
 
     leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(params))
-    arrays = {
-        jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves
-    }
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    arrays = {name(keys): leaf for keys, leaf in leaves}
     write_whole(path, lambda file: np.savez(file, **arrays))

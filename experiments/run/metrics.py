@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 
 class MetricsFile:
@@ -29,7 +29,7 @@ class MetricsFile:
         self._file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
         self._file.flush()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(

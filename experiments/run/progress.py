@@ -3,7 +3,7 @@
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -20,7 +20,7 @@ class Progress:
         self._bar = _bar() if sys.stderr.isatty() else None
         self._last_line = time.perf_counter()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task("", total=self._total)
@@ -44,7 +44,7 @@ class Progress:
             self._bar.stop()
 
 
-def _bar():
+def _bar() -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar

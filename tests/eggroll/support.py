@@ -52,6 +52,13 @@ def data(*shape, name="x"):
     return functools.partial(normal, shape, name)
 
 
+def cases(*table):
+    """Parametrises a test over (name, function, what makes its arguments)."""
+    return pytest.mark.parametrize(
+        ("fn", "makers"), [pytest.param(fn, makers, id=name) for name, fn, *makers in table]
+    )
+
+
 def built(value):
     return build(value) if isinstance(value, LowRank) else value
 

@@ -5,9 +5,6 @@ Seeds are fixed, so every test is deterministic. A bound of ``k / sqrt(n)`` is k
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +18,11 @@ from scipy import stats
 
 from eggroll import noise
 
-SOURCES = {"counter": noise.counter(), "gaussian": noise.gaussian(), "rademacher": noise.rademacher()}
+SOURCES = {
+    "counter": noise.counter(),
+    "gaussian": noise.gaussian(),
+    "rademacher": noise.rademacher(),
+}
 LEAF = "layer/kernel"
 
 
@@ -71,7 +72,14 @@ def test_exact_law_is_close_to_normal():
     value, probability = exact_law()
     middle = np.cumsum(probability) - probability / 2
     assert np.max(np.abs(middle - stats.norm.cdf(value))) < 1e-3
-    for threshold, allowed in ((1, 0.01), (2, 0.01), (3, 0.05), (3.5, 0.05), (3.9, 0.05), (4.2, 0.1)):
+    for threshold, allowed in (
+        (1, 0.01),
+        (2, 0.01),
+        (3, 0.05),
+        (3.5, 0.05),
+        (3.9, 0.05),
+        (4.2, 0.1),
+    ):
         tail = np.sum(probability[np.abs(value) > threshold])
         assert abs(tail / (2 * stats.norm.sf(threshold)) - 1) < allowed, threshold
 
@@ -81,9 +89,10 @@ def test_arithmetic_leaves_no_choice_to_the_compiler():
     key = np.asarray(words(pair=5))
     index = np.arange(200_000, dtype=np.uint32)
     bits = index + key[0]
-    bits = (bits ^ (bits >> 16)) * np.uint32(0x7FEB352D) ^ key[1]
-    bits = (bits ^ (bits >> 15)) * np.uint32(0x846CA68B)
-    bits = bits ^ (bits >> 16)
+    bits = (bits ^ (bits >> 17)) * np.uint32(0xED5AD4BB) ^ key[1]
+    bits = (bits ^ (bits >> 11)) * np.uint32(0xAC4C1B51)
+    bits = (bits ^ (bits >> 15)) * np.uint32(0x31848BAB)
+    bits = bits ^ (bits >> 14)
     t = bits.view(np.uint8).reshape(-1, 4).sum(1).astype(np.float32) - np.float32(510)
     square = t * t
     fifth = t * (square * square)
@@ -115,7 +124,9 @@ def test_moments_and_tails(source, dtype):
         # 6 percent: what the exact law departs by. In bfloat16, at worst one step of 2**-6 falls on
         # the other side of the threshold, which has relative weight threshold * 2**-6.
         allowed = 0.06 if dtype == "float32" else 0.06 + threshold * 2**-6
-        assert abs(np.mean(np.abs(x) > threshold) - expected) < error + allowed * expected, threshold
+        assert abs(np.mean(np.abs(x) > threshold) - expected) < error + allowed * expected, (
+            threshold
+        )
     assert 4.4 < np.abs(x).max() < 6
 
 
@@ -144,12 +155,17 @@ def test_bytes_are_uniform_and_neighbours_independent():
 CONTRASTS = {  # two stacks [512, 64, 8] that share no array but differ in one thing only
     "pairs": lambda source: (lambda x: (x[:-1], x[1:]))(stack(513, (64, 8), source)),
     "generations": lambda source: tuple(stack(512, (64, 8), source, epoch=e) for e in (6, 7)),
-    "leaves": lambda source: tuple(stack(512, (64, 8), source, path=p) for p in ("layer_0/w", "layer_1/w")),
+    "leaves": lambda source: tuple(
+        stack(512, (64, 8), source, path=p) for p in ("layer_0/w", "layer_1/w")
+    ),
     "rows": lambda source: (lambda x: (x[:, :-1], x[:, 1:]))(stack(512, (65, 8), source)),
     "columns": lambda source: (lambda x: (x[:, :, :-1], x[:, :, 1:]))(stack(512, (64, 9), source)),
     "A and B": lambda source: tuple(stack(512, (64, 8), source, role=r) for r in (0, 1)),
     "seeds": lambda source: tuple(stack(512, (64, 8), source, number=s) for s in (0, 1)),
-    "epoch for pair": lambda source: (stack(513, (64, 8), source)[1:], stack(512, (64, 8), source, epoch=1)),
+    "epoch for pair": lambda source: (
+        stack(513, (64, 8), source)[1:],
+        stack(512, (64, 8), source, epoch=1),
+    ),
 }
 
 
@@ -186,23 +202,22 @@ def test_serial_correlation_across_pairs():
     assert abs(np.mean(score**2) - 1) < 5 * math.sqrt(2 / score.size)
 
 
-def unfold(number):
-    """``[n, 2048]``: 2048 numbers from different places side by side."""
-    if number == "pairs x positions":
-        return stack(4096, (512,)).reshape(4096, 512)
-    if number == "one dense array":
-        return stack(1, (4096, 512))[0]
-    if number == "rows of factors":
-        return stack(4096, (64, 8)).reshape(4096, 512)
-    generations = jnp.arange(4096)
-    return jax.jit(
-        jax.vmap(lambda e: SOURCES["counter"].sample(words(epoch=e), (512,), jnp.float32))
-    )(generations)
+STACKS = {  # [4096, 512], side by side
+    "pairs": lambda: stack(4096, (512,)),
+    "factors": lambda: stack(4096, (64, 8)),
+    "one dense array": lambda: stack(1, (4096, 512), role=2),
+    "generations": lambda: jax.vmap(
+        lambda epoch: SOURCES["counter"].sample(words(epoch=epoch), (512,), jnp.float32)
+    )(jnp.arange(4096)),
+    "leaves": lambda: jnp.concatenate(
+        [stack(512, (512,), path=f"layers/{i}/kernel") for i in range(8)]
+    ),
+}
 
 
-@pytest.mark.parametrize("layout", ["pairs x positions", "one dense array", "generations x positions"])
+@pytest.mark.parametrize("layout", STACKS)
 def test_singular_values_keep_to_the_marchenko_pastur_edges(layout):
-    x = np.asarray(unfold(layout), np.float64)
+    x = np.asarray(STACKS[layout](), np.float64).reshape(4096, 512)
     n, m = x.shape
     values = np.sqrt(np.linalg.eigvalsh(x.T @ x))
     # The extremes of n independent rows lie at sqrt(n) -+ sqrt(m), with Tracy-Widom fluctuations whose
@@ -246,21 +261,23 @@ def test_no_two_of_a_million_pairs_share_their_noise():
 
 
 def test_no_collisions_over_generations_leaves_roles_pairs_and_seeds():
-    leaves = [f"blocks/{i}/{name}" for i in range(8) for name in ("w", "b", "")]
+    leaves = [f"blocks/{i}/{name}" for i in range(3) for name in ("w", "b", "")]
     seeds = jax.vmap(noise.seed_words)(jax.vmap(jax.random.key)(jnp.arange(4)))
 
     @jax.jit
     def grid(seed_):
-        over_pairs = lambda p, r: jax.vmap(lambda e: jax.vmap(lambda q: words(seed_, p, e, q, r))(ids))(ids)
-        ids = jnp.arange(48)
+        over_pairs = lambda p, r: jax.vmap(
+            lambda e: jax.vmap(lambda q: words(seed_, p, e, q, r))(ids)
+        )(ids)
+        ids = jnp.arange(64)
         return jnp.stack([over_pairs(path, role) for path in leaves for role in (0, 1, 2)])
 
     keys = as_integers(jax.vmap(grid)(seeds))
-    assert keys.size == 4 * 24 * 3 * 48 * 48
+    assert keys.size == 4 * 9 * 3 * 64 * 64
     assert np.unique(keys).size == keys.size
 
 
-def flips(function, inputs, rng):
+def flips(function, inputs):
     """Largest deviation from 1/2 of P(output bit flips | input bit flips), in standard errors."""
     base = function(inputs)
     n, worst = inputs.shape[0], 0.0
@@ -277,8 +294,7 @@ MIXERS = {
     "permutation": (2, lambda w: noise._permute(w)),
     "stream": (4, lambda w: noise.stream(w[:2], LEAF, w[2], w[3], 0)),
     "seed": (2, lambda w: noise.seed_words(jax.random.wrap_key_data(w, impl="threefry2x32"))),
-    # Of the second word only the low bits reach every output bit: it enters halfway.
-    "sample": (2, lambda w: noise._hash(w[:1], jnp.uint32(0x1234567), w[1:])),
+    "sample": (3, lambda w: noise._hash(w[:1], w[1:2], w[2:])),
 }
 
 
@@ -288,22 +304,21 @@ def test_avalanche(mixer):
     size, function = MIXERS[mixer]
     mapped = jax.jit(jax.vmap(function))
     rng = np.random.default_rng(0)
-    random = rng.integers(0, 2**32, (4096, size), dtype=np.uint32)
-    assert flips(mapped, random, rng) < 5.5
-    if mixer != "sample":  # where one word is meant to be random
-        tiny = rng.integers(0, 2**12, (4096, size), dtype=np.uint32)
-        assert flips(mapped, tiny, rng) < 5.5
+    inputs = rng.integers(0, 2**32, (4096, size), dtype=np.uint32)
+    assert flips(mapped, inputs) < 5.5
+    # Small numbers, as seeds and pairs are; a sample's key never is small.
+    inputs[:, 2 if mixer == "sample" else 0 :] %= 4096
+    assert flips(mapped, inputs) < 5.5
 
 
 def test_permutation_can_be_undone():
     """So no two states meet: injectivity of a pair's key in the pair rests on it."""
     state = np.random.default_rng(0).integers(0, 2**32, (1000, 2), dtype=np.uint32)
     out = np.asarray(jax.vmap(noise._permute)(jnp.asarray(state)))
-    mix = lambda x, c: np.asarray(noise._mix(jnp.asarray(x + np.uint32(c))))
     left, right = out[:, 0], out[:, 1]
-    right = right ^ mix(left, 0xF39CC060)
-    left = left ^ mix(right, 0x7F4A7C15)
-    right = right ^ mix(left, 0x9E3779B9)
+    for word0, word1 in reversed(noise._ROUNDS):
+        mixed = noise._hash(jnp.uint32(word0), jnp.uint32(word1), jnp.asarray(right))
+        left, right = right, left ^ np.asarray(mixed)
     np.testing.assert_array_equal(np.stack([left, right], 1), state)
 
 
@@ -320,7 +335,9 @@ def test_seed_words_take_any_key(impl):
 
 def test_seed_words_use_all_of_a_long_key():
     data = jnp.arange(4, dtype=jnp.uint32)
-    keys = [jax.random.wrap_key_data(data.at[i].add(d), impl="rbg") for i in range(4) for d in (0, 1)]
+    keys = [
+        jax.random.wrap_key_data(data.at[i].add(d), impl="rbg") for i in range(4) for d in (0, 1)
+    ]
     assert len({tuple(noise.seed_words(k).tolist()) for k in keys}) == 5
 
 
@@ -331,12 +348,9 @@ def test_seed_words_refuse_what_is_not_one_key(bad):
 
 
 def test_paths_do_not_depend_on_the_process():
+    # Python's own hash of a string differs in every process.
     assert noise.path_words("layer/kernel") == (1886229229, 4075652348)
     assert noise.path_words("") != noise.path_words("/")
-    program = "from eggroll import noise; print(noise.path_words('layer/kernel'))"
-    env = {**os.environ, "PYTHONHASHSEED": "12345"}
-    found = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
-    assert found.stdout.strip() == "(1886229229, 4075652348)", found.stderr
 
 
 # ---- pure functions ------------------------------------------------------------------------------
@@ -348,7 +362,9 @@ def test_same_values_however_it_is_run(source, dtype):
     dtype = jnp.dtype(dtype)
 
     def one(pair, seed_=None):
-        return SOURCES[source].sample(words(seed() if seed_ is None else seed_, pair=pair), (5, 3), dtype)
+        return SOURCES[source].sample(
+            words(seed() if seed_ is None else seed_, pair=pair), (5, 3), dtype
+        )
 
     pairs = jnp.arange(6)
     expected = jnp.stack([one(i) for i in range(6)])
@@ -362,9 +378,9 @@ def test_same_values_however_it_is_run(source, dtype):
         "map": lax.map(one, pairs, batch_size=4),
         "unsigned pairs": jax.vmap(one)(pairs.astype(jnp.uint32)),
         "reversed": jax.vmap(one)(pairs[::-1])[::-1],
-        "vmap over seeds": jax.vmap(one, in_axes=(None, 0), out_axes=1)(pairs, jnp.stack([seed()]))[0]
-        if False
-        else jax.vmap(lambda s: jax.vmap(lambda p: one(p, s))(pairs))(jnp.stack([seed(9), seed()]))[1],
+        "vmap over seeds": jax.vmap(lambda s: jax.vmap(lambda p: one(p, s))(pairs))(
+            jnp.stack([seed(9), seed()])
+        )[1],
     }
     for name, values in runs.items():
         np.testing.assert_array_equal(np.asarray(values), np.asarray(expected), err_msg=name)
@@ -379,20 +395,24 @@ def test_same_values_on_every_device():
         jax.vmap(one), mesh=mesh, in_specs=jax.P("population"), out_specs=jax.P("population")
     )
     pairs = jnp.arange(4 * devices)
-    np.testing.assert_array_equal(np.asarray(jax.jit(spread)(pairs)), np.asarray(jax.vmap(one)(pairs)))
+    np.testing.assert_array_equal(
+        np.asarray(jax.jit(spread)(pairs)), np.asarray(jax.vmap(one)(pairs))
+    )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(sorted(SOURCES)))
 def test_any_grouping_of_pairs_draws_the_same(sizes, source):
     one = lambda pair: SOURCES[source].sample(words(pair=pair), (3, 2), jnp.float32)
     whole = jax.vmap(one)(jnp.arange(20))
     ends = np.cumsum(sizes)
-    chunks = [jax.vmap(one)(jnp.arange(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    chunks = [
+        jax.vmap(one)(jnp.arange(end - size, end)) for size, end in zip(sizes, ends, strict=True)
+    ]
     np.testing.assert_array_equal(np.concatenate(chunks), whole[: ends[-1]])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(st.integers(0, 6), max_size=4), st.integers(0, 2**32 - 1))
 def test_any_shape_holds_the_same_sequence(shape, word):
     """Row-major order; a longer array starts with the shorter one; any element stands by itself."""
@@ -402,8 +422,8 @@ def test_any_shape_holds_the_same_sequence(shape, word):
     size = math.prod(shape)
     longer = SOURCES["counter"].sample(key, (1296,), jnp.float32)
     np.testing.assert_array_equal(samples.ravel(), longer[:size])
-    at = noise.counter_at(key[0], key[1], jnp.arange(size, dtype=jnp.uint32))
-    np.testing.assert_array_equal(samples.ravel(), at)
+    at = noise.counter_at(key[0], key[1], jnp.arange(1296, dtype=jnp.uint32))
+    np.testing.assert_array_equal(longer, at)
 
 
 def test_inside_a_pallas_kernel():
@@ -431,7 +451,7 @@ def test_exact_sources_are_those_of_jax():
     normal = SOURCES["gaussian"].sample(words(), (4, 5), jnp.float32)
     np.testing.assert_array_equal(normal, jax.random.normal(key, (4, 5)))
     signs = SOURCES["rademacher"].sample(words(), (4, 5), jnp.float32)
-    np.testing.assert_array_equal(signs, jax.random.rademacher(key, (4, 5), jnp.float32))
+    np.testing.assert_array_equal(signs < 0, jax.random.bits(key, (4, 5)) >= 2**31)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -455,7 +475,9 @@ def test_other_dtypes_are_refused(source, dtype):
 
 def test_too_large_an_array_is_refused():
     with pytest.raises(ValueError, match=r"\[65536, 65537\] has 4295032832 samples"):
-        jax.eval_shape(lambda w: SOURCES["counter"].sample(w, (2**16, 2**16 + 1), jnp.float32), words())
+        jax.eval_shape(
+            lambda w: SOURCES["counter"].sample(w, (2**16, 2**16 + 1), jnp.float32), words()
+        )
 
 
 def test_sources_are_equal_and_do_not_recompile():
@@ -477,7 +499,14 @@ def test_sources_are_equal_and_do_not_recompile():
 def test_golden_values():
     """A change here changes every run that anyone has made with the default noise: say so loudly."""
     key = noise.stream(noise.seed_words(jax.random.key(42)), LEAF, epoch=3, pair=17, role=1)
-    assert key.tolist() == []
+    assert key.tolist() == [981530838, 3453436270]
     samples = SOURCES["counter"].sample(key, (2, 3), jnp.float32)
-    expected = []
+    expected = [
+        "-0x1.2c84a00000000p-1",
+        "-0x1.73aa940000000p-1",
+        "-0x1.5fb1c60000000p+0",
+        "0x1.ef33780000000p-1",
+        "0x1.a395840000000p-2",
+        "-0x1.1ba8d80000000p-1",
+    ]
     assert [value.hex() for value in samples.ravel().tolist()] == expected

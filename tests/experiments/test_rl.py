@@ -14,12 +14,12 @@ import pytest
 from experiments.models.mlp import MLP
 from experiments.rl.config import PRESETS
 from experiments.rl.rollout import Policy, Task, make_policy, make_task, run_episode
-from experiments.rl.train import Result, train
+from experiments.rl.train import Result, put_in_words, train
 from experiments.run.errors import UsageError
 from experiments.run.metrics import read_metrics
 
 SMALL = dataclasses.replace(
-    PRESETS["cartpole"], width=16, depth=1, population=128, generations=6, seed=3
+    PRESETS["cartpole"], width=16, population=128, learning_rate=0.1, generations=8, seed=3
 )
 KEYS = jax.random.split(jax.random.key(0), 6)
 
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
 
 def linear_policy(task: Task, deterministic: bool) -> tuple[Policy, Any]:
     model = MLP(task.actions, depth=0)
-    params = model.init(jax.random.key(1), jnp.zeros(task.observations))["params"]
+    params = model.init(jax.random.key(4), jnp.zeros(task.observations))["params"]
     return make_policy(model, deterministic), params
 
 
@@ -46,13 +46,14 @@ def linear_policy(task: Task, deterministic: bool) -> tuple[Policy, Any]:
 
 def loop_over_step_env(task: Task, policy: Policy, params: Any, key: Any) -> tuple[float, int]:
     """The same episode, step by step in Python."""
+    policy, step_env = jax.jit(policy), jax.jit(task.env.step_env)
     reset_key, episode_key = jax.random.split(key)
     observation, state = task.env.reset(reset_key, task.env_params)
     score, steps, over = 0.0, 0, False
     while not over:
         policy_key, env_key = jax.random.split(jax.random.fold_in(episode_key, steps))
         action = policy(params, observation.astype(jnp.float32), policy_key)
-        observation, state, reward, terminated, _ = task.env.step_env(
+        observation, state, reward, terminated, _ = step_env(
             env_key, state, action, task.env_params
         )
         score, steps = score + float(reward), steps + 1
@@ -162,7 +163,7 @@ def test_run_folder_holds_what_it_promises(run: tuple[Path, Result]) -> None:
     assert packages["jax"] == jax.__version__
     assert json.loads((folder / "result.json").read_text())["sentence"] == result.sentence
     with np.load(folder / "params.npz") as params:
-        assert set(params) == {f"Dense_{i}/{leaf}" for i in (0, 1) for leaf in ("kernel", "bias")}
+        assert set(params) == {f"Dense_{i}/{leaf}" for i in range(3) for leaf in ("kernel", "bias")}
         assert params["Dense_0/kernel"].shape == (4, SMALL.width)
     assert not list(folder.glob("*.part"))
 
@@ -181,7 +182,24 @@ def test_a_missed_target_is_admitted(run: tuple[Path, Result]) -> None:
     _, result = run
     assert result.solved is (result.held_out_return >= 500)
     assert result.sentence.startswith("Learned to" if result.solved else "Not yet learned to")
-    assert f"{result.held_out_return:.1f} of 500 steps (64 held-out episodes)" in result.sentence
+    assert "of 500 steps (64 held-out episodes)" in result.sentence
+
+
+@pytest.mark.parametrize(
+    ("target", "score", "words"),
+    [
+        (500.0, 500.0, "Learned to balance the pole: the mean policy holds it for 500.0 of 500"),
+        (
+            500.0,
+            499.98,
+            "Not yet learned to balance the pole (target 500): the mean policy holds it for 499.9",
+        ),
+        (None, 20.0, "Trained on CartPole-v1: the mean policy holds it for 20.0 of 500"),
+    ],
+)
+def test_results_in_words(cartpole: Task, target: float | None, score: float, words: str) -> None:
+    config = dataclasses.replace(SMALL, target=target)
+    assert put_in_words(config, cartpole, score).startswith(words)
 
 
 def test_a_reached_target_stops_early(tmp_path: Path) -> None:
