@@ -87,6 +87,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--population", nargs="+", type=int, default=[512, 1024, 4096], help="members N")
     p.add_argument("--observations", nargs="+", type=int, default=[1, 16], help="of a member, B")
     p.add_argument("--rank", nargs="+", type=int, default=[1, 4])
+    p.add_argument("--chunk", type=int, help="members at a time (low rank only); all by default")
     p.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
     p.add_argument("--quick", action="store_true", help="the first of each list, 5 rounds")
     p.add_argument(
@@ -101,6 +102,8 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Na
     args = p.parse_args(argv)
     if any(n < 2 or n % 2 for n in args.population):
         p.error(f"--population {args.population}: even numbers of at least 2 are right")
+    if args.chunk is not None and (args.chunk < 2 or args.chunk % 2):
+        p.error(f"--chunk {args.chunk}: an even number of at least 2 is right")
     if args.rounds < 1:
         p.error(f"--rounds {args.rounds}: at least 1 is right")
     if args.quick:
@@ -188,7 +191,9 @@ def _cpu_counters() -> tuple[float, float, float] | None:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     except OSError:
         return None
-    user, nice, system, idle, iowait, *rest = (int(f) / os.sysconf("SC_CLK_TCK") for f in fields[1:9])
+    user, nice, system, idle, iowait, *rest = (
+        int(f) / os.sysconf("SC_CLK_TCK") for f in fields[1:9]
+    )
     busy = user + nice + system + sum(rest)
     return busy + idle + iowait, busy, time.process_time()
 
@@ -218,7 +223,9 @@ def machine() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "device": device.device_kind,
         "jax": jax.__version__,
     }
@@ -261,25 +268,31 @@ def too_large(case: Case, name: str, needed: int | None, limit_mib: float) -> Ro
 
 
 def run(
-    args: argparse.Namespace, calls_of: Callable[[Case, float], tuple[dict[str, Call], list[Row]]]
+    args: argparse.Namespace,
+    calls_of: Callable[[Case, argparse.Namespace], tuple[dict[str, Call], list[Row]]],
 ) -> list[Row]:
     """Measures every case of the grid, prints its table, and writes the JSON file.
 
     Args:
       args: from :func:`parse`.
-      calls_of: gives a case's calls, and rows for what is skipped, under a limit of temporaries in
-        MiB.
+      calls_of: gives a case's calls, and rows for what is skipped.
     """
     print_machine()
     all_rows, loads = [], {}
     for case in cases(args):
-        calls, skipped = calls_of(case, args.memory)
+        calls, skipped = calls_of(case, args)
         measured, loads[str(case)] = measure(case, calls, args.rounds)
         print_case(case, [*measured, *skipped], loads[str(case)])
         all_rows += [*measured, *skipped]
     if args.json:
         table = [{**dataclasses.asdict(r.case), **_without_case(r)} for r in all_rows]
-        document = {"machine": machine(), "rounds": args.rounds, "other_load": loads, "rows": table}
+        document = {
+            "machine": machine(),
+            "rounds": args.rounds,
+            "chunk": args.chunk,
+            "other_load": loads,
+            "rows": table,
+        }
         args.json.write_text(json.dumps(document, indent=1) + "\n")
     return all_rows
 

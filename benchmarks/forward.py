@@ -10,6 +10,7 @@ Rows of every case:
 * dense ES: ``es.evaluate`` with ``rank="full"``, where it fits ``--memory``.
 """
 
+import argparse
 from collections.abc import Sequence
 
 import jax
@@ -20,12 +21,15 @@ import eggroll
 from benchmarks import common
 from benchmarks.common import PLAIN, Call, Case, Row
 from benchmarks.models import Problem, problem
+from eggroll import generation
 from eggroll import strategy as internals
 
 KEPT, LIVE, DENSE = "perturbed, kept factors", "perturbed, noise drawn inside", "dense ES"
 
 
-def strategy(case: Case, p: Problem, *, dense: bool = False) -> eggroll.EvolutionStrategy:
+def strategy(
+    case: Case, p: Problem, *, dense: bool = False, chunk: int | None = None
+) -> eggroll.EvolutionStrategy:
     """The strategy of a case; an operation that would build a member's matrix is an error."""
     return eggroll.EvolutionStrategy(
         optimizer=optax.adam(1e-2),
@@ -34,18 +38,19 @@ def strategy(case: Case, p: Problem, *, dense: bool = False) -> eggroll.Evolutio
         rank="full" if dense else case.rank,
         plan=eggroll.plan.infer(p.score, p.params, members=p.observations),
         on_dense="error",
+        chunk=chunk,
     )
 
 
-def calls_of(case: Case, memory: float) -> tuple[dict[str, Call], list[Row]]:
-    """The rows of one case, and those that would take more than ``memory`` MiB."""
+def calls_of(case: Case, args: argparse.Namespace) -> tuple[dict[str, Call], list[Row]]:
+    """The rows of one case, and those that would take more than ``--memory`` MiB."""
     p = problem(case.model, case.dim, case.population, case.observations)
-    es = strategy(case, p)
+    es = strategy(case, p, chunk=args.chunk)
     state = es.init(p.params, jax.random.key(1))
-    draws = jax.jit(lambda s: internals._all_draws(es, es._plan(s.params), s))(state)
+    draws = jax.jit(lambda s: generation.all_draws(es, es.plan_of(s.params), s))(state)
 
     def kept(state: eggroll.State, draws: list[tuple[Array, ...]], data: Array) -> Array:
-        return internals._map_members(es, state, p.score, (), data, draws)
+        return generation.map_members(es, state, p.score, (), data, draws)
 
     kept = jax.jit(kept)
     evaluate = internals._evaluate
@@ -66,7 +71,7 @@ def calls_of(case: Case, memory: float) -> tuple[dict[str, Call], list[Row]]:
     dense = strategy(case, p, dense=True)
     dense_state = dense.init(p.params, jax.random.key(1))
     needed = common.temporaries(evaluate, dense, dense_state, p.score, (), p.observations)
-    skipped = common.too_large(case, DENSE, needed, memory)
+    skipped = common.too_large(case, DENSE, needed, args.memory)
     if skipped is None:
         calls[DENSE] = Call(
             lambda: dense.evaluate(dense_state, p.score, members=p.observations), needed

@@ -12,6 +12,7 @@ Rows of every case:
   and optimizer and mirrored sampling, under the same limit.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,13 +32,18 @@ try:
 except ImportError:
     Open_ES = None
 
-UPDATE, STEP, DENSE, EVOSAX = "update", "whole step", "dense ES, whole step", "evosax OpenES, whole step"
+UPDATE, STEP, DENSE, EVOSAX = (
+    "update",
+    "whole step",
+    "dense ES, whole step",
+    "evosax OpenES, whole step",
+)
 
 
-def calls_of(case: Case, memory: float) -> tuple[dict[str, Call], list[Row]]:
-    """The rows of one case, and those that would take more than ``memory`` MiB."""
+def calls_of(case: Case, args: argparse.Namespace) -> tuple[dict[str, Call], list[Row]]:
+    """The rows of one case, and those that would take more than ``--memory`` MiB."""
     p = problem(case.model, case.dim, case.population, case.observations)
-    es = strategy(case, p)
+    es = strategy(case, p, chunk=args.chunk)
     state = es.init(p.params, jax.random.key(1))
     values = es.evaluate(state, p.score, members=p.observations)
     calls = {
@@ -57,7 +63,7 @@ def calls_of(case: Case, memory: float) -> tuple[dict[str, Call], list[Row]]:
     rows = []
 
     def add(name: str, run: Callable[[], Any], needed: int | None) -> None:
-        skipped = common.too_large(case, name, needed, memory)
+        skipped = common.too_large(case, name, needed, args.memory)
         if skipped is None:
             calls[name] = Call(run, needed)
         else:

@@ -57,7 +57,6 @@ def called_jaxpr(eqn: Any) -> tuple[core.Jaxpr, list[Any]]:
     raise ValueError(f"the equation {eqn.primitive.name!r} calls no jaxpr that this version knows")
 
 
-
 def varying_axes(x: Any) -> frozenset[str]:
     """The mesh axes that a value is known to vary over inside a shard_map."""
     aval = jax.typeof(x)

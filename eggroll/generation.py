@@ -151,7 +151,7 @@ def weigh(es: Any, values: Array, groups: Any) -> tuple[Array, Array, Statistics
     worst = jnp.where(n > 0, jnp.where(has, score, jnp.inf).min(), jnp.nan)
     pair_valid = paired.any(1)
     same = jnp.where(paired, clean[0::2] == clean[1::2], True).all(1) & pair_valid
-    f32 = lambda x: x.astype(jnp.float32)  # noqa: E731
+    f32 = lambda x: x.astype(jnp.float32)
     stats = Statistics(
         f32(mean), f32(best), f32(worst), f32(std),
         (~finite.all(1)).sum(dtype=jnp.int32), same.sum(dtype=jnp.int32),

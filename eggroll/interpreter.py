@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.extend import core
 
 from eggroll import compat
@@ -235,7 +235,7 @@ def in_float32(eqn: Any, values: list[Value]) -> list[Value]:
     return [out.astype(dtype) for out, dtype in zip(outs, dtypes, strict=True)]
 
 
-def widened(value: Value) -> Array:
+def widened(value: Value) -> Value:
     """The numbers of a value in float32, if they are in a narrower float type."""
     if isinstance(value, Wide):
         return value.value
@@ -268,9 +268,9 @@ def inline(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
 
 def same_kind(a: Any, b: Any) -> bool:
     """Whether two (abstract) values have one structure, with the same shapes and types."""
-    leaves_a, tree_a = jax.tree.flatten(a)
-    leaves_b, tree_b = jax.tree.flatten(b)
-    return tree_a == tree_b and all(
+    leaves_a, leaves_b = jax.tree.leaves(a), jax.tree.leaves(b)
+    trees: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
+    return trees[0] == trees[1] and all(
         (x.shape, x.dtype) == (y.shape, y.dtype) for x, y in zip(leaves_a, leaves_b, strict=True)
     )
 
@@ -332,7 +332,7 @@ def scan(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
         # For the form alone: nothing that is built here is reported.
         return run(context.inner(quiet=True), moving, jax.tree.map(lambda x: x[0], slices))[0]
 
-    def body(moving: list[Value], slices: Any) -> tuple[list[Value], list[Array]]:
+    def body(moving: list[Value], slices: Any) -> tuple[list[Value], list[Value]]:
         ctx = context.inner()
         carry, ys = run(ctx, moving, slices)
         return hand_on(ctx, eqn, carry, moving), [ctx.dense(y, eqn) for y in ys]
@@ -373,7 +373,7 @@ def while_(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
         args = [*body_consts, *together(still, moving)]
         return without(still, evaluate(ctx, body.jaxpr, body.consts, args))
 
-    def cond_fun(moving: list[Value]) -> Array:
+    def cond_fun(moving: list[Value]) -> Value:
         ctx = context.inner()
         args = [*test_consts, *together(still, moving)]
         (out,) = evaluate(ctx, test.jaxpr, test.consts, args)
@@ -387,7 +387,7 @@ def while_(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
         return run(context.inner(quiet=True), moving)
 
     moving = settle(context, eqn, without(still, carry), trial)
-    return together(still, lax.while_loop(cond_fun, body_fun, moving))
+    return together(still, lax.while_loop(cond_fun, body_fun, moving))  # type: ignore[arg-type]
 
 
 @control_flow("cond")
@@ -433,7 +433,7 @@ def shard_map(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
         ]
         return jax.tree.unflatten(jax.tree.structure(value), [spec, *factors, jax.P()])
 
-    def fn(*values: Value) -> list[Array]:
+    def fn(*values: Value) -> list[Value]:
         ctx = context.inner()
         outs = evaluate(ctx, params["jaxpr"], (), list(values))
         return [ctx.dense(o, eqn) for o in outs]

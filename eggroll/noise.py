@@ -65,7 +65,7 @@ def counter() -> Noise:
 
     Example:
         >>> words = jnp.array([1, 2], jnp.uint32)
-        >>> x = counter().sample(words, (1000, 100), jnp.float32)
+        >>> x = counter().sample(words, (1000, 1000), jnp.float32)
         >>> print(f"{x.std():.2f} {(x**4).mean():.1f}")
         1.00 3.0
         >>> bool((counter().sample(words, (7,), jnp.float32) == x.ravel()[:7]).all())
@@ -263,7 +263,7 @@ def _permute(words: UInt32[Array, "2"]) -> UInt32[Array, "2"]:
     """A bijection of 64 bits, each output bit depending on every input bit: three Feistel rounds."""
     left, right = words[0], words[1]
     for constants in _ROUNDS:
-        left, right = right ^ _hash(*(jnp.uint32(c) for c in constants), left), left
+        left, right = right ^ _hash(jnp.uint32(constants[0]), jnp.uint32(constants[1]), left), left
     return jnp.stack([left, right])
 
 

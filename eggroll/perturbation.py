@@ -50,7 +50,8 @@ def draw_once(
     XLA may fuse the arithmetic of a draw into every operation that uses it, and so repeat it for
     each of them, each member of the pair and each observation. A barrier prevents that, but the CPU
     compiler removes barriers before it fuses. What a branch returns it always stores, hence a
-    branch there, which is always taken (with 16 observations a member this halves the time).
+    branch there, which is always taken. (Evaluating an MLP of width 256 on 16 observations a member
+    took 1.3 times plain inference under a barrier, and .9 with the branch.)
     """
 
     def make() -> list[Draw]:

@@ -302,7 +302,7 @@ def _settle_matrix(
             f"parameter {path!r} has {len(shape)} axes {list(shape)}; rows={matrix.rows}, "
             f"columns={matrix.columns}, batch={matrix.batch} must name each of them once"
         )
-    wrap = lambda group: tuple(a % len(shape) for a in group)  # noqa: E731
+    wrap = lambda group: tuple(a % len(shape) for a in group)
     matrix = dataclasses.replace(
         matrix, rows=wrap(matrix.rows), columns=wrap(matrix.columns), batch=wrap(matrix.batch)
     )
@@ -447,7 +447,7 @@ def _listed(axes: tuple[int, ...]) -> str:
     return ",".join(map(str, axes))
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"

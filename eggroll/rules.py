@@ -539,9 +539,11 @@ def product_of_two(ctx: Any, eqn: Any, lhs: LowRank, rhs: LowRank) -> Any:
     contracted = [label for label in left if label not in out]
     if set(left) & set(right) & set(out) or lhs.activation or rhs.activation:
         return UNHANDLED
-    sides = [inner_and_outer(v, ls, contracted) for v, ls in ((lhs, left), (rhs, right))]
-    if None in sides:
+    of_left = inner_and_outer(lhs, left, contracted)
+    of_right = inner_and_outer(rhs, right, contracted)
+    if of_left is None or of_right is None:
         return UNHANDLED
+    (q, p), (u, v) = of_left, of_right
     record_dot(ctx, lhs, left, right, out)
     record_dot(ctx, rhs, right, left, out)
     dtype, precision = eqn.outvars[0].aval.dtype, eqn.params["precision"]
@@ -555,7 +557,6 @@ def product_of_two(ctx: Any, eqn: Any, lhs: LowRank, rhs: LowRank) -> Any:
     def through(t: Labelled, w: Array, labels: Sequence[str]) -> Array:
         return align(contract(t, (w, tuple(labels)), set(order), order, acc, precision), order)
 
-    (q, p), (u, v) = sides
     one = jnp.ones((), acc)
     t = thin(q, left, one)
     across = through(t, rhs.w, right) + perturbation(*t, rhs, right, order, acc, precision)
@@ -608,7 +609,7 @@ def conv_general_dilated(ctx: Any, eqn: Any, lhs: Value, rhs: Value) -> Any:
     column_shape = tuple(channels if a == out_axis else 1 for a in range(rhs.ndim))
     factors = sorted(rhs.factors, key=lambda f: dims(f) != row_shape)
     if positions > MAX_SHIFTS and [dims(f) for f in factors] == [row_shape, column_shape]:
-        noise = thin_convolution(eqn, lhs, *factors, acc)
+        noise = thin_convolution(eqn, lhs, factors[0], factors[1], acc)
     else:
         noise = shifted_products(eqn, lhs, rhs, main, acc)
     noise = jnp.broadcast_to(noise, (*noise.shape[:-2], groups, channels // groups))
@@ -622,7 +623,7 @@ def channels_last(ndim: int) -> tuple[int, ...]:
     return (0, ndim - 1, *range(1, ndim - 1))
 
 
-def shifted_products(eqn: Any, lhs: Array, rhs: LowRank, main: Array, acc: DTypeLike) -> Array:
+def shifted_products(eqn: Any, lhs: Value, rhs: LowRank, main: Array, acc: DTypeLike) -> Array:
     """The perturbation as a sum over kernel positions of thin products with a shifted input.
 
     Returns:
@@ -676,7 +677,7 @@ def shifted_products(eqn: Any, lhs: Array, rhs: LowRank, main: Array, acc: DType
     return functools.reduce(jnp.add, total)
 
 
-def thin_convolution(eqn: Any, lhs: Array, rows: Array, columns: Array, acc: DTypeLike) -> Array:
+def thin_convolution(eqn: Any, lhs: Value, rows: Array, columns: Array, acc: DTypeLike) -> Array:
     """The perturbation of a large kernel: a convolution to one channel a rank, then the columns.
 
     Returns:

@@ -88,7 +88,7 @@ class EvolutionStrategy:
             if not ok:
                 raise ValueError(f"{field}={getattr(self, field)!r}: {right}")
 
-        whole = lambda x: isinstance(x, int | np.integer) and not isinstance(x, bool)  # noqa: E731
+        whole = lambda x: isinstance(x, int | np.integer) and not isinstance(x, bool)
         require(
             whole(self.population) and self.population >= 2 and self.population % 2 == 0,
             "population",

@@ -203,7 +203,7 @@ def test_distances_fall_as_one_over_the_rank():
 @pytest.mark.parametrize("rank", [1, 2, 4, 8, 16])
 def test_law_of_an_entry(source, rank):
     """Identity 5, the samples: their histogram is that of the exact law, at its distance from normal."""
-    # Zero is in the middle of a bin: two counter samples in a thousand are exactly zero.
+    # Zero is in the middle of a bin: three counter samples in a thousand are exactly zero.
     half_edges = np.array([0, *np.arange(0.1, 5.2, 0.2)])
     edges = np.concatenate([-half_edges[:0:-1], half_edges[1:]])
     e = entries(source, rank)
@@ -224,13 +224,12 @@ def test_law_of_an_entry(source, rank):
     )  # .003: within a bin, signs cancel
 
 
-@pytest.mark.parametrize("source", ["counter", "gaussian"])
-@pytest.mark.parametrize("pairs", [1, 3, 8, 40])
 @pytest.mark.parametrize("rank", [1, 2, 4])
-def test_rank_of_the_update(source, pairs, rank):
+def test_rank_of_the_update(rank):
     """Identity 6: min(P r, m, n)."""
     rows, columns = 24, 16
-    a, b = factors(source, pairs, rows, columns, rank)
-    weights = np.random.default_rng(0).normal(size=pairs)
-    update = np.einsum("p,pir,pjr->ij", weights, a, b)
-    assert np.linalg.matrix_rank(update) == min(pairs * rank, rows, columns)
+    a, b = factors("counter", 40, rows, columns, rank)
+    weights = np.random.default_rng(0).normal(size=40)
+    for pairs in (1, 3, 8, 40):
+        update = np.einsum("p,pir,pjr->ij", weights[:pairs], a[:pairs], b[:pairs])
+        assert np.linalg.matrix_rank(update) == min(pairs * rank, rows, columns)

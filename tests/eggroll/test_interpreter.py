@@ -72,10 +72,18 @@ def until_small(w, x):
 
     def body(carry):
         w, x, steps = carry
-        return w, jnp.tanh(x @ w) * 0.5, steps + 1
+        return w, jnp.tanh(x @ w) * 0.5**steps, steps + 1
 
     carry = lax.while_loop(lambda c: jnp.abs(c[1]).max() > 0.01, body, (w, x, 0))
     return carry[1:]
+
+
+def while_constant(w, x):
+    def body(carry):
+        x, steps = carry
+        return jnp.tanh(x @ w) * 0.5**steps, steps + 1
+
+    return lax.while_loop(lambda c: jnp.abs(c[0]).max() > 0.01, body, (x, 0))
 
 
 def while_condition_uses(w, x):
@@ -91,10 +99,6 @@ def swap(a, b, x):
         return a, b, jnp.tanh(x @ b @ a)
 
     return lax.fori_loop(0, 3, body, (a, b, x))[2]
-
-
-def turned_in_carry(w, x):
-    return through_carry(lambda w: w.T)(w, x)
 
 
 @cases(
@@ -116,7 +120,7 @@ def turned_in_carry(w, x):
     ("carried past each other", swap, W, V, X),
     ("while, carried", until_small, W, X),
     ("while, in the condition", while_condition_uses, W, X),
-    ("while, constant", lambda w, x: lax.while_loop(lambda x: x.max() > 0.1, lambda x: layer(x, w)[0] * 0.5, x), W, X),
+    ("while, constant", while_constant, W, X),
 )  # fmt: skip
 def test_loop(fn, makers):
     run_case(fn, makers)
@@ -243,55 +247,71 @@ def test_functions_of_trees():
 # ---------------------------------------------------------------- meshes
 
 
-def on_mesh(body, *in_specs, out=jax.P(), **how):
+def make_mesh():
+    return jax.make_mesh((4, 2), ("d", "e"), axis_types=(AxisType.Auto,) * 2)
+
+
+def on_mesh(body, *specs, **how):
+    """``body`` under a shard_map; the specs of its arguments, then that of its result."""
+
     def fn(*args):
-        mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=(AxisType.Auto,) * 2)
-        return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out, **how)(*args)
+        *ins, out = specs
+        mesh = make_mesh()
+        return jax.shard_map(body, mesh=mesh, in_specs=tuple(ins), out_specs=out, **how)(*args)
 
     return fn
+
+
+def product(w, x):
+    return x @ w
 
 
 def reduced(w, x):
     return lax.psum(x @ w, "d")
 
 
+def layers(stack, x):
+    return lax.scan(layer, x, stack)[0]
+
+
+def reduced_layers(stack, x):
+    return lax.psum(layers(stack, x), "d")
+
+
+def cast(w, x):
+    return lax.psum(x @ lax.pcast(w, "d", to="varying"), "d")
+
+
 def pinned(w, x):
-    mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=(AxisType.Auto,) * 2)
-    w = lax.with_sharding_constraint(w, NamedSharding(mesh, jax.P("d", "e")))
+    w = lax.with_sharding_constraint(w, NamedSharding(make_mesh(), jax.P("d", "e")))
     return x @ w
 
 
-WIDE = matrix(8, 8)
-ROWS = data(4, 8)
+WIDE, ROWS = matrix(8, 8), data(8, 8)
+ALL, D, LAST, BOTH = jax.P(), jax.P("d"), jax.P(None, "d"), jax.P(None, ("d", "e"))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
 @cases(
-    ("data sharded", on_mesh(lambda w, x: x @ w, jax.P(), jax.P("d"), out=jax.P("d")), WIDE, ROWS),
-    ("rows sharded", on_mesh(reduced, jax.P("d"), jax.P(None, "d")), WIDE, ROWS),
-    ("columns sharded", on_mesh(lambda w, x: x @ w, jax.P(None, "d"), jax.P(), out=jax.P(None, "d")), WIDE, ROWS),
-    ("both sharded", on_mesh(reduced, jax.P("d", "e"), jax.P(None, "d"), out=jax.P(None, "e")), WIDE, ROWS),
-    ("over two axes", on_mesh(lambda w, x: x @ w, jax.P(None, ("d", "e")), jax.P(), out=jax.P(None, ("d", "e"))),
-     WIDE, ROWS),
-    ("layers sharded", on_mesh(lambda s, x: lax.psum(lax.scan(layer, x, s)[0], "d"), jax.P("d"), jax.P()),
-     matrix(8, 8, 8, batch=(0,)), ROWS),
-    ("scan", on_mesh(lambda s, x: lax.scan(layer, x, s)[0], jax.P(), jax.P("d"), out=jax.P("d")),
-     matrix(3, 8, 8, batch=(0,)), ROWS),
-    ("under one axis", on_mesh(lambda w, x: x @ w, jax.P(), jax.P("d"), out=jax.P("d"), axis_names={"d"}),
-     WIDE, ROWS),
-)  # fmt: skip
+    ("data sharded", on_mesh(product, ALL, D, D), WIDE, ROWS),
+    ("rows sharded", on_mesh(reduced, D, LAST, ALL), WIDE, ROWS),
+    ("columns sharded", on_mesh(product, LAST, ALL, LAST), WIDE, ROWS),
+    ("both sharded", on_mesh(reduced, jax.P("d", "e"), LAST, jax.P(None, "e")), WIDE, ROWS),
+    ("over two axes", on_mesh(product, BOTH, ALL, BOTH), WIDE, ROWS),
+    ("over one axis only", on_mesh(product, ALL, D, D, axis_names={"d"}), WIDE, ROWS),
+    ("layers sharded", on_mesh(reduced_layers, D, ALL, ALL), matrix(8, 8, 8, batch=(0,)), ROWS),
+    ("scan", on_mesh(layers, ALL, D, D), matrix(3, 8, 8, batch=(0,)), ROWS),
+)
 def test_shard_map(fn, makers, check_vma, monkeypatch):
     monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=check_vma))
     run_case(fn, makers)
 
 
 @cases(
-    ("pcast", on_mesh(lambda w, x: lax.psum(x @ lax.pcast(w, "d", to="varying"), "d"), jax.P(), jax.P()), WIDE, ROWS),
-    ("pcast of many ranks",
-     on_mesh(lambda w, x: lax.psum(x @ lax.pcast(w, "d", to="varying"), "d"), jax.P(), jax.P()),
-     matrix(8, 8, rank=9), ROWS),
+    ("pcast", on_mesh(cast, ALL, ALL, ALL), WIDE, ROWS),
+    ("pcast of many ranks", on_mesh(cast, ALL, ALL, ALL), matrix(8, 8, rank=9), ROWS),
     ("sharding constraint", pinned, WIDE, ROWS),
-)  # fmt: skip
+)
 def test_mesh(fn, makers):
     run_case(fn, makers)
 
@@ -338,7 +358,7 @@ def test_dense_noise_on_a_narrow_parameter_is_not_rounded_before_it_meets_data(n
     assert jax.tree.leaves(in_float32(value.value.astype(jnp.bfloat16)))  # the plain model runs too
 
 
-def product(x, v):
+def dot(x, v):
     return jnp.dot(x, v, preferred_element_type=jnp.float32)
 
 
@@ -350,10 +370,10 @@ def convolve(x, v):
 @pytest.mark.parametrize(
     "fn",
     [
-        lambda x, v: product(x, v),
+        dot,
         lambda x, v: convolve(x[0], v),
         lambda x, v: (v * v).astype(jnp.float32).sum(),
-        lambda x, v: product(jnp.ones_like(v), v),
+        lambda x, v: dot(jnp.ones_like(v), v),
     ],
 )
 def test_a_narrow_parameter_with_dense_noise_enters_sums_in_float32(fn):

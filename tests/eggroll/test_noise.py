@@ -357,7 +357,7 @@ def test_paths_do_not_depend_on_the_process():
 
 
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_same_values_however_it_is_run(source, dtype):
     dtype = jnp.dtype(dtype)
 
@@ -451,7 +451,7 @@ def test_exact_sources_are_those_of_jax():
     normal = SOURCES["gaussian"].sample(words(), (4, 5), jnp.float32)
     np.testing.assert_array_equal(normal, jax.random.normal(key, (4, 5)))
     signs = SOURCES["rademacher"].sample(words(), (4, 5), jnp.float32)
-    np.testing.assert_array_equal(signs < 0, jax.random.bits(key, (4, 5)) >= 2**31)
+    np.testing.assert_array_equal(signs < 0, jax.random.bits(key, (4, 5)) >> 31 == 1)
 
 
 @pytest.mark.parametrize("source", SOURCES)

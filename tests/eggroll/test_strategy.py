@@ -306,7 +306,7 @@ def test_metrics_of_identical_pairs_and_agreement():
     assert int(metrics.identical_pairs) == 2
     big = make(population=4096, agreement=True, shaping=None)
     # A linear fitness of 93 numbers: theory gives the halves' cosine 1 / (1 + 2 c / P), c about 93.
-    linear = lambda params, key: sum(jnp.sum(x) for x in jax.tree.leaves(params))  # noqa: E731
+    linear = lambda params, key: sum(jnp.sum(x) for x in jax.tree.leaves(params))
     _, metrics = EvolutionStrategy(
         optimizer=optax.sgd(1e-3),
         population=4096,
