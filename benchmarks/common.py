@@ -89,6 +89,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--rank", nargs="+", type=int, default=[1, 4])
     p.add_argument("--chunk", type=int, help="members at a time (low rank only); all by default")
     p.add_argument("--rounds", type=int, default=15, help="interleaved rounds")
+    p.add_argument(
+        "--tries",
+        type=int,
+        default=1,
+        help="on a busy machine: rounds made for each one kept; those least disturbed are kept",
+    )
     p.add_argument("--quick", action="store_true", help="the first of each list, 5 rounds")
     p.add_argument(
         "--memory", type=float, default=4096, help="MiB of temporaries above which a row is skipped"
@@ -104,8 +110,9 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Na
         p.error(f"--population {args.population}: even numbers of at least 2 are right")
     if args.chunk is not None and (args.chunk < 2 or args.chunk % 2):
         p.error(f"--chunk {args.chunk}: an even number of at least 2 is right")
-    if args.rounds < 1:
-        p.error(f"--rounds {args.rounds}: at least 1 is right")
+    for name in ("rounds", "tries"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name} {getattr(args, name)}: at least 1 is right")
     if args.quick:
         args.rounds = min(args.rounds, 5)
         for name in ("dims", "population", "observations", "rank"):
@@ -131,17 +138,21 @@ def temporaries(jitted: Any, *args: Any) -> int | None:
     return None if analysis is None else int(analysis.temp_size_in_bytes)
 
 
-def measure(case: Case, calls: dict[str, Call], rounds: int) -> tuple[list[Row], float | None]:
+def measure(
+    case: Case, calls: dict[str, Call], rounds: int, tries: int = 1
+) -> tuple[list[Row], float | None]:
     """Times every call in interleaved rounds.
 
     Args:
       case: what is measured.
       calls: by row name; one is called :data:`PLAIN`.
-      rounds: how many, after one that is not counted.
+      rounds: how many are kept.
+      tries: how many are made for each one kept: those during which other processes took the least
+        of the machine.
 
     Returns:
-      The rows, and the share of the machine's CPUs that other processes used meanwhile (None where
-      the system does not tell).
+      The rows, and the share of the machine's CPUs that other processes took in the rounds kept
+      (None where the system does not tell).
     """
     repeats = {}
     for name, call in calls.items():
@@ -149,32 +160,36 @@ def measure(case: Case, calls: dict[str, Call], rounds: int) -> tuple[list[Row],
         repeats[name] = max(1, int(SHORTEST / max(_once(call.run, 1)[0], 1e-6)))
     wall: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
-    before = _cpu_counters()
+    loads: list[float] = []
     names = list(calls)
-    for i in range(rounds):
+    for i in range(rounds * tries):
+        before = _cpu_counters()
         # Each round starts with another row, so that none always follows the same one.
         for name in names[i % len(names) :] + names[: i % len(names)]:
             seconds, cpu_seconds = _once(calls[name].run, repeats[name])
             wall[name].append(seconds)
             cpu[name].append(cpu_seconds)
-    load = _load_of_others(before, _cpu_counters())
+        loads.append(_load_of_others(before, _cpu_counters()))
 
+    keep = np.argsort(loads, kind="stable")[:rounds]
+    load = float(np.mean(np.array(loads)[keep]))
     rows = []
     for name, call in calls.items():
-        ratios = np.array(wall[name]) / np.array(wall[PLAIN])
-        cpu_ratios = np.array(cpu[name]) / np.maximum(cpu[PLAIN], 1e-9)
+        kept = np.array(wall[name])[keep]
+        ratios = kept / np.array(wall[PLAIN])[keep]
+        cpu_ratios = np.array(cpu[name])[keep] / np.maximum(np.array(cpu[PLAIN])[keep], 1e-9)
         low, median, high = (float(q) for q in np.quantile(ratios, [0.25, 0.5, 0.75]))
         rows.append(
             Row(
                 case,
                 name,
-                seconds=float(np.median(wall[name])),
+                seconds=float(np.median(kept)),
                 times_plain=(low, median, high),
                 cpu_times_plain=float(np.median(cpu_ratios)),
                 temporaries=call.temporaries,
             )
         )
-    return rows, load
+    return rows, None if np.isnan(load) else load
 
 
 def _once(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
@@ -200,9 +215,10 @@ def _cpu_counters() -> tuple[float, float, float] | None:
 
 def _load_of_others(
     before: tuple[float, float, float] | None, after: tuple[float, float, float] | None
-) -> float | None:
+) -> float:
+    """Between two readings; NaN where the system does not tell."""
     if before is None or after is None or after[0] <= before[0]:
-        return None
+        return float("nan")
     total, busy, own = (b - a for a, b in zip(before, after, strict=True))
     return max(0.0, (busy - own) / total)
 
@@ -281,7 +297,7 @@ def run(
     all_rows, loads = [], {}
     for case in cases(args):
         calls, skipped = calls_of(case, args)
-        measured, loads[str(case)] = measure(case, calls, args.rounds)
+        measured, loads[str(case)] = measure(case, calls, args.rounds, args.tries)
         print_case(case, [*measured, *skipped], loads[str(case)])
         all_rows += [*measured, *skipped]
     if args.json:
@@ -289,6 +305,7 @@ def run(
         document = {
             "machine": machine(),
             "rounds": args.rounds,
+            "tries": args.tries,
             "chunk": args.chunk,
             "other_load": loads,
             "rows": table,

@@ -8,6 +8,7 @@ without a rule gets the array built, which is reported (:class:`DenseBuildWarnin
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -395,27 +396,25 @@ def cond(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     index, *operands = values
     branches = eqn.params["branches"]
 
-    def run(ctx: Context, branch: Any, operands: list[Value]) -> list[Value]:
+    def run(ctx: Context, branch: Any) -> list[Value]:
         return [materialize(v) for v in evaluate(ctx, branch.jaxpr, branch.consts, operands)]
 
-    shapes = [
-        jax.eval_shape(lambda ops, b=b: run(context.inner(quiet=True), b, ops), operands)
-        for b in branches
-    ]
+    def trial(branch: Any) -> list[Value]:
+        return run(context.inner(quiet=True), branch)
+
+    forms = [jax.eval_shape(functools.partial(trial, branch)) for branch in branches]
     keep = [
         is_special(first) and all(same_kind(first, other) for other in rest)
-        for first, *rest in zip(*shapes, strict=True)
+        for first, *rest in zip(*forms, strict=True)
     ]
 
-    def branch_fn(branch: Any) -> Callable[..., list[Value]]:
-        def fn(*operands: Value) -> list[Value]:
-            ctx = context.inner()
-            outs = run(ctx, branch, list(operands))
-            return [o if k else ctx.dense(o, eqn) for o, k in zip(outs, keep, strict=True)]
+    def branch_fn(branch: Any) -> list[Value]:
+        ctx = context.inner()
+        outs = run(ctx, branch)
+        return [o if k else ctx.dense(o, eqn) for o, k in zip(outs, keep, strict=True)]
 
-        return fn
-
-    return lax.switch(context.dense(index, eqn), [branch_fn(b) for b in branches], *operands)
+    # The operands are closed over: being the same objects, they are not built a second time.
+    return lax.switch(index, [functools.partial(branch_fn, branch) for branch in branches])
 
 
 @control_flow("shard_map")

@@ -262,8 +262,8 @@ _ROUNDS = ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xA4093822, 0x29
 def _permute(words: UInt32[Array, "2"]) -> UInt32[Array, "2"]:
     """A bijection of 64 bits, each output bit depending on every input bit: three Feistel rounds."""
     left, right = words[0], words[1]
-    for constants in _ROUNDS:
-        left, right = right ^ _hash(jnp.uint32(constants[0]), jnp.uint32(constants[1]), left), left
+    for word0, word1 in _ROUNDS:
+        left, right = right ^ _hash(jnp.uint32(word0), jnp.uint32(word1), left), left
     return jnp.stack([left, right])
 
 

@@ -275,7 +275,7 @@ def layers(stack, x):
 
 
 def reduced_layers(stack, x):
-    return lax.psum(layers(stack, x), "d")
+    return lax.psum(layers(stack, lax.pcast(x, "d", to="varying")), "d")
 
 
 def cast(w, x):
@@ -343,7 +343,6 @@ KEPT = {
     "while": (lambda v: lax.fori_loop(0, 3, lambda _, c: (c[0], c[1] + c[0].astype(jnp.float32)),
                                       (v, jnp.zeros(8, jnp.float32)))[1], V16),
     "cond": (lambda v: lax.cond(v[0] > 0, lambda v: v, lambda v: -v, v), V16),
-    "to float16": (lambda v: v.astype(jnp.float16), V16),
 }  # fmt: skip
 
 
@@ -356,6 +355,11 @@ def test_dense_noise_on_a_narrow_parameter_is_not_rounded_before_it_meets_data(n
 
     close(interpret(in_float32)(value), in_float32(value.value), 1e-6)
     assert jax.tree.leaves(in_float32(value.value.astype(jnp.bfloat16)))  # the plain model runs too
+
+
+def test_a_cast_from_one_narrow_type_to_another_does_not_round():
+    got = interpret(lambda v: v.astype(jnp.float16).astype(jnp.float32))(V16)
+    np.testing.assert_array_equal(got, V16.value)
 
 
 def dot(x, v):
@@ -480,7 +484,7 @@ def test_a_build_is_reported_once_for_a_parameter_and_a_primitive():
 
 
 def test_an_error_names_the_parameter_and_the_primitive():
-    with pytest.raises(DenseBuildError, match="parameter 'w' .* 'exp' has no rule .* 5, 7"):
+    with pytest.raises(DenseBuildError, match="parameter 'w' .* 'exp' has no rule .* .5, 7"):
         interpret(jnp.exp, Context("error"))(low_rank((5, 7)))
 
 

@@ -1,0 +1,81 @@
+"""The compiled program holds no matrix for each member: its arrays and its temporaries are small."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from eggroll import EvolutionStrategy, plan
+
+POPULATION, LAYERS = 512, 3
+
+
+def layers_apart(params, key, x):
+    for w in params["layers"]:
+        x = jnp.tanh(x @ w + params["bias"])
+    return x.sum()
+
+
+def layers_scanned(params, key, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w + params["bias"]), None), x, params["layers"])[
+        0
+    ].sum()
+
+
+def shapes(fitness, size):
+    matrix = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    stack = jax.ShapeDtypeStruct((LAYERS, size, size), jnp.float32)
+    layers = stack if fitness is layers_scanned else [matrix] * LAYERS
+    params = {"layers": layers, "bias": jax.ShapeDtypeStruct((size,), jnp.float32)}
+    return params, jax.ShapeDtypeStruct((1, size), jnp.float32)
+
+
+def compiled(fitness, call, size, rank=1):
+    """The program of a call at a size that is never allocated."""
+    params, x = shapes(fitness, size)
+    es = EvolutionStrategy(
+        optimizer=optax.sgd(0.1),
+        population=POPULATION,
+        sigma=0.1,
+        rank=rank,
+        plan=plan.infer(fitness, params, x),
+        on_dense="error",
+    )
+    state = jax.eval_shape(lambda params: es.init(params, 0), params)
+    values = jax.ShapeDtypeStruct((POPULATION,), jnp.float32)
+    if call == "update":
+        return jax.jit(es.update).lower(state, values).compile()
+    return jax.jit(lambda state, x: getattr(es, call)(state, fitness, x)).lower(state, x).compile()
+
+
+def temporaries(program):
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def largest_array(program):
+    """Elements of the largest array that the program's text names, fused ones too."""
+    found = re.findall(r"\b[a-z]\w*\[([\d,]+)\]", program.as_text())
+    return max(math.prod(map(int, dims.split(","))) for dims in found)
+
+
+@pytest.mark.parametrize("fitness", [layers_apart, layers_scanned])
+@pytest.mark.parametrize("call", ["evaluate", "update", "step"])
+def test_no_matrix_is_built_for_a_member(fitness, call):
+    size = 2048
+    program = compiled(fitness, call, size)
+    assert temporaries(program) < POPULATION * size**2 * 4 / 20
+    assert not re.search(
+        rf"\[(\d+,)*({POPULATION}|{POPULATION // 2})(,\d+)*,{size},{size}\]", program.as_text()
+    )
+    assert largest_array(program) < POPULATION * size**2 / 20
+
+
+def test_full_rank_noise_is_seen_to_be_built():
+    """The same measures, where there is something to see."""
+    size = 64
+    program = compiled(layers_apart, "evaluate", size, rank="full")
+    assert temporaries(program) > POPULATION * size**2 * 4 / 20
+    assert largest_array(program) >= POPULATION // 2 * size**2
