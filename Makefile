@@ -14,17 +14,18 @@ help:
 	@echo "make test    all tests, doctests and notebooks (ARGS='-k noise' to choose)"
 	@echo "make lint    ruff            make types   mypy"
 	@echo "make bench   ratios of speed, in one run on this machine"
-	@echo "make soak    long repetitions that make test leaves out"
+	@echo "make soak    many more examples of every property, and what make test leaves out for its length"
 
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none was found (set PYTHON=)." >&2; exit 1; }
-	@if command -v uv >/dev/null 2>&1; then \
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Python 3.11 or newer is needed, and $(or $(PYTHON),what is on PATH) is not (set PYTHON=)." >&2; exit 1; }
+	@set -e; if command -v uv >/dev/null 2>&1; then \
 		test -x $(BIN)/python || uv venv -q --python $(PYTHON) $(VENV); \
-		uv pip install -q --python $(BIN)/python -c constraints.txt -e '.[rl,dev]'; \
+		uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[rl,dev]'; \
 	else \
-		test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+		$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); \
 		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rl,dev]'; \
 	fi
 	@touch $@
@@ -43,18 +44,20 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
+	$(BIN)/python -m benchmarks.import_time
 	$(BIN)/python -m benchmarks.noise
 	$(BIN)/python -m benchmarks.forward
 	$(BIN)/python -m benchmarks.step
 
 soak: setup
-	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python -m pytest -m 'soak or hypothesis' --hypothesis-profile=soak $(ARGS)
 
-# The versions now in $(VENV), names and numbers alone.
+# The versions now in $(VENV), names and numbers alone: make clean first, for those of a fresh one.
 constraints: setup
-	{ echo "# The versions that the project is tested with; refreshed by make constraints."; \
-	  $(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude uv | sort -f; } > constraints.tmp
+	echo "# The versions that the project is tested with; refreshed by make constraints." > constraints.tmp
+	$(BIN)/python -m pip list --format=freeze --exclude-editable --exclude pip --exclude uv > $(VENV)/list
+	LC_ALL=C sort -f $(VENV)/list >> constraints.tmp
 	mv constraints.tmp constraints.txt
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info

@@ -23,4 +23,5 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 hypothesis.settings.register_profile(
     "project", deadline=None, derandomize=True, max_examples=30, database=None
 )
+hypothesis.settings.register_profile("soak", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("project")

@@ -147,12 +147,12 @@ def measure(
       case: what is measured.
       calls: by row name; one is called :data:`PLAIN`.
       rounds: how many are kept.
-      tries: how many are made for each one kept: those during which other processes took the least
-        of the machine.
+      tries: how many are made for each one kept: those in which the threads of this process had
+        to wait least for a CPU that others were using.
 
     Returns:
-      The rows, and the share of the machine's CPUs that other processes took in the rounds kept
-      (None where the system does not tell).
+      The rows, and that waiting time over the rounds kept as a share of their length (None where
+      the system does not tell; above 1 where several threads waited).
     """
     repeats = {}
     for name, call in calls.items():
@@ -160,19 +160,19 @@ def measure(
         repeats[name] = max(1, int(SHORTEST / max(_once(call.run, 1)[0], 1e-6)))
     wall: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
-    loads: list[float] = []
+    waits: list[float] = []
     names = list(calls)
     for i in range(rounds * tries):
-        before = _cpu_counters()
+        before, start = _waited(), time.perf_counter()
         # Each round starts with another row, so that none always follows the same one.
         for name in names[i % len(names) :] + names[: i % len(names)]:
             seconds, cpu_seconds = _once(calls[name].run, repeats[name])
             wall[name].append(seconds)
             cpu[name].append(cpu_seconds)
-        loads.append(_load_of_others(before, _cpu_counters()))
+        waits.append((_waited() - before) / (time.perf_counter() - start))
 
-    keep = np.argsort(loads, kind="stable")[:rounds]
-    load = float(np.mean(np.array(loads)[keep]))
+    keep = np.argsort(waits, kind="stable")[:rounds]
+    wait = float(np.mean(np.array(waits)[keep]))
     rows = []
     for name, call in calls.items():
         kept = np.array(wall[name])[keep]
@@ -189,7 +189,7 @@ def measure(
                 temporaries=call.temporaries,
             )
         )
-    return rows, None if np.isnan(load) else load
+    return rows, None if np.isnan(wait) else wait
 
 
 def _once(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
@@ -200,27 +200,15 @@ def _once(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
     return (time.perf_counter() - start) / repeats, (time.process_time() - cpu_start) / repeats
 
 
-def _cpu_counters() -> tuple[float, float, float] | None:
-    """Seconds since boot that all CPUs had together, that were busy, and that this process used."""
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-    except OSError:
-        return None
-    user, nice, system, idle, iowait, *rest = (
-        int(f) / os.sysconf("SC_CLK_TCK") for f in fields[1:9]
-    )
-    busy = user + nice + system + sum(rest)
-    return busy + idle + iowait, busy, time.process_time()
-
-
-def _load_of_others(
-    before: tuple[float, float, float] | None, after: tuple[float, float, float] | None
-) -> float:
-    """Between two readings; NaN where the system does not tell."""
-    if before is None or after is None or after[0] <= before[0]:
-        return float("nan")
-    total, busy, own = (b - a for a, b in zip(before, after, strict=True))
-    return max(0.0, (busy - own) / total)
+def _waited() -> float:
+    """Seconds that threads of this process were ready to run but had no CPU; NaN if not told."""
+    nanoseconds = 0
+    for task in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            nanoseconds += int(task.read_text().split()[1])
+        except OSError:  # the thread has ended
+            continue
+    return nanoseconds / 1e9 if nanoseconds else float("nan")
 
 
 # ---------------------------------------------------------------- what is printed and written
@@ -259,9 +247,9 @@ def print_machine() -> None:
     )
 
 
-def print_case(case: Case, rows: Sequence[Row], load: float | None) -> None:
-    others = "" if load is None else f"   (other processes: {load:.0%} of the CPUs)"
-    print(f"\n{case}{others}\n{HEAD}\n{'-' * len(HEAD)}")
+def print_case(case: Case, rows: Sequence[Row], wait: float | None) -> None:
+    waited = "" if wait is None else f"   (waiting for a CPU: {wait:.0%} of the time)"
+    print(f"\n{case}{waited}\n{HEAD}\n{'-' * len(HEAD)}")
     for row in rows:
         if row.seconds is None or row.times_plain is None:
             print(f"{row.name:<40} {row.note}")
@@ -294,11 +282,11 @@ def run(
       calls_of: gives a case's calls, and rows for what is skipped.
     """
     print_machine()
-    all_rows, loads = [], {}
+    all_rows, waits = [], {}
     for case in cases(args):
         calls, skipped = calls_of(case, args)
-        measured, loads[str(case)] = measure(case, calls, args.rounds, args.tries)
-        print_case(case, [*measured, *skipped], loads[str(case)])
+        measured, waits[str(case)] = measure(case, calls, args.rounds, args.tries)
+        print_case(case, [*measured, *skipped], waits[str(case)])
         all_rows += [*measured, *skipped]
     if args.json:
         table = [{**dataclasses.asdict(r.case), **_without_case(r)} for r in all_rows]
@@ -307,7 +295,7 @@ def run(
             "rounds": args.rounds,
             "tries": args.tries,
             "chunk": args.chunk,
-            "other_load": loads,
+            "waited": waits,
             "rows": table,
         }
         args.json.write_text(json.dumps(document, indent=1) + "\n")

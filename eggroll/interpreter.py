@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from eggroll import compat
+from eggroll import compat, products  # noqa: F401  (products registers its rules)
 from eggroll.lowrank import (
     LowRank,
     Spread,
@@ -166,7 +166,7 @@ def evaluate(
 def step(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     """Evaluates one equation."""
     name = eqn.primitive.name
-    if name == "broadcast_in_dim" and len(values) == 1 and not is_special(values[0]):
+    if name == "broadcast_in_dim" and len(values) == 1 and not isinstance(values[0], LowRank):
         return [put_off(eqn, values[0])]
     if name not in TAKE_SPREAD or not any(isinstance(v, LowRank) for v in values):
         values = [materialize(v) for v in values]
@@ -189,16 +189,20 @@ def results(eqn: Any, values: Sequence[Value], **params: Any) -> list[Value]:
 
 
 def put_off(eqn: Any, x: Any) -> Spread:
+    """A broadcast that is carried out where its result is used."""
+    x = materialize(x)
     shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     thin = [1] * len(shape)
     for axis, out in enumerate(where):
         thin[out] = jnp.shape(x)[axis]
+    if isinstance(x, Wide):
+        return Spread(Wide(x.value.reshape(thin), x.dtype), tuple(shape))
     return Spread(jnp.reshape(x, thin), tuple(shape))
 
 
 # These move numbers and do not round them: of Wide operands they give Wide results.
 MOVES = frozenset(
-    "broadcast_in_dim concatenate copy copy_p dynamic_slice dynamic_update_slice gather neg "
+    "concatenate copy copy_p dynamic_slice dynamic_update_slice gather neg "
     "optimization_barrier pad pcast pvary reshape reshard rev select_n sharding_constraint slice "
     "split squeeze stack stop_gradient tile transpose unstack".split()
 )
@@ -319,7 +323,8 @@ def scan(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     parts = compat.scan_parts(eqn, values)
     first, n = len(parts.consts), len(parts.carry)
     still = held(parts.jaxpr.invars[first : first + n], parts.jaxpr.outvars[:n], parts.carry)
-    pieces = [sliced(context, x) for x in parts.xs]
+    xs = [context.wide(x, eqn) if isinstance(x, LowRank) and x.gains else x for x in parts.xs]
+    pieces = [sliced(context, x) for x in xs]
 
     def run(ctx: Context, moving: list[Value], slices: Any) -> tuple[list[Value], list[Value]]:
         xs = [whole(piece) for (_, whole), piece in zip(pieces, slices, strict=True)]
@@ -426,11 +431,13 @@ def shard_map(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
         if not isinstance(value, LowRank):
             return jax.tree.map(lambda _: spec, value)
         names = (*spec, *(None,) * (value.ndim - len(spec)))
-        factors = [
-            jax.P(None, *(name if n > 1 else None for name, n in zip(names, dims(f), strict=True)))
-            for f in value.factors
-        ]
-        return jax.tree.unflatten(jax.tree.structure(value), [spec, *factors, jax.P()])
+
+        def own(sizes: tuple[int, ...]) -> list[Any]:
+            return [name if n > 1 else None for name, n in zip(names, sizes, strict=True)]
+
+        factors = [jax.P(None, *own(dims(f))) for f in value.factors]
+        gains = [jax.P(*own(g.shape)) for g in value.gains]
+        return jax.tree.unflatten(jax.tree.structure(value), [spec, *factors, jax.P(), *gains])
 
     def fn(*values: Value) -> list[Value]:
         ctx = context.inner()

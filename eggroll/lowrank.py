@@ -35,7 +35,7 @@ Part = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LowRank:
-    """A perturbed array ``w + scale * sum_r prod_k factors[k][r]`` that is not built.
+    """A perturbed array ``(w + scale * sum_r prod_k factors[k][r]) * prod gains``, not built.
 
     Attributes:
       w: the unperturbed array, ``[*shape]``, the same for every member of the population.
@@ -44,6 +44,8 @@ class LowRank:
       paths: the parameters that this value was made from, for messages.
       activation: True where the value is data that was looked up (rows of an embedding), so that
         building it is no cost worth a warning.
+      gains: arrays with the axes of ``w``, of size 1 where they do not vary. They are kept apart
+        since a gain of a member's own would make ``w`` one of its own too.
       tags: for each factor the (path, axis) of parameters that it belongs to; plan inference only.
 
     Example:
@@ -58,6 +60,7 @@ class LowRank:
     scale: Part
     paths: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
     activation: bool = dataclasses.field(default=False, metadata={"static": True})
+    gains: tuple[Part, ...] = ()
     tags: tuple[frozenset[tuple[str, int]], ...] = dataclasses.field(
         default=(), metadata={"static": True}
     )
@@ -122,7 +125,11 @@ def is_special(value: Value) -> bool:
 
 def materialize(value: Value) -> Value:
     """Carries out a broadcast that was put off."""
-    return jnp.broadcast_to(value.value, value.shape) if isinstance(value, Spread) else value
+    if not isinstance(value, Spread):
+        return value
+    if isinstance(value.value, Wide):
+        return Wide(jnp.broadcast_to(value.value.value, value.shape), value.dtype)
+    return jnp.broadcast_to(value.value, value.shape)
 
 
 def narrow(value: Value) -> Value:
@@ -146,7 +153,10 @@ def build(value: LowRank) -> Array:
     noise = jnp.ones((), dtype)
     for factor in value.factors:
         noise = noise * factor.astype(dtype)
-    return value.w.astype(dtype) + value.scale.astype(dtype) * noise.sum(0)
+    out = value.w.astype(dtype) + value.scale.astype(dtype) * noise.sum(0)
+    for gain in value.gains:
+        out = out * gain.astype(dtype)
+    return out
 
 
 def perturbation(

@@ -361,7 +361,7 @@ def _trace_roles(
                 for axis in varying
             )
             tags = tuple(frozenset({(path, axis)}) for axis in varying)
-            probes.append(LowRank(array, factors, jnp.float32(1), (path,), False, tags))
+            probes.append(LowRank(array, factors, jnp.float32(1), (path,), tags=tags))
         extra = () if members is None else (member,)
         context = Context(on_dense="ignore", recorder=record)
         return interpret(fitness, context)(jax.tree.unflatten(treedef, probes), key, *extra, *args)

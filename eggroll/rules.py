@@ -3,10 +3,9 @@
 A rule takes ``(context, equation, *values)`` and returns the equation's output, or ``UNHANDLED``
 where the perturbed array has to be built after all. Rules never look at the shape alone: they ask
 along which axes each factor varies, so that one rule serves matrices, kernels with several row or
-column axes, stacks and batches alike.
+column axes, stacks and batches alike. Products have a file of their own, :mod:`eggroll.products`.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -16,23 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import DTypeLike
+from jax.extend import core
 
 from eggroll import compat
 from eggroll.lowrank import (
-    Labelled,
     LowRank,
     Spread,
     Value,
     Wide,
-    accumulator,
-    align,
-    chain,
-    contract,
     is_special,
-    labelled,
-    perturbation,
-    terms,
 )
 
 UNHANDLED = object()
@@ -41,11 +32,6 @@ RULES: dict[str, Rule] = {}
 
 # The rules of these take broadcasts that have not been carried out.
 TAKE_SPREAD = frozenset({"mul", "div", "add", "sub", "add_any"})
-
-# Kernels with more positions than this are convolved thinly (rank output channels); below it, the
-# perturbation is a sum of shifted products, since a convolution with a kernel of each member's own
-# becomes a grouped one, which is slow on CPU.
-MAX_SHIFTS = 64
 
 
 def rule(*primitives: str) -> Callable[[Rule], Rule]:
@@ -62,9 +48,10 @@ def bind(eqn: Any, *values: Any, **params: Any) -> Any:
 
 
 def on_each(value: LowRank, on_w: Callable, on_factor: Callable, **changes: Any) -> LowRank:
-    """Applies an operation to the array and, along their rank, to the factors."""
+    """Applies an operation to the array and to the factors, of each rank, and gains."""
     factors = tuple(jax.vmap(on_factor)(factor) for factor in value.factors)
-    return value.replace(w=on_w(value.w), factors=factors, **changes)
+    gains = tuple(on_factor(gain) for gain in value.gains)
+    return value.replace(w=on_w(value.w), factors=factors, gains=gains, **changes)
 
 
 def dims(factor: Array) -> tuple[int, ...]:
@@ -84,7 +71,10 @@ def convert_element_type(ctx: Any, eqn: Any, value: LowRank) -> Any:
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
         return UNHANDLED
-    return on_each(value, lambda x: bind(eqn, x), lambda x: x.astype(dtype))
+    # A gain keeps its type: like all that multiplies, it is rounded with the result.
+    return on_each(value, lambda x: bind(eqn, x), lambda x: x.astype(dtype)).replace(
+        gains=value.gains
+    )
 
 
 @rule("neg")
@@ -148,21 +138,24 @@ def reshape(ctx: Any, eqn: Any, value: LowRank, *dynamic: Any) -> Any:
     count = len(value.factors)
     alike = {a for a in range(value.ndim) if not any(value.varies(k, a) for k in range(count))}
 
-    factors = []
-    for factor in value.factors:
-        full, target = list(factor.shape), [factor.shape[0], *(1 for _ in new)]
+    def run_together(sizes: tuple[int, ...]) -> bool:
+        """Rows and columns, or layers and rows, come to stand in one axis."""
+        part = lambda a: sizes[a] < value.shape[a] and a not in alike
+        return any(any(sizes[a] > 1 for a in old) and any(map(part, old)) for old, _ in groups)
+
+    def on_factor(f: Array) -> Array:
+        full, target = list(f.shape), [1] * len(new)
         for old, fresh in groups:
-            missing = {a for a in old if dims(factor)[a] < value.shape[a]}
-            if all(dims(factor)[a] == 1 for a in old):
-                continue
-            if not missing <= alike:
-                return UNHANDLED  # rows and columns, or layers and rows, run together
-            for a in old:
-                full[a + 1] = value.shape[a]
-            for a in fresh:
-                target[a + 1] = new[a]
-        factors.append(jnp.broadcast_to(factor, full).reshape(target))
-    return value.replace(w=bind(eqn, value.w, *dynamic), factors=tuple(factors))
+            if any(f.shape[a] > 1 for a in old):
+                for a in old:
+                    full[a] = value.shape[a]
+                for a in fresh:
+                    target[a] = new[a]
+        return jnp.broadcast_to(f, full).reshape(target)
+
+    if any(map(run_together, [*map(dims, value.factors), *(g.shape for g in value.gains)])):
+        return UNHANDLED
+    return on_each(value, lambda x: bind(eqn, x, *dynamic), on_factor)
 
 
 def common_groups(
@@ -278,6 +271,8 @@ def gather(ctx: Any, eqn: Any, value: LowRank, indices: Any) -> Any:
     unseen = [a for a in indexed if not any(value.varies(k, a) for k in range(len(value.factors)))]
     if mode == lax.GatherScatterMode.FILL_OR_DROP and any(value.shape[a] > 1 for a in unseen):
         return UNHANDLED  # no factor would know that the index is out of bounds
+    if mode == lax.GatherScatterMode.FILL_OR_DROP and value.gains:
+        return UNHANDLED  # what stands there out of bounds is not to be multiplied
     dropped = (*numbers.collapsed_slice_dims, *together)
     offset_axes = [a for a in range(value.ndim) if a not in dropped]
     for axis in (*indexed, *together):
@@ -325,7 +320,7 @@ def stack(ctx: Any, eqn: Any, *values: Value) -> Any:
 
 
 def join(values: Sequence[Value], axis: int) -> Any:
-    if any(isinstance(v, Wide) for v in values):
+    if any(isinstance(v, Wide) or (isinstance(v, LowRank) and v.gains) for v in values):
         return UNHANDLED
 
     def besides_axis(v: LowRank) -> Any:
@@ -379,7 +374,7 @@ def combined(parts: Sequence[LowRank], w: Array, axis: int) -> LowRank:
         jnp.ones_like(parts[0].scale),
         tuple(dict.fromkeys(path for v in parts for path in v.paths)),
         all(v.activation for v in parts),
-        tuple(frozenset().union(*tags) for tags in zip(*(v.tags for v in parts), strict=True)),
+        tags=tuple(frozenset().union(*tags) for tags in zip(*(v.tags for v in parts), strict=True)),
     )
 
 
@@ -396,6 +391,8 @@ def pad_noise(value: LowRank, along: list[int], axis: int, config: Sequence[Any]
 
 @rule("pad")
 def pad(ctx: Any, eqn: Any, value: LowRank, padding: Any) -> Any:
+    if value.gains:
+        return UNHANDLED
     w = bind(eqn, value.w, padding)
     for axis, config in enumerate(eqn.params["padding_config"]):
         if tuple(config) != (0, 0, 0):
@@ -422,21 +419,19 @@ def scale_by(ctx: Any, eqn: Any, left: Value, right: Value) -> Any:
     """Multiplication by a scalar, or by a vector along the axes of one factor."""
     multiply = eqn.primitive.name == "mul"
     value, other = (left, right) if isinstance(left, LowRank) else (right, left)
-    small = jnp.asarray(other.value) if isinstance(other, Spread) else other
-    if is_special(small) or (value is right and not multiply):
+    if isinstance(other, LowRank) or (value is right and not multiply):
         return UNHANDLED
-    op = jnp.multiply if multiply else jnp.divide
-    small = jnp.asarray(small)
+    small = other.value if isinstance(other, Spread) else other
+    small = jnp.asarray(small.value if isinstance(small, Wide) else small)
     axes = [a for a, n in enumerate(small.shape) if n > 1]
-    if not axes:
-        by = small.reshape(())
-        return value.replace(w=op(value.w, by), scale=op(value.scale, by.astype(value.scale.dtype)))
-    for k, factor in enumerate(value.factors):
-        if all(value.varies(k, a) for a in axes):
-            scaled = op(factor, small.astype(factor.dtype))
-            factors = (*value.factors[:k], scaled, *value.factors[k + 1 :])
-            return value.replace(w=op(value.w, small), factors=factors)
-    return UNHANDLED
+    if axes and not any(all(value.varies(k, a) for a in axes) for k in range(len(value.factors))):
+        return UNHANDLED
+    if isinstance(eqn.invars[1 if value is left else 0], core.Literal):
+        op = jnp.multiply if multiply else jnp.divide
+        scale = op(value.scale, small.astype(value.scale.dtype))
+        return value.replace(w=op(value.w, small), scale=scale)
+    gain = small.reshape(small.shape or (1,) * value.ndim)
+    return value.replace(gains=(*value.gains, gain if multiply else 1 / gain))
 
 
 @rule("add", "sub", "add_any")
@@ -444,9 +439,9 @@ def add(ctx: Any, eqn: Any, left: Value, right: Value) -> Any:
     """The sum of two perturbed matrices has the ranks of both; an array is added to the array."""
     values = [v for v in (left, right) if isinstance(v, LowRank)]
     others = [v for v in (left, right) if not isinstance(v, LowRank)]
-    if any(map(is_special, others)) or any(v.activation for v in values):
+    if any(map(is_special, others)) or any(v.activation or v.gains for v in values):
         return UNHANDLED
-    if left.shape != right.shape:
+    if eqn.invars[0].aval.shape != eqn.invars[1].aval.shape:
         return UNHANDLED
     w = bind(eqn, *(v.w if isinstance(v, LowRank) else v for v in (left, right)))
     if eqn.primitive.name == "sub" and isinstance(right, LowRank):
@@ -459,6 +454,8 @@ def add(ctx: Any, eqn: Any, left: Value, right: Value) -> Any:
 
 @rule("reduce_sum")
 def reduce_sum(ctx: Any, eqn: Any, value: LowRank) -> Any:
+    if value.gains:
+        return UNHANDLED
     axes = [int(a) for a in eqn.params["axes"]]
     factors, scale = list(value.factors), value.scale
     for axis in axes:
@@ -471,225 +468,3 @@ def reduce_sum(ctx: Any, eqn: Any, value: LowRank) -> Any:
             scale = scale * value.shape[axis]
     squeezed = tuple(jnp.squeeze(f, [a + 1 for a in axes]) for f in factors)
     return value.replace(w=bind(eqn, value.w), factors=squeezed, scale=scale)
-
-
-# ---------------------------------------------------------------- products
-
-
-@rule("dot_general")
-def dot_general(ctx: Any, eqn: Any, lhs: Value, rhs: Value) -> Any:
-    if isinstance(lhs, LowRank) and isinstance(rhs, LowRank):
-        product = product_of_two(ctx, eqn, lhs, rhs)
-        if product is not UNHANDLED:
-            return product
-        # Data gives way before weights, and the smaller before the larger.
-        if (not lhs.activation, lhs.w.size) < (not rhs.activation, rhs.w.size):
-            lhs = ctx.wide(lhs, eqn)
-        else:
-            rhs = ctx.wide(rhs, eqn)
-    left, right, out = dot_labels(eqn, lhs, rhs)
-    dtype = eqn.outvars[0].aval.dtype
-    acc = accumulator(dtype)
-    if isinstance(lhs, LowRank):
-        value, x, labels, x_labels = lhs, rhs, left, right
-    else:
-        value, x, labels, x_labels = rhs, lhs, right, left
-    value, x = in_one_type(ctx, eqn, value, x)
-    record_dot(ctx, value, labels, x_labels, out)
-    operands = (value.w, x) if isinstance(lhs, LowRank) else (x, value.w)
-    main = bind(eqn, *operands, preferred_element_type=acc)
-    noise = perturbation(x, x_labels, value, labels, out, acc, eqn.params["precision"])
-    return (main + noise).astype(dtype)
-
-
-def in_one_type(ctx: Any, eqn: Any, value: LowRank, x: Value) -> tuple[LowRank, Array]:
-    """Where ``x`` is a narrow parameter held in float32, the other operand is taken there too."""
-    x = ctx.wide(x, eqn)
-    if isinstance(x, Wide):
-        return value.replace(w=value.w.astype(x.value.dtype)), x.value
-    return value, jnp.asarray(x)
-
-
-def dot_labels(eqn: Any, lhs: Value, rhs: Value) -> tuple[list[str], list[str], list[str]]:
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    left = [f"l{a}" for a in range(len(lhs.shape))]
-    right = [f"r{a}" for a in range(len(rhs.shape))]
-    for a, b in (*zip(lc, rc, strict=True), *zip(lb, rb, strict=True)):
-        right[b] = left[a]
-    batch = [left[a] for a in lb]
-    free_left = [left[a] for a in range(len(left)) if a not in (*lc, *lb)]
-    free_right = [right[b] for b in range(len(right)) if b not in (*rc, *rb)]
-    return left, right, [*batch, *free_left, *free_right]
-
-
-def record_dot(
-    ctx: Any, value: LowRank, labels: Sequence[str], other: Sequence[str], out: Sequence[str]
-) -> None:
-    for axis, label in enumerate(labels):
-        role = "contracted" if label not in out else "batched" if label in other else "free"
-        ctx.record(role, value, axis)
-
-
-def product_of_two(ctx: Any, eqn: Any, lhs: LowRank, rhs: LowRank) -> Any:
-    """``(W + p q^T)(V + u v^T)`` is ``W V + p (q^T (V + u v^T)) + (W u) v^T``: not built either.
-
-    Taken where of both one factor holds all that is contracted and the other all that is free.
-    """
-    left, right, out = dot_labels(eqn, lhs, rhs)
-    contracted = [label for label in left if label not in out]
-    if set(left) & set(right) & set(out) or lhs.activation or rhs.activation:
-        return UNHANDLED
-    of_left = inner_and_outer(lhs, left, contracted)
-    of_right = inner_and_outer(rhs, right, contracted)
-    if of_left is None or of_right is None:
-        return UNHANDLED
-    (q, p), (u, v) = of_left, of_right
-    record_dot(ctx, lhs, left, right, out)
-    record_dot(ctx, rhs, right, left, out)
-    dtype, precision = eqn.outvars[0].aval.dtype, eqn.params["precision"]
-    acc = accumulator(dtype)
-    order = ("thin", *out)
-
-    def thin(factor: Array, labels: Sequence[str], scale: Array) -> Labelled:
-        f, kept = labelled(factor, ("thin", *labels))
-        return f.astype(acc) * scale.astype(acc), kept
-
-    def through(t: Labelled, w: Array, labels: Sequence[str]) -> Array:
-        return align(contract(t, (w, tuple(labels)), set(order), order, acc, precision), order)
-
-    one = jnp.ones((), acc)
-    t = thin(q, left, one)
-    across = through(t, rhs.w, right) + perturbation(*t, rhs, right, order, acc, precision)
-    pairs = (
-        (align(thin(p, left, lhs.scale), order), through(thin(u, right, rhs.scale), lhs.w, left)),
-        (across, align(thin(v, right, one), order)),
-    )
-    return LowRank(
-        bind(eqn, lhs.w, rhs.w),
-        tuple(jnp.concatenate(factors).astype(dtype) for factors in pairs),
-        jnp.ones_like(lhs.scale),
-        tuple(dict.fromkeys((*lhs.paths, *rhs.paths))),
-        False,
-        (frozenset(), frozenset()) if lhs.tags else (),
-    )
-
-
-def inner_and_outer(
-    value: LowRank, labels: Sequence[str], contracted: Sequence[str]
-) -> tuple[Array, Array] | None:
-    """The factor that varies along all contracted axes, and the one that does along none."""
-    wide = {label for label, n in zip(labels, value.shape, strict=True) if n > 1}
-    along = [set(labelled(f[0], labels)[1]) for f in value.factors]
-    for k, other in ((0, 1), (1, 0)):
-        if len(along) == 2 and along[k] == wide & {*contracted} and not along[other] & along[k]:
-            return value.factors[k], value.factors[other]
-    return None
-
-
-@rule("conv_general_dilated")
-def conv_general_dilated(ctx: Any, eqn: Any, lhs: Value, rhs: Value) -> Any:
-    params = eqn.params
-    if not isinstance(rhs, LowRank) or params["batch_group_count"] != 1:
-        return UNHANDLED
-    rhs, lhs = in_one_type(ctx, eqn, rhs, lhs)
-    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    out_axis, *inner_axes = numbers.rhs_spec
-    ctx.record("free", rhs, out_axis)
-    for axis in inner_axes:
-        ctx.record("contracted", rhs, axis)
-
-    dtype = eqn.outvars[0].aval.dtype
-    acc = accumulator(dtype)
-    main = bind(eqn, lhs, rhs.w, preferred_element_type=acc)
-    if main.size == 0:
-        return main.astype(dtype)
-    positions = math.prod(rhs.shape[a] for a in inner_axes[1:])
-    channels = rhs.shape[out_axis]
-    row_shape = tuple(1 if a == out_axis else n for a, n in enumerate(rhs.shape))
-    column_shape = tuple(channels if a == out_axis else 1 for a in range(rhs.ndim))
-    factors = sorted(rhs.factors, key=lambda f: dims(f) != row_shape)
-    if positions > MAX_SHIFTS and [dims(f) for f in factors] == [row_shape, column_shape]:
-        noise = thin_convolution(eqn, lhs, factors[0], factors[1], acc)
-    else:
-        noise = shifted_products(eqn, lhs, rhs, main, acc)
-    noise = jnp.broadcast_to(noise, (*noise.shape[:-2], groups, channels // groups))
-    noise = noise.reshape(*noise.shape[:-2], channels) * rhs.scale.astype(acc)
-    noise = jnp.moveaxis(noise, channels_last(noise.ndim), numbers.out_spec)
-    return (main + noise).astype(dtype)
-
-
-def channels_last(ndim: int) -> tuple[int, ...]:
-    """Where (batch, channel, *spatial) stand in the layout ``[batch, *spatial, channel]``."""
-    return (0, ndim - 1, *range(1, ndim - 1))
-
-
-def shifted_products(eqn: Any, lhs: Value, rhs: LowRank, main: Array, acc: DTypeLike) -> Array:
-    """The perturbation as a sum over kernel positions of thin products with a shifted input.
-
-    Returns:
-      ``[batch, *spatial, groups, channels of a group]``, not scaled yet; the last may be 1.
-    """
-    params = eqn.params
-    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    x = jnp.moveaxis(lhs, numbers.lhs_spec, channels_last(lhs.ndim))
-    padding = zip(params["padding"], params["lhs_dilation"], strict=True)
-    edges = [(low, high, dilation - 1) for (low, high), dilation in padding]
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-    x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-    out_sizes = [main.shape[a] for a in numbers.out_spec[2:]]
-    steps = list(zip(params["window_strides"], out_sizes, strict=True))
-
-    def window(offset: Sequence[int]) -> Array:
-        starts = [o * d for o, d in zip(offset, params["rhs_dilation"], strict=True)]
-        ends = [s + (n - 1) * by + 1 for s, (by, n) in zip(starts, steps, strict=True)]
-        at = [slice(s, e, by) for s, e, (by, _) in zip(starts, ends, steps, strict=True)]
-        return x[:, *at]
-
-    out_axis, in_axis, *kernel_axes = numbers.rhs_spec
-    kernel = [f"k{i}" for i in range(len(kernel_axes))]
-    space = [f"s{i}" for i in range(len(kernel_axes))]
-    x_labels, out_labels = ("n", *space, "g", "i"), ("n", *space, "g", "o")
-
-    def with_groups(f: Array) -> Array:
-        f = jnp.transpose(f, [0, *(a + 1 for a in (*kernel_axes, in_axis, out_axis))])
-        g = groups if f.shape[-1] > 1 else 1
-        return f.reshape(*f.shape[:-1], g, f.shape[-1] // g)
-
-    def at_position(factor: Labelled, position: dict[str, int]) -> Labelled:
-        f, labels = factor
-        index = tuple(position.get(label, slice(None)) for label in labels)
-        return f[index], tuple(label for label in labels if label not in position)
-
-    factors = [with_groups(f) for f in rhs.factors]
-    positions = [range(rhs.shape[a]) for a in kernel_axes]
-    out, precision, total = set(out_labels), params["precision"], []
-    for term in terms(factors, (*kernel, "i", "g", "o")):
-        moving = [f for f in term if set(kernel) & set(f[1])]
-        fixed = [f for f in term if not set(kernel) & set(f[1])]
-        keep = out.union(*(labels for _, labels in fixed))
-        shifted = []
-        for offset in itertools.product(*positions):
-            here = [at_position(f, dict(zip(kernel, offset, strict=True))) for f in moving]
-            t = (window(offset), x_labels)
-            shifted.append(chain(t, here, keep, out_labels, acc, precision))
-        t = (functools.reduce(jnp.add, [y for y, _ in shifted]), shifted[0][1])
-        total.append(align(chain(t, fixed, out, out_labels, acc, precision), out_labels))
-    return functools.reduce(jnp.add, total)
-
-
-def thin_convolution(eqn: Any, lhs: Value, rows: Array, columns: Array, acc: DTypeLike) -> Array:
-    """The perturbation of a large kernel: a convolution to one channel a rank, then the columns.
-
-    Returns:
-      As :func:`shifted_products`.
-    """
-    numbers, groups = eqn.params["dimension_numbers"], eqn.params["feature_group_count"]
-    out_axis, rank = numbers.rhs_spec[0], rows.shape[0]
-    kernel = jnp.moveaxis(jnp.squeeze(rows, out_axis + 1), 0, out_axis).astype(lhs.dtype)
-    kernel = jnp.concatenate([kernel] * groups, out_axis)
-    t = bind(eqn, lhs, kernel, preferred_element_type=acc)
-    t = jnp.moveaxis(t, numbers.out_spec, channels_last(t.ndim))
-    t = t.reshape(*t.shape[:-1], groups, rank)
-    return jnp.einsum(
-        "...gr,rgo->...go", t, columns.reshape(rank, groups, -1), preferred_element_type=acc
-    )

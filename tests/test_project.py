@@ -1,14 +1,20 @@
 """Ground rules of the project: who imports what, what an import costs, what a wheel holds."""
 
 import ast
+import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
+from jaxtyping import TypeCheckError
+
+from eggroll import noise
 
 ROOT = Path(__file__).parents[1]
 CORE = {"jax", "jaxtyping", "numpy", "optax", "eggroll"}
@@ -39,6 +45,26 @@ def test_heavy_imports_are_lazy():
     heavy = {"gymnax", "flax", "matplotlib", "rich", "orbax"}
     assert not loaded_by("import eggroll") & heavy
     assert not loaded_by("import experiments.run.cli") & (heavy | {"jax"})
+
+
+def test_signatures_are_checked():
+    words = jnp.zeros(3, jnp.uint32)  # two are asked for
+    with pytest.raises(TypeCheckError):
+        noise.stream(words, "layer/kernel", 0, 0, 0)
+
+
+def test_the_constraints_pin_what_is_declared():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    pins = [re.fullmatch(r"([A-Za-z0-9._-]+)==[0-9][A-Za-z0-9.!+]*", line) for line in lines]
+    assert all(pins), "names and exact versions only"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {
+        re.match(r"[A-Za-z0-9._-]+", need)[0]
+        for need in [*project["dependencies"], *extras["rl"], *extras["dev"]]
+    }
+    # pip is the one that came with the environment.
+    assert declared - {"pip"} <= {pin[1].replace("_", "-") for pin in pins}
 
 
 def tracked_files():
@@ -86,8 +112,15 @@ def test_the_wheel_holds_the_library_and_works(tmp_path):
     venv.create(tmp_path / "env", with_pip=False)
     site = next((tmp_path / "env").glob("lib/python*/site-packages"))
     zipfile.ZipFile(wheel).extractall(site)
-    others = sysconfig.get_paths()["purelib"]
-    code = f"import sys; sys.path.append({others!r}); import eggroll; print(eggroll.__file__)"
+    code = f"""
+import sys
+sys.path.append({sysconfig.get_paths()["purelib"]!r})
+from importlib.metadata import entry_points, version
+import eggroll
+print(eggroll.__file__, version("eggroll-jax"))
+(script,) = entry_points(group="console_scripts", name="eggroll")
+script.load()(["--help"])
+"""
     done = subprocess.run(
         [tmp_path / "env" / "bin" / "python", "-c", code],
         capture_output=True,
@@ -96,3 +129,4 @@ def test_the_wheel_holds_the_library_and_works(tmp_path):
         cwd=tmp_path,
     )
     assert done.stdout.startswith(str(tmp_path))
+    assert "doctor" in done.stdout

@@ -25,6 +25,24 @@ def layers_scanned(params, key, x):
     ].sum()
 
 
+def layers_with_gains(params, key, x):
+    """The gain is a member's own: it must not make the matrix one of its own too."""
+    for w in params["layers"]:
+        x = jnp.tanh(x @ (w * params["bias"]))
+    return x.sum()
+
+
+def layers_until(params, key, x):
+    """A loop with the weights in its carry that each member leaves in its own time."""
+
+    def body(carry):
+        w, x, steps = carry
+        return w, jnp.tanh(x @ w) * 0.5**steps, steps + 1
+
+    carry = (params["layers"][0], x, 0)
+    return jax.lax.while_loop(lambda c: jnp.abs(c[1]).max() > 0.1, body, carry)[1].sum()
+
+
 def shapes(fitness, size):
     matrix = jax.ShapeDtypeStruct((size, size), jnp.float32)
     stack = jax.ShapeDtypeStruct((LAYERS, size, size), jnp.float32)
@@ -61,8 +79,19 @@ def largest_array(program):
     return max(math.prod(map(int, dims.split(","))) for dims in found)
 
 
-@pytest.mark.parametrize("fitness", [layers_apart, layers_scanned])
-@pytest.mark.parametrize("call", ["evaluate", "update", "step"])
+@pytest.mark.parametrize(
+    ("fitness", "call"),
+    [
+        (layers_apart, "evaluate"),
+        (layers_apart, "update"),
+        (layers_apart, "step"),
+        (layers_scanned, "evaluate"),
+        (layers_scanned, "update"),
+        (layers_scanned, "step"),
+        (layers_with_gains, "evaluate"),
+        (layers_until, "evaluate"),
+    ],
+)
 def test_no_matrix_is_built_for_a_member(fitness, call):
     size = 2048
     program = compiled(fitness, call, size)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from jax import lax
 from support import agree, cases, checked_in_float64, data, low_rank, matrix, normal, run_case
 
-from eggroll import lowrank, rules
+from eggroll import lowrank, products, rules
 from eggroll.interpreter import interpret
 from eggroll.lowrank import LowRank, build
 
-few = settings(max_examples=int(__import__("os").environ.get("EX", 25)))
+few = settings(max_examples=25)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,9 +29,16 @@ def float64():
 
 
 W, V = matrix(5, 7), matrix(7, 4, path="v")
+SQUARE = matrix(5, 5)
 STACK = matrix(6, 5, 5, batch=(0,))
 X, Y = data(3, 5), data(3, 7)
+IMAGE = data(2, 6, 5, 4)
 HEADS, OUT = matrix(5, 2, 3, columns=(1, 2)), matrix(2, 3, 5)
+
+
+def conv(**changes):
+    how = dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return lambda w, x: lax.conv_general_dilated(x, w, **{**how, **changes})
 
 
 # ---------------------------------------------------------------- products
@@ -86,7 +93,7 @@ def test_data_gives_way_before_a_matrix():
 
 
 @st.composite
-def products(draw):
+def dot_generals(draw):
     """dot_general of random dimension numbers: (its arguments, lhs, rhs), either or both low-rank."""
     sizes = st.lists(st.integers(1, 3), max_size=2)
     batch, contracted = draw(sizes), draw(sizes)
@@ -113,7 +120,7 @@ def draw_matrix(draw, shape, path):
 
 
 @few
-@given(products())
+@given(dot_generals())
 def test_any_product(case):
     numbers, *makers = case
     operands = [make() for make in makers]
@@ -167,15 +174,44 @@ SHAPES = cases(
     ("from an array", lambda w, y, x: x @ (y - w), W, data(5, 7), X),
     ("low-rank adapter", lambda a, b, y, x: x @ (y + 0.5 * a @ b), W, V, data(5, 4), X),
     ("times a scalar", lambda w, x: 2.0 * x @ (w * 3.0) / 2, W, X),
-    ("times a traced scalar", lambda w, x: x @ (w * x[0, 0]), W, X),
-    ("times columns", lambda w, x, y: x @ (w * y[0]), W, X, Y),
-    ("times rows", lambda w, x: x @ (x[0][:, None] * w), W, X),
-    ("over columns", lambda w, x, y: x @ (w / y[0]), W, X, Y),
     ("sum of rows", lambda w, y: w.sum(0) * y[0], W, Y),
     ("mean of columns", lambda w: w.mean(1), W),
     ("sum of heads", lambda w, x: x @ w.sum(1), HEADS, X),
     ("sum over an axis of no noise", lambda w, x: x @ jnp.broadcast_to(w, (4, 5, 7)).sum(0), W, X),
 )
+
+
+@cases(
+    ("scalar", lambda w, x: x @ (w * x[0, 0]), W, X),
+    ("columns", lambda w, x, y: x @ (w * y[0]), W, X, Y),
+    ("rows", lambda w, x: x @ (x[0][:, None] * w), W, X),
+    ("over columns", lambda w, x, y: x @ (w / y[0]), W, X, Y),
+    ("both", lambda w, x, y: x @ (w * x[0][:, None] * y[0]), W, X, Y),
+    ("turned", lambda w, x, y: y @ (w * x[0][:, None] * y[0]).T, W, X, Y),
+    ("heads", lambda w, x: jnp.einsum("bd,dhk->bhk", x, w * x[:2, :3]), HEADS, X),
+    ("then one axis", lambda w, x: x @ (w * x[:2, :3]).reshape(5, 6), HEADS, X),
+    ("a part", lambda w, x, y: x[:, :4] @ (w * y[0])[1:, ::2], W, X, Y),
+    ("columns looked up", lambda w, x, y: x @ (w * y[0])[:, np.array([3, 1])], W, X, Y),
+    ("layers", lambda s, x: jnp.einsum("bi,lij->lbj", x, s * x[0, 0]), STACK, X),
+    (
+        "batch",
+        lambda s, x, y: jnp.einsum("lij,li->lj", s * y[:, :1, None], y),
+        STACK,
+        X,
+        data(6, 5),
+    ),
+    ("cast", lambda w, x, y: x @ (w * y[0]).astype(jnp.float64), W, X, Y),
+    ("of a looked-up row", lambda w, y: jnp.sin(w[2] * y[0]), W, Y),
+    (
+        "in a loop",
+        lambda w, x: lax.scan(lambda c, row: (c + x @ (w * row), None), x, x)[0],
+        SQUARE,
+        X,
+    ),
+)
+def test_gain(fn, makers):
+    """A gain that is no constant may be a member's own: it goes to the data, not into the array."""
+    run_case(fn, makers)
 
 
 @SHAPES
@@ -208,6 +244,29 @@ def test_join(fn, makers):
     ("rows and columns run together", lambda w, x: x @ w.reshape(10, 3)[:5], matrix(5, 6), X),
     ("a function of each entry", lambda w, x: x @ jnp.sin(w), W, X),
     ("times an array", lambda w, x, y: x @ (w * y), W, X, data(5, 7)),
+    (
+        "gain along a contracted and a free axis",
+        lambda w, x: jnp.einsum("bh,dhk->bdk", x[:, :2], w * x[:2, :3]),
+        HEADS,
+        X,
+    ),
+    ("gain, joined", lambda w, x, y: x @ jnp.concatenate([w * y[0], w], 1), W, X, Y),
+    ("gain, added", lambda w, x, y: x @ (w * y[0] + y[0]), W, X, Y),
+    ("gain, summed", lambda w, y: (w * y[0]).sum(0), W, Y),
+    ("gain, padded", lambda w, y: jnp.pad(w * y[0], 1), W, Y),
+    ("gain of two", lambda w, v, y: (w * y[0]) @ v, W, V, Y),
+    (
+        "gain, scanned",
+        lambda s, x: lax.scan(lambda c, w: (c @ w, None), x, s * x[0, 0])[0],
+        STACK,
+        X,
+    ),
+    (
+        "gain of kernel rows",
+        lambda w, x: conv()(w * x[0, 0, 0, :, None], x),
+        matrix(3, 3, 4, 6),
+        IMAGE,
+    ),
     ("plus a row", lambda w, x, y: x @ (w + y[0]), W, X, Y),
     ("divisor", lambda w, x: x @ (1 / (9 + w)), W, X),
     ("join of other forms", lambda a, b: jnp.concatenate([a, b]), HEADS, matrix(5, 2, 3, path="b")),
@@ -226,7 +285,9 @@ def reshapings(draw):
     chain = []
     for _ in range(draw(st.integers(1, 4))):
         kind = draw(
-            st.sampled_from(["turn", "merge", "part", "slice", "join", "flip", "new", "pad"])
+            st.sampled_from(
+                ["turn", "merge", "part", "slice", "join", "flip", "new", "pad", "gain"]
+            )
         )
         axis = draw(st.integers(0, len(shape) - 1))
         if kind == "turn":
@@ -246,6 +307,9 @@ def reshapings(draw):
             )
         elif kind == "join":
             op = functools.partial(lambda x, axis: jnp.concatenate([x, x * 2.0], axis), axis=axis)
+        elif kind == "gain":
+            gain = normal([n if a == axis else 1 for a, n in enumerate(shape)], "gain")
+            op = functools.partial(jnp.multiply, gain)
         elif kind == "flip":
             op = functools.partial(jnp.flip, axis=axis)
         elif kind == "new":
@@ -345,11 +409,6 @@ def test_any_dynamic_slice(draws):
 # ---------------------------------------------------------------- convolutions
 
 
-def conv(**changes):
-    how = dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return lambda w, x: lax.conv_general_dilated(x, w, **{**how, **changes})
-
-
 def conv_transposed(**how):
     layout = ("NHWC", "HWIO", "NHWC")
     return lambda w, x: lax.conv_transpose(x, w, (2, 2), "SAME", dimension_numbers=layout, **how)
@@ -360,7 +419,6 @@ def conv_gradient(w, x):
     return jax.grad(lambda x: (conv(window_strides=(2, 1))(w, x) ** 2).sum())(x)
 
 
-IMAGE = data(2, 6, 5, 4)
 KERNEL = matrix(3, 3, 4, 6)
 
 CONVOLUTIONS = cases(
@@ -382,6 +440,7 @@ CONVOLUTIONS = cases(
     ("large, in groups, of many ranks", conv(feature_group_count=2), matrix(9, 9, 2, 6, rank=9), IMAGE),
     ("large, another split", conv(), matrix(9, 9, 4, 2, columns=(0, 3), rank=1), IMAGE),
     ("one output channel", conv(), matrix(3, 3, 4, 1), IMAGE),
+    ("gain", lambda w, x: conv()(w * x[0, 0, :3, 0], x), matrix(3, 3, 4, 3), IMAGE),
     ("1 x 1", conv(), matrix(1, 1, 4, 6), IMAGE),
     ("channels first", lambda w, x: lax.conv_general_dilated(x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1),
                                                              (1, 1), "SAME"), KERNEL, IMAGE),
@@ -425,13 +484,13 @@ def convolutions(draw):
     return params, draw_matrix(draw, kernel, "w"), data(*image)
 
 
-@pytest.mark.parametrize("most_shifts", [rules.MAX_SHIFTS, 0])
+@pytest.mark.parametrize("most_shifts", [products.MAX_SHIFTS, 0])
 @few
 @given(case=convolutions())
 def test_any_convolution(most_shifts, case):
     params, *makers = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rules, "MAX_SHIFTS", most_shifts)
+        patch.setattr(products, "MAX_SHIFTS", most_shifts)
         run_case(lambda w, x: lax.conv_general_dilated(x, w, **params), makers)
 
 
