@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt32
 
 from eggroll.lowrank import accumulator
 from eggroll.noise import Noise
-from eggroll.perturbation import Draw, draw_once
+from eggroll.perturbation import Draw, draw_pairs
 from eggroll.plan import Leaf, Matrix, Plan
 from eggroll.population import AXIS, devices, split_pairs
 
@@ -64,7 +64,7 @@ def weighted_noise(
         def add(total: list[Any], chunk: Any) -> tuple[list[Any], None]:
             ids, d, draws = chunk
             if draws is None:
-                draws = jax.vmap(lambda pair: draw_once(plan, noise, seed, epoch, pair))(ids)
+                draws = draw_pairs(plan, noise, seed, epoch, ids)
             sums = [contract(leaf, x, d) for leaf, x in zip(plan.leaves, draws, strict=True)]
             return jax.tree.map(jnp.add, total, sums), None
 

@@ -18,7 +18,7 @@ from eggroll import estimator
 from eggroll.interpreter import Context, interpret
 from eggroll.lowrank import is_narrow
 from eggroll.noise import stream
-from eggroll.perturbation import draw_once, perturb
+from eggroll.perturbation import draw_pairs, perturb
 from eggroll.plan import Plan
 from eggroll.population import AXIS, devices, map_pairs, split_pairs
 from eggroll.state import Metrics, State, trainable_of
@@ -53,10 +53,7 @@ def map_members(
     context = Context(on_dense=es.on_dense)
     lazy_fn = interpret(fn, context)
 
-    def of_pair(pair: Array, data: Any) -> Any:
-        drawn, own = data
-        if drawn is None:
-            drawn = draw_once(plan, es.noise, state.seed, epoch, pair)
+    def of_pair(pair: Array, drawn: Any, own: Any) -> Any:
         words = stream(state.seed, "", state.generation, pair, FITNESS_KEY_ROLE)
 
         def of_member(sign: Array, which: Array, own: Any) -> Any:
@@ -70,7 +67,13 @@ def map_members(
         signs = jnp.array([1.0, -1.0], jnp.float32)
         return jax.vmap(of_member)(signs, jnp.arange(2), own)
 
-    return map_pairs(of_pair, pairs, (draws, by_pair), es.chunk, es.mesh)
+    def of_chunk(ids: Array, data: Any) -> Any:
+        drawn, own = data
+        if drawn is None:
+            drawn = draw_pairs(plan, es.noise, state.seed, epoch, ids)
+        return jax.vmap(of_pair)(ids, drawn, own)
+
+    return map_pairs(of_chunk, pairs, (draws, by_pair), es.chunk, es.mesh)
 
 
 def scores_of(es: Any, out: Any) -> tuple[Array, Any, bool]:
@@ -103,9 +106,7 @@ def all_draws(es: Any, plan: Plan, state: State) -> Any:
     share = -(-pairs // devices(es.mesh))
 
     def on_device(ids: Any, valid: Any, data: Any) -> Any:
-        return jax.vmap(lambda pair: draw_once(plan, es.noise, state.seed, es.epoch(state), pair))(
-            ids
-        )
+        return draw_pairs(plan, es.noise, state.seed, es.epoch(state), ids)
 
     drawn = split_pairs(on_device, pairs, None, share, es.mesh, jax.P(AXIS))
     return jax.tree.map(lambda x: x[:pairs], drawn)

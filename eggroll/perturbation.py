@@ -42,10 +42,14 @@ def draw(
     return [of(leaf) for leaf in plan.leaves]
 
 
-def draw_once(
-    plan: Plan, noise: Noise, seed: UInt32[Array, "2"], epoch: Int[Array, ""], pair: Int[Array, ""]
+def draw_pairs(
+    plan: Plan,
+    noise: Noise,
+    seed: UInt32[Array, "2"],
+    epoch: Int[Array, ""],
+    pairs: Int[Array, "pairs"],
 ) -> list[Draw]:
-    """The same as :func:`draw`, computed once and stored, however often it is used.
+    """What :func:`draw` gives for each of ``pairs``, leaves ``[pairs, ...]``, computed and stored.
 
     XLA may fuse the arithmetic of a draw into every operation that uses it, and so repeat it for
     each of them, each member of the pair and each observation. A barrier prevents that, but the CPU
@@ -54,14 +58,25 @@ def draw_once(
     took 1.3 times plain inference under a barrier, and .9 with the branch.)
     """
 
-    def make() -> list[Draw]:
-        return draw(plan, noise, seed, epoch, pair)
+    # Jitted so that it is traced once for both platforms. Not under a vmap over pairs for the same
+    # reason: batching a branch traces it again, several times over.
+    @jax.jit
+    def make(seed: Array, epoch: Array, pairs: Array) -> list[Draw]:
+        return jax.vmap(lambda pair: draw(plan, noise, seed, epoch, pair))(pairs)
 
-    def in_branch() -> list[Draw]:
-        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make))
-        return lax.cond(epoch >= 0, make, lambda: empty)
+    def never(seed: Array, epoch: Array, pairs: Array) -> list[Draw]:
+        return [
+            tuple(jnp.zeros((*pairs.shape, *s), leaf.noise_dtype) for s in leaf.noise_shapes())
+            for leaf in plan.leaves
+        ]
 
-    return lax.platform_dependent(cpu=in_branch, default=lambda: lax.optimization_barrier(make()))
+    def in_branch(seed: Array, epoch: Array, pairs: Array) -> list[Draw]:
+        return lax.cond(epoch >= 0, make, never, seed, epoch, pairs)
+
+    def behind_barrier(seed: Array, epoch: Array, pairs: Array) -> list[Draw]:
+        return lax.optimization_barrier(make(seed, epoch, pairs))
+
+    return lax.platform_dependent(seed, epoch, pairs, cpu=in_branch, default=behind_barrier)
 
 
 def scale_of(leaf: Leaf, sigma: Float[Array, ""]) -> Array:

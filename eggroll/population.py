@@ -77,10 +77,11 @@ def split_pairs(
 def map_pairs(
     fn: Callable[[Any, Any], Any], pairs: int, data: Any, chunk: int | None, mesh: Mesh | None
 ) -> Any:
-    """``fn(pair, data_of_pair)`` for every pair.
+    """``fn`` of all pairs, a chunk of them at a time.
 
     Args:
-      fn: gives a tree whose leaves lead with the two members, ``[2, ...]``.
+      fn: ``fn(pairs [n], data [n, ...])`` gives a tree of leaves ``[n, 2, ...]``, the two members
+        of each pair.
       pairs: how many.
       data: tree of what each pair gets, leaves ``[pairs, ...]``.
       chunk: members at a time on a device; None for all at once.
@@ -90,16 +91,17 @@ def map_pairs(
       The same tree with leaves ``[2 * pairs, ...]``: members 2p and 2p + 1 are pair p.
 
     Example:
-      >>> map_pairs(lambda p, d: jnp.stack([p, -p]) * d, 3, jnp.array([1, 10, 100]), 2, None).tolist()
+      >>> fn = lambda pairs, data: jnp.stack([pairs, -pairs], 1) * data[:, None]
+      >>> map_pairs(fn, 3, jnp.array([1, 10, 100]), 2, None).tolist()
       [0, 0, 10, -10, 200, -200]
     """
     share, at_once = layout(pairs, chunk, mesh)
 
     def on_device(ids: Any, valid: Any, data: Any) -> Any:
         if at_once == share:
-            return jax.vmap(fn)(ids, data)
+            return fn(ids, data)
         chunks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (ids, data))
-        out = lax.map(lambda each: jax.vmap(fn)(*each), chunks)
+        out = lax.map(lambda each: fn(*each), chunks)
         return jax.tree.map(lambda x: x.reshape(share, *x.shape[2:]), out)
 
     out = split_pairs(on_device, pairs, data, share, mesh, jax.P(AXIS))

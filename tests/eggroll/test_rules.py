@@ -344,6 +344,7 @@ LOOK_UPS = cases(
     ("rows, filled", lambda w: jnp.take(w, np.array([[1, 9], [-6, 0]]), axis=0), W),
     ("filled with a number", lambda w: w.at[np.array([1, 9])].get(mode="fill", fill_value=3.0), W),
     ("filled from one row", lambda w: w.at[np.array([0, 9])].get(mode="fill", fill_value=3.0), matrix(1, 7)),
+    ("rows, promised", lambda w: w.at[np.array([4, 0])].get(mode="promise_in_bounds"), W),
     ("rows, clipped", lambda w: jnp.take(w, np.array([1, 9]), axis=0, mode="clip"), W),
     ("columns", lambda w, x: x @ jnp.take(w, np.array([1, 0]), axis=1), W, X),
     ("entries", lambda w: w[np.array([1, 2]), np.array([3, 6])], W),
