@@ -112,7 +112,6 @@ X = jnp.zeros((3, 16))
         ((32, 16), lambda w, x: x @ w.T, Matrix(1, 0, rank=1)),
         ((16, 16), lambda w, x: x @ w @ w.T, Matrix(0, 1, rank=1)),
         ((16, 4, 8), lambda w, x: jnp.einsum("bd,dhk->bhk", x, w), Matrix(0, (1, 2), rank=1)),
-        ((4, 16, 16), lambda w, x: lax.scan(lambda c, m: (c @ m, 0), x, w), Matrix(1, 2, 0, rank=1)),
         ((4, 16, 16), lambda w, x: lax.scan(lambda c, m: (c @ m, 0), x, w)[0], Matrix(1, 2, 0, rank=1)),
         ((4, 16, 16), lambda w, x: x @ w[2] @ w[jnp.int32(1)], Matrix(1, 2, 0, rank=1)),
         ((4, 16, 16), lambda w, x: jnp.einsum("bd,ldf->lbf", x, w), Matrix(1, (0, 2), rank=1)),
