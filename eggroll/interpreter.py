@@ -280,25 +280,6 @@ def same_kind(a: Any, b: Any) -> bool:
     )
 
 
-def held(inner: Sequence[Any], outer: Sequence[Any], carry: list[Value]) -> dict[int, Value]:
-    """The perturbed carries that a loop's body hands on untouched, by position.
-
-    They stay outside: a loop that each member leaves in its own time would otherwise carry a copy
-    for every member.
-    """
-    pairs = enumerate(zip(inner, outer, carry, strict=True))
-    return {i: v for i, (a, b, v) in pairs if a is b and isinstance(v, LowRank | Wide)}
-
-
-def without(held: dict[int, Value], carry: Sequence[Value]) -> list[Value]:
-    return [v for i, v in enumerate(carry) if i not in held]
-
-
-def together(held: dict[int, Value], moving: Sequence[Value]) -> list[Value]:
-    rest = iter(moving)
-    return [held[i] if i in held else next(rest) for i in range(len(held) + len(moving))]
-
-
 def settle(
     context: Context, eqn: Any, carry: list[Value], body: Callable[[list[Value]], list[Value]]
 ) -> list[Value]:
@@ -321,33 +302,34 @@ def hand_on(context: Context, eqn: Any, outs: list[Value], carry: list[Value]) -
 @control_flow("scan")
 def scan(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     parts = compat.scan_parts(eqn, values)
-    first, n = len(parts.consts), len(parts.carry)
-    still = held(parts.jaxpr.invars[first : first + n], parts.jaxpr.outvars[:n], parts.carry)
+    n = len(parts.carry)
     xs = [context.wide(x, eqn) if isinstance(x, LowRank) and x.gains else x for x in parts.xs]
     pieces = [sliced(context, x) for x in xs]
-
-    def run(ctx: Context, moving: list[Value], slices: Any) -> tuple[list[Value], list[Value]]:
-        xs = [whole(piece) for (_, whole), piece in zip(pieces, slices, strict=True)]
-        carry = together(still, moving)
-        outs = evaluate(ctx, parts.jaxpr, parts.jaxpr_consts, [*parts.consts, *carry, *xs])
-        return without(still, outs[:n]), outs[n:]
-
     slices = [x for x, _ in pieces]
 
-    def trial(moving: list[Value]) -> list[Value]:
+    def run(ctx: Context, carry: list[Value], slices: Any) -> tuple[list[Value], list[Value]]:
+        xs = [whole(piece) for (_, whole), piece in zip(pieces, slices, strict=True)]
+        outs = evaluate(ctx, parts.jaxpr, parts.jaxpr_consts, [*parts.consts, *carry, *xs])
+        return outs[:n], outs[n:]
+
+    def trial(carry: list[Value]) -> list[Value]:
         # For the form alone: nothing that is built here is reported.
-        return run(context.inner(quiet=True), moving, jax.tree.map(lambda x: x[0], slices))[0]
+        return run(context.inner(quiet=True), carry, jax.tree.map(lambda x: x[0], slices))[0]
 
-    def body(moving: list[Value], slices: Any) -> tuple[list[Value], list[Value]]:
+    def body(carry: list[Value], slices: Any) -> tuple[list[Value], list[Value]]:
         ctx = context.inner()
-        carry, ys = run(ctx, moving, slices)
-        return hand_on(ctx, eqn, carry, moving), [ctx.dense(y, eqn) for y in ys]
+        outs, ys = run(ctx, carry, slices)
+        return hand_on(ctx, eqn, outs, carry), [ctx.dense(y, eqn) for y in ys]
 
-    moving = settle(context, eqn, without(still, parts.carry), trial)
-    moving, ys = lax.scan(
-        body, moving, slices, parts.length, reverse=parts.reverse, unroll=parts.unroll
+    carry, ys = lax.scan(
+        body,
+        settle(context, eqn, parts.carry, trial),
+        slices,
+        parts.length,
+        reverse=parts.reverse,
+        unroll=parts.unroll,
     )
-    return [*together(still, moving), *ys]
+    return [*carry, *ys]
 
 
 def sliced(context: Context, x: Value) -> tuple[Any, Callable[[Any], Value]]:
@@ -373,27 +355,23 @@ def while_(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     n, m = params["cond_nconsts"], params["body_nconsts"]
     test, body = params["cond_jaxpr"], params["body_jaxpr"]
     test_consts, body_consts, carry = values[:n], values[n : n + m], values[n + m :]
-    still = held(body.jaxpr.invars[m:], body.jaxpr.outvars, carry)
 
-    def run(ctx: Context, moving: list[Value]) -> list[Value]:
-        args = [*body_consts, *together(still, moving)]
-        return without(still, evaluate(ctx, body.jaxpr, body.consts, args))
+    def run(ctx: Context, carry: list[Value]) -> list[Value]:
+        return evaluate(ctx, body.jaxpr, body.consts, [*body_consts, *carry])
 
-    def cond_fun(moving: list[Value]) -> Value:
+    def cond_fun(carry: list[Value]) -> Value:
         ctx = context.inner()
-        args = [*test_consts, *together(still, moving)]
-        (out,) = evaluate(ctx, test.jaxpr, test.consts, args)
+        (out,) = evaluate(ctx, test.jaxpr, test.consts, [*test_consts, *carry])
         return ctx.dense(out, eqn)
 
-    def body_fun(moving: list[Value]) -> list[Value]:
+    def body_fun(carry: list[Value]) -> list[Value]:
         ctx = context.inner()
-        return hand_on(ctx, eqn, run(ctx, moving), moving)
+        return hand_on(ctx, eqn, run(ctx, carry), carry)
 
-    def trial(moving: list[Value]) -> list[Value]:
-        return run(context.inner(quiet=True), moving)
+    def trial(carry: list[Value]) -> list[Value]:
+        return run(context.inner(quiet=True), carry)
 
-    moving = settle(context, eqn, without(still, carry), trial)
-    return together(still, lax.while_loop(cond_fun, body_fun, moving))  # type: ignore[arg-type]
+    return lax.while_loop(cond_fun, body_fun, settle(context, eqn, carry, trial))
 
 
 @control_flow("cond")

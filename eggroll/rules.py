@@ -256,8 +256,9 @@ def dynamic_slice(ctx: Any, eqn: Any, value: LowRank, *starts: Any) -> Any:
             ctx.record("indexed", value, axis)
 
     def on_factor(f: Array) -> Array:
-        at = [jnp.zeros_like(s) if n == 1 else s for s, n in zip(starts, f.shape, strict=True)]
-        return lax.dynamic_slice(f, at, [min(n, m) for n, m in zip(sizes, f.shape, strict=True)])
+        # A start beyond an axis of size 1 is clamped to it.
+        f_sizes = [min(n, m) for n, m in zip(sizes, f.shape, strict=True)]
+        return lax.dynamic_slice(f, starts, f_sizes)
 
     return on_each(value, lambda x: bind(eqn, x, *starts), on_factor)
 

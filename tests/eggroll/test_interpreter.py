@@ -385,6 +385,16 @@ def test_a_narrow_parameter_with_dense_noise_enters_sums_in_float32(fn):
     close(got, fn(jnp.asarray(X16, jnp.float32), V16.value), 1e-6)
 
 
+@cases(
+    ("product", lambda v, w: dot(v, w), matrix(8, 5, dtype=jnp.bfloat16)),
+    ("convolution", lambda v, w: convolve(v, w[:, 0]), matrix(3, 1, dtype=jnp.bfloat16)),
+)
+def test_two_narrow_parameters_meet_in_float32(fn, makers):
+    w = makers[0]()
+    got = interpret(fn, Context("error"))(V16, w)
+    close(got, fn(V16.value, build(w)), 1e-6)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_data_and_a_narrow_parameter_give_what_float32_gives_rounded_once(dtype):
     v = wide((8,), dtype=dtype)
@@ -426,10 +436,10 @@ def test_low_rank_values_of_a_narrow_type_are_close_to_float32(fn, makers, dtype
 
 def test_a_gain_with_dense_noise_is_not_rounded_before_it_meets_data():
     w, v = low_rank((3, 8), rank=1, dtype=jnp.bfloat16), wide((8,))
-    x = jnp.eye(3, dtype=jnp.bfloat16)
 
     def fn(w, v):
-        return jnp.matmul(x, w * v, preferred_element_type=jnp.float32)
+        scaled = (w * v).astype(jnp.float16)
+        return jnp.matmul(jnp.eye(3, dtype=jnp.float16), scaled, preferred_element_type=jnp.float32)
 
     close(interpret(fn, Context("error"))(w, v), build(w) * v.value, 1e-6)
 

@@ -252,6 +252,19 @@ def test_join(fn, makers):
     ),
     ("gain, joined", lambda w, x, y: x @ jnp.concatenate([w * y[0], w], 1), W, X, Y),
     ("gain, added", lambda w, x, y: x @ (w * y[0] + y[0]), W, X, Y),
+    (
+        "filled in an axis of no noise",
+        lambda w: (
+            jnp.broadcast_to(w, (4, 5, 7)).at[np.array([1, 9])].get(mode="fill", fill_value=3.0)
+        ),
+        W,
+    ),
+    (
+        "gain, filled",
+        lambda w, x: (w * x[0, 0]).at[np.array([1, 9])].get(mode="fill", fill_value=3.0),
+        W,
+        X,
+    ),
     ("gain, summed", lambda w, y: (w * y[0]).sum(0), W, Y),
     ("gain, padded", lambda w, y: jnp.pad(w * y[0], 1), W, Y),
     ("gain of two", lambda w, v, y: (w * y[0]) @ v, W, V, Y),
