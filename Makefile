@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+# Test processes; each one imports JAX anew, so more than cores only cost.
+WORKERS ?= 2
 
 .PHONY: help setup demo test lint types bench soak constraints clean
 
@@ -34,7 +36,7 @@ demo: setup
 	$(BIN)/eggroll rl --preset cartpole --run-dir runs/demo --overwrite
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

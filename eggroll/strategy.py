@@ -72,7 +72,7 @@ class EvolutionStrategy:
     rank: int | str = 1
     shaping: shapings.Shaping | None = dataclasses.field(default_factory=shapings.zscore)
     plan: plans.Planner = dataclasses.field(default_factory=plans.by_shape)
-    noise: noises.Noise = dataclasses.field(default_factory=noises.counter)
+    noise: Any = dataclasses.field(default_factory=noises.counter)
     chunk: int | None = None
     mesh: Mesh | None = None
     noise_reuse: int = 1
@@ -124,6 +124,14 @@ class EvolutionStrategy:
             "optimizer",
             "an optax transform such as optax.adam(1e-2) is right",
         )
+        for field, module in (("shaping", shapings), ("plan", plans), ("noise", noises)):
+            value = getattr(self, field)
+            name = getattr(value, "__name__", "")
+            require(
+                not name or getattr(module, name, None) is not value,
+                field,
+                f"this is the function that makes one; {name}() is right",
+            )
         check_mesh(self.mesh)
 
     # ------------------------------------------------------------ the state and what is in it
@@ -139,14 +147,17 @@ class EvolutionStrategy:
           ValueError: for a leaf that is no array, NaN or infinity in a leaf, or nothing to train.
         """
         plan = self.plan_of(params)
-        for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True):
-            if plans.is_float(value) and not isinstance(value, jax.core.Tracer):
-                bad = int(jnp.sum(~jnp.isfinite(value)))
-                if bad:
-                    raise ValueError(
-                        f"parameter {leaf.path!r} has {bad} of {value.size} entries that are not "
-                        "finite; start from finite numbers"
-                    )
+        floats = {
+            leaf.path: value
+            for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True)
+            if plans.is_float(value) and not isinstance(value, jax.core.Tracer)
+        }
+        for path, bad in _not_finite(floats).items():
+            if bad:
+                raise ValueError(
+                    f"parameter {path!r} has {bad} of {floats[path].size} entries that are not "
+                    "finite; start from finite numbers"
+                )
         if isinstance(key, int | np.integer):
             key = jax.random.key(key)
         # Fresh arrays, so that a donated state never takes the caller's parameters with it.
@@ -354,6 +365,11 @@ class EvolutionStrategy:
 #
 # The strategy and the fitness are static: they are compared by identity, so a loop that passes the
 # same two objects compiles once.
+
+
+@jax.jit
+def _not_finite(leaves: dict[str, Array]) -> dict[str, Array]:
+    return {path: jnp.sum(~jnp.isfinite(value)) for path, value in leaves.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

@@ -18,6 +18,9 @@ from scipy import stats
 
 from eggroll import noise
 
+# Every new shape compiles, so a third of the profile's examples.
+fewer = settings(max_examples=settings.default.max_examples // 3)
+
 SOURCES = {
     "counter": noise.counter(),
     "gaussian": noise.gaussian(),
@@ -400,7 +403,7 @@ def test_same_values_on_every_device():
     )
 
 
-@settings(max_examples=10)
+@fewer
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(sorted(SOURCES)))
 def test_any_grouping_of_pairs_draws_the_same(sizes, source):
     one = lambda pair: SOURCES[source].sample(words(pair=pair), (3, 2), jnp.float32)
@@ -412,7 +415,7 @@ def test_any_grouping_of_pairs_draws_the_same(sizes, source):
     np.testing.assert_array_equal(np.concatenate(chunks), whole[: ends[-1]])
 
 
-@settings(max_examples=12)
+@fewer
 @given(st.lists(st.integers(0, 6), max_size=4), st.integers(0, 2**32 - 1))
 def test_any_shape_holds_the_same_sequence(shape, word):
     """Row-major order; a longer array starts with the shorter one; any element stands by itself."""

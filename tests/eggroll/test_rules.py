@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax import lax
 from support import agree, cases, checked_in_float64, data, low_rank, matrix, normal, run_case
@@ -18,8 +18,6 @@ from support import agree, cases, checked_in_float64, data, low_rank, matrix, no
 from eggroll import lowrank, products, rules
 from eggroll.interpreter import interpret
 from eggroll.lowrank import LowRank, build
-
-few = settings(max_examples=25)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,7 +117,6 @@ def draw_matrix(draw, shape, path):
     return matrix(*shape, columns=columns, batch=batch, rank=rank, path=path)
 
 
-@few
 @given(dot_generals())
 def test_any_product(case):
     numbers, *makers = case
@@ -342,7 +339,6 @@ def reshapings(draw):
     return draw_matrix(draw, start, "w"), chain
 
 
-@few
 @given(reshapings())
 def test_any_chain_of_shapes(case):
     make, chain = case
@@ -384,7 +380,6 @@ def test_look_up(fn, makers):
     run_case(fn, makers)
 
 
-@few
 @given(st.data())
 def test_any_look_up(draws):
     draw = draws.draw
@@ -408,7 +403,6 @@ def test_any_look_up(draws):
     agree(lambda w: look_up(w, indices.reshape(-1, len(axes))), value, on_dense="ignore")
 
 
-@few
 @given(st.data())
 def test_any_dynamic_slice(draws):
     draw = draws.draw
@@ -499,7 +493,6 @@ def convolutions(draw):
 
 
 @pytest.mark.parametrize("most_shifts", [products.MAX_SHIFTS, 0])
-@few
 @given(case=convolutions())
 def test_any_convolution(most_shifts, case):
     params, *makers = case

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eggroll import shaping
@@ -42,7 +42,6 @@ one_of_each = pytest.mark.parametrize(
     "name", ["identity", "zscore", "centered_rank", "per_task batch", "pair_sign", "chain"]
 )
 each_rule = pytest.mark.parametrize("name", list(RULES))
-few = settings(max_examples=25, deadline=None)
 
 
 def shaped(rule: shaping.Shaping, values: Any, valid: Any = None, groups: Any = None) -> np.ndarray:
@@ -139,7 +138,6 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("name", list(FORMULAS))
-@few
 @given(batch=batches())
 def test_formula(name: str, batch: Any) -> None:
     np.testing.assert_allclose(
@@ -147,7 +145,6 @@ def test_formula(name: str, batch: Any) -> None:
     )
 
 
-@few
 @given(batch=batches())
 def test_centered_rank_formula(batch: Any) -> None:
     np.testing.assert_allclose(
@@ -221,7 +218,6 @@ def test_pair_sign_of_an_odd_population() -> None:
 
 
 @pytest.mark.parametrize("name", BY_MEMBER)
-@few
 @given(batch=batches(), seed=st.integers(0, 2**31))
 def test_members_may_be_permuted(name: str, batch: Any, seed: int) -> None:
     values, valid, groups = batch
@@ -232,7 +228,6 @@ def test_members_may_be_permuted(name: str, batch: Any, seed: int) -> None:
     np.testing.assert_allclose(out, shaped(RULES[name], *batch)[order], **CLOSE)
 
 
-@few
 @given(batch=batches(), seed=st.integers(0, 2**31))
 def test_pairs_may_be_permuted_and_swapped(batch: Any, seed: int) -> None:
     values, valid, _ = batch
@@ -243,7 +238,6 @@ def test_pairs_may_be_permuted_and_swapped(batch: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["zscore", "centered_rank", "pair_sign"])
-@few
 @given(
     batch=batches(),
     factor=st.sampled_from([1e-25, 1e-3, 0.7, 3.0, 1e4, 1e30]),
@@ -263,7 +257,6 @@ def test_invariant_to_affine_maps(name: str, batch: Any, factor: float, offset: 
 
 
 @pytest.mark.parametrize("name", ["centered_rank", "pair_sign"])
-@few
 @given(batch=batches())
 def test_invariant_to_monotone_maps(name: str, batch: Any) -> None:
     values, valid, groups = batch
@@ -274,7 +267,6 @@ def test_invariant_to_monotone_maps(name: str, batch: Any) -> None:
         )
 
 
-@few
 @given(batch=batches())
 def test_negation_negates(batch: Any) -> None:
     values, valid, groups = batch
@@ -284,7 +276,6 @@ def test_negation_negates(batch: Any) -> None:
 
 
 @each_rule
-@few
 @given(batch=batches(), junk=st.sampled_from([np.nan, np.inf, -np.inf, 3e38, -1e9, 0.1]))
 def test_invalid_cells_never_matter(name: str, batch: Any, junk: float) -> None:
     values, valid, groups = batch

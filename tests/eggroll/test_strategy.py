@@ -538,6 +538,9 @@ def test_it_fits_a_regression_and_a_score_without_a_gradient():
         ({"noise_reuse": 0}, "noise_reuse=0"),
         ({"on_dense": "shout"}, "on_dense='shout'.*'warn'"),
         ({"optimizer": 0.1}, "optimizer=0.1.*optax"),
+        ({"shaping": eggroll.shaping.zscore}, r"shaping=.*zscore\(\) is right"),
+        ({"plan": eggroll.plan.by_shape}, r"plan=.*by_shape\(\) is right"),
+        ({"noise": eggroll.noise.counter}, r"noise=.*counter\(\) is right"),
     ],
 )
 def test_wrong_settings_are_named(changes, message):
