@@ -1,51 +1,42 @@
-"""One training run: an evolution strategy teaches a Flax policy a gymnax environment."""
+"""`eggroll rl`: from settings to a trained policy, its curve and a sentence about it."""
 
 import math
-import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+import numpy as np
+from jaxtyping import Array, Float, PyTree
 
-import eggroll
-from experiments.models.mlp import MLP
-from experiments.rl.config import Config
-from experiments.rl.rollout import Task, make_policy, make_task, run_episode
-from experiments.run import folder as run_folder
-from experiments.run.metrics import MetricsFile, Stopwatch, read_metrics
+from experiments.rl import evolution, ppo
+from experiments.rl.config import GYMNASIUM, Config
+from experiments.rl.environments import Task, make_task
+from experiments.rl.policy import Policy, make_policy
+from experiments.rl.rollout import run_episode
+from experiments.run.folder import open_run_folder, write_json
+from experiments.run.loop import Job, Outcome, run
+from experiments.run.metrics import Row
 from experiments.run.plots import learning_curve
-from experiments.run.progress import Progress
+from experiments.run.seeds import average, each, many
+from experiments.run.stopwatch import Stopwatch
 
 # How a result is put into words, and what returns are counted in.
 SKILLS = {"CartPole-v1": "to balance the pole"}
 MEASURES = {"CartPole-v1": "the mean policy holds it for {score:.1f} of {max_steps} steps"}
 UNITS = {"CartPole-v1": "steps"}
-
-
-class Programs(NamedTuple):
-    """The functions of a run that are compiled, each once.
-
-    Attributes:
-        start: seed -> (state, held-out keys).
-        generation: state -> (state, metrics, environment steps taken).
-        held_out: (params, held-out keys) -> mean return.
-    """
-
-    start: Callable[..., tuple[eggroll.State, Key[Array, "episodes"]]]
-    generation: Callable[[eggroll.State], tuple[eggroll.State, eggroll.Metrics, Int[Array, ""]]]
-    held_out: Callable[..., Float[Array, ""]]
+PLAIN_MEASURE = "the return of the mean policy is {score:.1f}"
 
 
 class Result(NamedTuple):
-    """What a run came to.
+    """What a run came to; figures of the seeds are averaged.
 
     Attributes:
         solved: whether the held-out return reached the target; None without a target.
         held_out_return: mean return of the final mean policy over the held-out episodes.
         held_out_return_before: the same before training.
+        by_seed: the held-out return of every seed; None where there is one.
         generations: updates made.
         environment_steps: steps taken in training, by the whole population.
         sentence: the result in words.
@@ -55,46 +46,134 @@ class Result(NamedTuple):
     solved: bool | None
     held_out_return: float
     held_out_return_before: float
+    by_seed: list[float] | None
     generations: int
     environment_steps: int
     sentence: str
     timing: dict[str, float]
 
 
-def make_programs(config: Config, task: Task) -> Programs:
-    """The functions of a run, not yet compiled."""
-    model = MLP(task.actions, config.width, config.depth, config.activation)
-    policy = make_policy(model, config.deterministic)
-    es = eggroll.EvolutionStrategy(
-        optimizer=optax.adam(config.learning_rate),
-        population=config.population,
-        sigma=config.sigma,
-        rank=config.rank,
-        on_dense="error",
+def job(config: Config) -> Job:
+    """The run as the loop takes it.
+
+    Raises:
+        UsageError: for an environment or optimizer that does not exist.
+    """
+    common: Any = dict(
+        reached=lambda row: reached(config, row),
+        tell=tell,
+        measured=("held_out_return",),
+        totals=("environment_steps",),
+    )
+    if config.env.startswith(GYMNASIUM):
+        from experiments.rl.outside import Outside
+
+        outside = Outside(config)
+        return Job(outside.start, outside.generation, outside.measure, **common)
+    task, policy = parts(config)
+    method: Any = ppo if config.algorithm == "ppo" else evolution
+    seeds = config.seed + jnp.arange(config.seeds)
+    every = many(config.seeds)
+    generation = every(method.make_generation(config, policy, task))
+    held_out = every(make_measure(config, policy, task))
+    begin = every(lambda seed: method.start(config, policy, task, seed))
+
+    return Job(
+        start=jax.jit(lambda: begin(seeds if config.seeds > 1 else seeds[0])),
+        generation=jax.jit(generation, donate_argnums=0),
+        measure=jax.jit(lambda carry: held_out(carry, seeds if config.seeds > 1 else seeds[0])),
+        **common,
     )
 
-    def start(seed: Int[Array, ""]) -> tuple[eggroll.State, Key[Array, "episodes"]]:
-        init_key, search_key, held_out_key = jax.random.split(jax.random.key(seed), 3)
-        params = model.init(init_key, jnp.zeros(task.observations))["params"]
-        return es.init(params, search_key), jax.random.split(held_out_key, config.held_out_episodes)
 
-    def fitness(params: PyTree, key: Key[Array, ""]) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        episode = run_episode(task, policy, params, key)
-        return episode.score, episode.steps
+def parts(config: Config) -> tuple[Task, Policy]:
+    """The environment and the policy that the settings describe."""
+    task = make_task(config.env)
+    policy = make_policy(
+        task.observations, task.actions,
+        config.width, config.depth, config.activation, config.normalise,
+    )  # fmt: skip
+    return task, policy
 
-    # In halves, because `es.step` gives back no episode lengths.
-    def generation(state: eggroll.State) -> tuple[eggroll.State, eggroll.Metrics, Int[Array, ""]]:
-        scores, steps = es.evaluate(state, fitness)
-        return *es.update(state, scores), steps.sum()
 
-    def held_out(params: PyTree, keys: Key[Array, "episodes"]) -> Float[Array, ""]:
-        return jax.vmap(lambda key: run_episode(task, policy, params, key).score)(keys).mean()
+def make_measure(config: Config, policy: Policy, task: Task) -> Callable[..., dict[str, Array]]:
+    """(carry, seed) -> the mean return of the mean policy over held-out episodes."""
 
-    return Programs(start, generation, held_out)
+    def measure(carry: Any, seed: Array) -> dict[str, Array]:
+        _, _, key = evolution.keys(seed)
+        returns = play(config, policy, task, carry, jax.random.split(key, config.held_out_episodes))
+        return {"held_out_return": returns.mean()}
+
+    return measure
+
+
+def play(
+    config: Config, policy: Policy, task: Task, carry: Any, keys: Array
+) -> Float[Array, "episodes"]:
+    """Returns of the mean policy, an episode a key."""
+    return jax.vmap(
+        lambda key: (
+            run_episode(
+                task, policy, mean(carry), carry.statistics, key, config.deterministic
+            ).score
+        )
+    )(keys)
+
+
+def mean(carry: Any) -> PyTree:
+    """The parameters of the mean policy, from the state of either algorithm."""
+    return carry.es.params if isinstance(carry, evolution.Carry) else carry.params
+
+
+def evaluate(config: Config, state: Any, episodes: int, seed: int) -> dict[str, list[float]]:
+    """Returns of new episodes of a trained policy, by seed of the training.
+
+    Args:
+        config: the run's settings.
+        state: its state.
+        episodes: how many.
+        seed: decides the episodes; they are those of no training run.
+    """
+    if config.env.startswith(GYMNASIUM):
+        from experiments.rl.outside import Outside
+
+        returns = Outside(config).returns(state, episodes, seed)
+        return {f"seed {config.seed}": returns.tolist()}
+    task, policy = parts(config)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x5EED), episodes)
+    every = many(config.seeds)(lambda carry: play(config, policy, task, carry, keys))
+    returns = np.asarray(jax.jit(every)(state)).reshape(config.seeds, episodes)
+    return {f"seed {config.seed + i}": row.tolist() for i, row in enumerate(returns)}
+
+
+def parameters(config: Config, state: Any) -> PyTree:
+    """What `eggroll export` writes: the mean policy, and the statistics it scales with."""
+    out = {"params": mean(state)}
+    if config.normalise:
+        out["statistics"] = state.statistics._asdict()
+    return out
+
+
+def reached(config: Config, row: Row) -> bool:
+    """Whether every seed's held-out return is at the target."""
+    return config.target is not None and min(each(row["held_out_return"])) >= config.target
+
+
+def tell(row: Row) -> str:
+    """A row in a few words."""
+    words = [
+        f"{label} {average(row[name]):.1f}"
+        for label, name in (
+            ("return", "fitness_mean" if "fitness_mean" in row else "episode_return"),
+            ("held out", "held_out_return"),
+        )
+        if row[name] is not None and None not in each(row[name])
+    ]
+    return ", ".join(words)
 
 
 def train(config: Config, started: float | None = None) -> Result:
-    """Train as `config` says and fill its run folder.
+    """Train as `config` says, or go on where its run folder stands, and fill the folder.
 
     Args:
         config: the settings.
@@ -102,86 +181,74 @@ def train(config: Config, started: float | None = None) -> Result:
 
     Raises:
         UsageError: for settings that cannot be right, or a run folder that cannot be used.
+        Interrupted: after SIGTERM or Ctrl-C.
+        RunError: where a file cannot be written.
     """
-    watch = Stopwatch(time.perf_counter() if started is None else started)
+    watch = Stopwatch(started)
     watch.finish("imports")
 
-    # ---------------------------------------------------------------- task and run folder
+    # ---------------------------------------------------------------- settings, task and folder
     config.check()
-    task = make_task(config.env)
-    folder = run_folder.open_run_folder(config.run_dir, config.overwrite)
-    run_folder.write_config(folder, config)
-    run_folder.write_json(folder / "versions.json", run_folder.versions())
-    watch.finish("setup")
+    task_job = job(config)
+    with open_run_folder("rl", config) as folder:
+        watch.finish("setup")
 
-    # ---------------------------------------------------------------- compilation
-    programs = make_programs(config, task)
-    state, held_out_keys = jax.jit(programs.start)(config.seed)
-    generation = jax.jit(programs.generation, donate_argnums=0).lower(state).compile()
-    held_out = jax.jit(programs.held_out).lower(state.params, held_out_keys).compile()
-    watch.finish("compilation")
+        # ------------------------------------------------------------ generations
+        outcome = run(task_job, config, folder, watch)
+        watch.finish("training")
 
-    # ---------------------------------------------------------------- generations
-    held_out_returns: dict[int, float] = {}  # by the number of updates before
-    environment_steps = 0
-    with MetricsFile(folder / "metrics.jsonl") as metrics_file, Progress(config.limit) as progress:
-        for updates in range(config.limit):
-            before = time.perf_counter()
-            if updates % config.evaluate_every == 0:
-                score = held_out_returns[updates] = float(held_out(state.params, held_out_keys))
-                if config.early_target is not None and score >= config.early_target:
-                    break
-            state, metrics, steps = jax.block_until_ready(generation(state))
-            environment_steps += int(steps)
-            row = jax.device_get(metrics)._asdict()
-            row["held_out_return"] = held_out_returns.get(updates)
-            row["environment_steps"] = environment_steps
-            row["timing"] = {"seconds": time.perf_counter() - before, "since_start": watch.total()}
-            metrics_file.write(row)
-            progress.update(updates + 1, f"return {metrics.fitness_mean:.1f}, held out {score:.1f}")
-    generations = int(state.generation)
-    if generations not in held_out_returns:
-        held_out_returns[generations] = float(held_out(state.params, held_out_keys))
-    watch.finish("training")
-
-    # ---------------------------------------------------------------- what was learned
-    score = held_out_returns[generations]
-    lesson = put_in_words(config, task, score)
-    run_folder.save_params(folder / "params.npz", state.params)
-    learning_curve(
-        folder / "curve.png",
-        read_metrics(folder / "metrics.jsonl"),
-        title=lesson,
-        measure=f"return of a {config.env} episode ({UNITS.get(config.env, 'sum of rewards')})",
-        final=(generations, score),
-        target=config.target,
-    )
-    watch.finish("results")
-    result = Result(
-        solved=None if config.target is None else score >= config.target,
-        held_out_return=score,
-        held_out_return_before=held_out_returns[0],
-        generations=generations,
-        environment_steps=environment_steps,
-        sentence=f"{lesson} ({config.held_out_episodes} held-out episodes), after {generations} "
-        f"generation{'s' * (generations != 1)} and {environment_steps:,} environment steps, "
-        f"{watch.total():.1f} s from start.",
-        timing=watch.phases,
-    )
-    run_folder.write_json(folder / "result.json", result._asdict())
+        # ------------------------------------------------------------ what was learned
+        lesson = put_in_words(config, average(outcome.after["held_out_return"]))
+        draw(config, folder, outcome, lesson)
+        watch.finish("results")
+        result = summarise(config, outcome, lesson, watch)
+        write_json(folder / "result.json", result._asdict())
     return result
 
 
-def put_in_words(config: Config, task: Task, score: float) -> str:
+def draw(config: Config, folder: Path, outcome: Outcome, lesson: str) -> None:
+    """The learning curve of a run as curve.png."""
+    learning_curve(
+        folder / "curve.png",
+        outcome.rows,
+        title=lesson,
+        measure=f"return of a {config.env} episode ({UNITS.get(config.env, 'sum of rewards')})",
+        final=(outcome.generations, outcome.after["held_out_return"]),
+        target=config.target,
+    )
+
+
+def summarise(config: Config, outcome: Outcome, lesson: str, watch: Stopwatch) -> Result:
+    """The result of a run, with its sentence."""
+    after = outcome.after["held_out_return"]
+    steps = outcome.rows[-1]["environment_steps"] if outcome.rows else 0
+    steps = sum(each(steps))
+    seeds = f"mean of {config.seeds} seeds, " if config.seeds > 1 else ""
+    n = outcome.generations
+    return Result(
+        solved=None if config.target is None else reached(config, outcome.after),
+        held_out_return=average(after),
+        held_out_return_before=average(outcome.before["held_out_return"]),
+        by_seed=after if isinstance(after, list) else None,
+        generations=n,
+        environment_steps=steps,
+        sentence=f"{lesson} ({seeds}{config.held_out_episodes} held-out episodes), after {n} "
+        f"generation{'s' * (n != 1)} and {steps:,} environment steps, "
+        f"{watch.total():.1f} s from start.",
+        timing=watch.phases,
+    )
+
+
+def put_in_words(config: Config, score: float, max_steps: int = 500) -> str:
     """The outcome as the beginning of a sentence, plain about a target that was missed."""
-    skill = SKILLS.get(config.env, config.env)
-    measure = MEASURES.get(config.env, "the return of the mean policy is {score:.1f}")
+    name = config.env.removeprefix(GYMNASIUM)
+    skill, measure = SKILLS.get(name, name), MEASURES.get(name, PLAIN_MEASURE)
     if config.target is None:
-        verdict = f"Trained on {config.env}"
+        verdict = f"Trained on {name}"
     elif score >= config.target:
         verdict = f"Learned {skill}"
     else:
         verdict = f"Not yet learned {skill} (target {config.target:g})"
     # Cut, not rounded: 499.97 is not 500.
     shown = math.floor(score * 10) / 10
-    return f"{verdict}: {measure.format(score=shown, max_steps=task.max_steps)}"
+    return f"{verdict}: {measure.format(score=shown, max_steps=max_steps)}"

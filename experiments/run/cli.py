@@ -1,14 +1,16 @@
-"""The command line: `eggroll rl --preset cartpole`, `eggroll doctor`.
+"""The command line: `eggroll rl --preset cartpole`, `eggroll report RUN`, `eggroll --help`.
 
 Anything heavy is imported by the command that needs it, so that help and mistakes are instant.
 """
 
+import functools
+import importlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from experiments.run.errors import UsageError, suggestion
+from experiments.run.errors import RUN_ME_AGAIN, Interrupted, RunError, UsageError, suggestion
 
 STARTED = time.perf_counter()
 Settings = TypeVar("Settings")
@@ -21,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `eggroll`; those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 for a mistake in the command.
+        The exit code: 0; 1 where a run could not go on; 2 for a mistake in the command; 75 after
+        SIGTERM or Ctrl-C with everything saved, so that the same command again continues; 130 after
+        Ctrl-C where nothing was under way.
     """
     name, *args = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if name in ("-h", "--help"):
@@ -37,13 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.partition(".")[0] in ("eggroll", "experiments"):
             raise
         return _fail(name, f"the package {error.name!r} is missing: pip install 'eggroll-jax[rl]'")
+    except RunError as error:
+        _fail(name, str(error))
+        return 1
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return RUN_ME_AGAIN
     except KeyboardInterrupt:
         return 130
 
 
 def usage() -> str:
     """What `eggroll --help` prints."""
-    commands = (f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
+    commands = (f"  {name:11} {command.summary}" for name, command in COMMANDS.items())
     lines = [
         "usage: eggroll COMMAND [OPTIONS]",
         "",
@@ -51,7 +61,8 @@ def usage() -> str:
         "",
         *commands,
         "",
-        "eggroll COMMAND --help lists the options of a command.",
+        "eggroll COMMAND --help lists the options of a command. A run that was stopped, however it was,",
+        "goes on when the same command is given again.",
     ]
     return "\n".join(lines)
 
@@ -73,18 +84,43 @@ def parse(
     return tyro.cli(kind, prog=prog, default=default, args=args)
 
 
-def _rl(args: Sequence[str]) -> int:
-    from experiments.rl.config import PRESETS, Config
+def _train(driver: str, args: Sequence[str]) -> int:
+    """Any driver: settings, then a run, then what it came to."""
+    from experiments.run.drivers import DRIVERS
 
-    config = parse(Config, PRESETS, args, "eggroll rl")
+    modules = DRIVERS[driver]
+    settings = importlib.import_module(modules.config)
+    config: Any = parse(settings.Config, settings.PRESETS, args, f"eggroll {driver}")
     config.check()
 
-    from experiments.rl.train import train
+    train = importlib.import_module(modules.train).train
     from experiments.run.compilation import keep_compiled_programs
 
     keep_compiled_programs()
     print(train(config, STARTED).sentence)
-    print(f"The curve, metrics and parameters are in {config.run_dir}.")
+    print(f"Metrics, checkpoints and the curve are in {config.run_dir}.")
+    return 0
+
+
+def _report(args: Sequence[str]) -> int:
+    from experiments.run.report import Settings, report
+
+    paths = report(_plain_cli(Settings, args, "eggroll report"))
+    print(f"Wrote {' and '.join(map(str, paths))}.")
+    return 0
+
+
+def _eval(args: Sequence[str]) -> int:
+    from experiments.run.drivers import EvalSettings, evaluate
+
+    print(evaluate(_plain_cli(EvalSettings, args, "eggroll eval")))
+    return 0
+
+
+def _export(args: Sequence[str]) -> int:
+    from experiments.run.drivers import ExportSettings, export
+
+    print(export(_plain_cli(ExportSettings, args, "eggroll export")))
     return 0
 
 
@@ -94,6 +130,13 @@ def _doctor(args: Sequence[str]) -> int:
     from experiments.run.doctor import doctor
 
     return doctor()
+
+
+def _plain_cli(kind: type[Settings], args: Sequence[str], prog: str) -> Settings:
+    """Settings without presets; a field annotated "positional" needs no flag."""
+    import tyro
+
+    return tyro.cli(kind, prog=prog, args=args)
 
 
 def _fail(command: str, sentence: str) -> int:
@@ -109,7 +152,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "rl": Command("train a policy in a gymnax environment", _rl),
+    "rl": Command(
+        "train a policy in a gymnax or Gymnasium environment", functools.partial(_train, "rl")
+    ),
+    "supervised": Command("train a classifier of digits", functools.partial(_train, "supervised")),
+    "report": Command("draw and compare the curves of runs", _report),
+    "eval": Command("measure the newest checkpoint of a run", _eval),
+    "export": Command("write the trained parameters of a run as safetensors", _export),
     "doctor": Command("print versions and devices, and check that a small program runs", _doctor),
 }
 

@@ -1,11 +1,22 @@
-"""Mistakes of the person at the keyboard, told in one sentence."""
+"""What ends a run early, told in one sentence, and the exit code that goes with it."""
 
 import difflib
 from collections.abc import Iterable
 
+# sysexits.h calls it EX_TEMPFAIL: nothing is wrong, the same command again will go on.
+RUN_ME_AGAIN = 75
+
 
 class UsageError(ValueError):
     """A wrong command or setting; the command line prints its sentence and exits with code 2."""
+
+
+class RunError(RuntimeError):
+    """Something outside the settings stops a run, such as a full disk; exit code 1."""
+
+
+class Interrupted(Exception):
+    """A run was asked to stop, and has saved what it needs to go on; exit code 75."""
 
 
 def suggestion(wrong: str, known: Iterable[str]) -> str:

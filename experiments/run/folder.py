@@ -1,53 +1,113 @@
-"""The run folder: everything a run leaves behind, in plain files.
+"""The run folder: everything a run leaves behind.
 
-- config.json: the settings, resolved
-- versions.json: packages, Python, kind of machine
+- config.json: the settings, resolved, and the driver that they are for
+- versions.json: packages, Python, kind of machine, git commit; of the process that began the run
 - metrics.jsonl: one row a generation
-- params.npz: the trained parameters, one array a leaf, named by its path
+- checkpoints/: the two newest states
 - result.json: what the run came to
 - curve.png: the learning curve
+- damaged/: checkpoints that could not be read, if there ever were any
 """
 
-import dataclasses
-import functools
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from experiments.run.errors import UsageError
+from experiments.run.errors import RunError, UsageError
+from experiments.run.settings import RunSettings, differences, to_json
 
-FILES = ("config.json", "versions.json", "metrics.jsonl", "params.npz", "result.json", "curve.png")
-PACKAGES = ("eggroll-jax", "jax", "jaxlib", "numpy", "optax", "flax", "gymnax")
+FILES = ("config.json", "versions.json", "metrics.jsonl", "result.json", "curve.png")
+FOLDERS = ("checkpoints", "damaged", "tensorboard", "wandb")
+PACKAGES = ("eggroll-jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint", "gymnax")
 
 
-def open_run_folder(path: Path, overwrite: bool) -> Path:
-    """Make the folder, or empty it of an earlier run; files that no run writes are left alone.
+@contextlib.contextmanager
+def open_run_folder(driver: str, settings: RunSettings) -> Iterator[Path]:
+    """The folder of a run, made or found, held by this process alone.
 
     Raises:
-        UsageError: if it cannot be written to, or holds a run and `overwrite` is False.
+        UsageError: if it cannot be written to, is in use, or holds a run of other settings.
     """
+    path = settings.run_dir
+    config = {"driver": driver, **to_json(settings)}
+    with contextlib.ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_held(path))
+            if settings.overwrite:
+                _remove_run(path)
+            known = _read_json(path / "config.json")
+            if known is not None and not settings.accept_changes:
+                changed = list(differences(known, config))
+                if changed:
+                    raise UsageError(
+                        f"{path} holds a run of other settings ({', '.join(changed)}): choose another "
+                        "--run-dir, replace it with --overwrite, or go on with --accept-changes"
+                    )
+            if known is None or known != config:
+                write_json(path / "config.json", config)
+            if not (path / "versions.json").exists():
+                write_json(path / "versions.json", versions())
+        except OSError as error:
+            raise UsageError(f"--run-dir {path} cannot be written to: {error.strerror}") from error
+        yield path
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """The folder is locked until the end of the block, or of the process however it ends."""
+    import fcntl
+
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{path} is in use by another process") from error
+        yield
+
+
+def _remove_run(path: Path) -> None:
+    """Removes what runs write; other files are left alone."""
+    for name in FILES:
+        (path / name).unlink(missing_ok=True)
+    for name in FOLDERS:
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        if not overwrite and any(
-            _has_content(path / name) for name in ("metrics.jsonl", "params.npz")
-        ):
-            raise UsageError(
-                f"{path} already holds a run: choose another --run-dir, or replace it with --overwrite"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            (path / name).unlink(missing_ok=True)
-        (path / "metrics.jsonl").touch()
-    except OSError as error:
-        raise UsageError(f"--run-dir {path} cannot be written to: {error.strerror}") from error
-    return path
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(
+            f"{path} is not JSON ({error}); replace the run with --overwrite"
+        ) from error
 
 
-def _has_content(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a run.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    found = _read_json(path / "config.json")
+    if found is None:
+        raise UsageError(f"{path} is not a run folder: it has no config.json")
+    return found
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """result.json of a run, None where it has not ended yet."""
+    return _read_json(path / "result.json")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -61,14 +121,21 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented; paths become strings."""
-    text = json.dumps(content, indent=2, default=str) + "\n"
+    """Write a JSON object, indented."""
+    text = json.dumps(content, indent=2) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def write_config(folder: Path, config: Any) -> None:
-    """Write a configuration dataclass as config.json."""
-    write_json(folder / "config.json", dataclasses.asdict(config))
+@contextlib.contextmanager
+def full_disk_in_one_sentence(path: Path) -> Iterator[None]:
+    """An OSError within the block becomes a RunError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{error.filename or path} could not be written: {error.strerror or error}; "
+            "make room and run the same command again to continue"
+        ) from error
 
 
 def versions() -> dict[str, Any]:
@@ -80,8 +147,25 @@ def versions() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "devices": [device.device_kind for device in jax.devices()],
+        "git_commit": git_commit(),
         "packages": {name: _package_version(name) for name in PACKAGES},
     }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this file is in, "+" after it where files differ from it."""
+    here = Path(__file__).parent
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "-uno"])
+    try:
+        commit, changes = (
+            subprocess.run(
+                command, cwd=here, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # installed from a wheel, or there is no git
+    return commit + "+" * bool(changes)
 
 
 def _package_version(name: str) -> str | None:
@@ -89,14 +173,3 @@ def _package_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def save_params(path: Path, params: Any) -> None:
-    """Write a tree of arrays as an .npz file whose keys are the leaf paths, e.g. `Dense_0/kernel`."""
-    import jax
-    import numpy as np
-
-    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(params))
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    arrays = {name(keys): leaf for keys, leaf in leaves}
-    write_whole(path, lambda file: np.savez(file, **arrays))

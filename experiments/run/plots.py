@@ -16,50 +16,76 @@ def learning_curve(
     rows: Sequence[Mapping[str, Any]],
     title: str,
     measure: str,
-    final: tuple[int, float],
+    final: tuple[int, Any],
     target: float | None = None,
+    name: str = "held_out_return",
+    population: bool = True,
+    who: str = "mean policy",
 ) -> None:
-    """Draw the population's fitness and the mean policy's held-out return against generations.
+    """Draw what the population scored and what the mean policy scores held out, against generations.
 
     Args:
         path: the PNG to write.
-        rows: metric rows with `generation`, `fitness_mean`, `fitness_std`, `fitness_worst`,
-            `fitness_best` and `held_out_return`; a value may be None.
+        rows: metric rows with `generation` and `name`; with `fitness_mean`, `fitness_std`,
+            `fitness_worst` and `fitness_best`, the population is drawn too. A value may be None, or a
+            list with one for each of several seeds: their mean is drawn, and each faintly.
         title: what the run came to.
         measure: what is drawn and its unit, for the axis.
-        final: generations done, and the held-out return after them.
-        target: a return to mark, if any.
+        final: generations done, and the held-out value after them.
+        target: a value to mark, if any.
+        name: the held-out value.
+        population: draw what the population scored, if it is of the same kind.
+        who: what is trained.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    generation = np.array([row["generation"] for row in rows])
-    mean, std, worst, best = (
-        np.array([row[name] for row in rows], dtype=float)
-        for name in ("fitness_mean", "fitness_std", "fitness_worst", "fitness_best")
-    )
-    measured = [row for row in rows if row["held_out_return"] is not None]
-    held_out = [(row["generation"], row["held_out_return"]) for row in measured] + [final]
-
     figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    low, high = np.maximum(mean - std, worst), np.minimum(mean + std, best)
-    shade: dict[str, Any] = {"color": POPULATION, "lw": 0}
-    axes.fill_between(
-        generation, worst, best, alpha=0.12, label="population, worst to best", **shade
+    if population and rows and "fitness_mean" in rows[0]:
+        generation = np.array([row["generation"] for row in rows])
+        mean, std, worst, best = (
+            column(rows, key).mean(1)
+            for key in ("fitness_mean", "fitness_std", "fitness_worst", "fitness_best")
+        )
+        low, high = np.maximum(mean - std, worst), np.minimum(mean + std, best)
+        shade: dict[str, Any] = {"color": POPULATION, "lw": 0}
+        axes.fill_between(
+            generation, worst, best, alpha=0.12, label="population, worst to best", **shade
+        )
+        axes.fill_between(
+            generation, low, high, alpha=0.25, label="one standard deviation", **shade
+        )
+        axes.plot(generation, mean, color=POPULATION, lw=2, label="population, mean")
+    measured = [row for row in rows if row[name] is not None]
+    at = np.array([*(row["generation"] for row in measured), final[0]])
+    values = column([*measured, {name: final[1]}], name)
+    # A point for each measurement, as long as points can be told apart.
+    marker = "o" if len(at) <= 40 else None
+    axes.plot(
+        at, values.mean(1), color=HELD_OUT, lw=2, marker=marker, ms=4, label=f"{who}, held out"
     )
-    axes.fill_between(generation, low, high, alpha=0.25, label="one standard deviation", **shade)
-    axes.plot(generation, mean, color=POPULATION, lw=2, label="population, mean")
-    dots: dict[str, Any] = {"color": HELD_OUT, "lw": 2, "marker": "o", "ms": 4}
-    axes.plot(*zip(*held_out, strict=True), label="mean policy, held out", **dots)
+    if values.shape[1] > 1:
+        axes.plot(at, values, color=HELD_OUT, lw=0.8, alpha=0.4)
     if target is not None:
         axes.axhline(target, color=GREY, lw=1, ls="--", zorder=0, label=f"target, {target:g}")
     axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel("updates of the mean policy (generations)")
+    axes.set_xlabel(f"updates of the {who} (generations)")
     axes.set_ylabel(measure)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish(axes)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    write_whole(path, lambda file: figure.savefig(file, format="png"))
+
+
+def column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """One value of every row, float64 [rows, seeds]; None becomes NaN."""
+    values = [row[name] if isinstance(row[name], list) else [row[name]] for row in rows]
+    return np.array(values, dtype=float)
+
+
+def finish(axes: Any) -> None:
+    """What all axes share."""
     axes.margins(x=0.02)
     axes.grid(alpha=0.25, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    write_whole(path, lambda file: figure.savefig(file, format="png"))

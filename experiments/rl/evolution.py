@@ -1,0 +1,85 @@
+"""Evolution strategies on a gymnax environment, low-rank or dense, as a job for the loop."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+import eggroll
+from experiments.rl.config import Config
+from experiments.rl.environments import Task
+from experiments.rl.policy import Policy
+from experiments.rl.rollout import run_episode
+from experiments.rl.statistics import Statistics, merge, nothing_seen
+from experiments.run.optimizers import make_optimizer
+
+
+class Carry(NamedTuple):
+    """All that a run carries; with several seeds every leaf has a leading axis [seeds].
+
+    Attributes:
+        es: the strategy's state.
+        statistics: of the observations so far.
+    """
+
+    es: eggroll.State
+    statistics: Statistics
+
+
+def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
+    """The evolution strategy that the settings describe."""
+    rate, decay = config.learning_rate, config.learning_rate_decay
+    sigma, sigma_decay = config.sigma, config.sigma_decay
+    return eggroll.EvolutionStrategy(
+        optimizer=make_optimizer(
+            config.optimizer, rate if decay == 1 else lambda count: rate * decay**count
+        ),
+        population=config.population,
+        sigma=sigma if sigma_decay == 1 else lambda count: sigma * sigma_decay**count,
+        rank=config.rank,
+        shaping=getattr(eggroll.shaping, config.shaping)(),
+        on_dense="error",
+    )
+
+
+def keys(seed: Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Array, ""]]:
+    """For the first parameters, the search, and the held-out episodes."""
+    init, search, held_out = jax.random.split(jax.random.key(seed), 3)
+    return init, search, held_out
+
+
+def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> Carry:
+    """The state before generation 0."""
+    init_key, search_key, _ = keys(seed)
+    state = make_strategy(config).init(policy.init(init_key), search_key)
+    return Carry(state, nothing_seen(task.observations))
+
+
+def make_generation(config: Config, policy: Policy, task: Task) -> Any:
+    """carry -> (next carry, metric row)."""
+    es = make_strategy(config)
+
+    def fitness(
+        params: PyTree, key: Key[Array, ""], statistics: Statistics
+    ) -> tuple[Float[Array, ""], Any]:
+        play = functools.partial(
+            run_episode, task, policy, params, statistics,
+            deterministic=config.deterministic, watch=config.normalise,
+        )  # fmt: skip
+        if config.episodes == 1:
+            episode = play(key)
+            return episode.score, (episode.steps, episode.seen)
+        episodes = jax.vmap(play)(jax.random.split(key, config.episodes))
+        return episodes.score.mean(), (episodes.steps.sum(), episodes.seen)
+
+    # In halves, because `es.step` gives back neither lengths nor observations.
+    def generation(carry: Carry) -> tuple[Carry, dict[str, Array]]:
+        scores, (steps, seen) = es.evaluate(carry.es, fitness, carry.statistics)
+        state, metrics = es.update(carry.es, scores)
+        statistics = carry.statistics if seen is None else merge(carry.statistics, seen)
+        row = metrics._asdict()
+        del row["generation"]  # the loop's own
+        return Carry(state, statistics), {**row, "environment_steps": steps.sum()}
+
+    return generation

@@ -1,0 +1,148 @@
+"""Evolution strategies on environments that are not JAX: Gymnasium, stepped by worker processes.
+
+The policies of the whole population act in one program, which builds no member's matrices
+(`EvolutionStrategy.map` with each member's own observation); the scores come back by `tell`.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from experiments.rl.config import GYMNASIUM, Config
+from experiments.rl.environments import Continuous, Discrete
+from experiments.rl.evolution import Carry, keys, make_strategy
+from experiments.rl.policy import Policy, make_policy
+from experiments.rl.statistics import Statistics, Sums, merge, nothing_seen
+from experiments.rl.workers import Workers, shape_of, spaces_of
+
+Row = dict[str, Any]
+# (observations [environments, ...], number of the step) -> actions [environments, ...]
+Act = Callable[[np.ndarray, int], Any]
+
+
+class Outside:
+    """What `eggroll rl` needs of a Gymnasium environment.
+
+    Args:
+        config: the settings.
+
+    Raises:
+        UsageError: for an environment that Gymnasium does not have, or that no policy here fits.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.name = config.env.removeprefix(GYMNASIUM)
+        seen, takes, _ = spaces_of(self.name)
+        (self.observations,) = shape_of(seen)
+        actions: Discrete | Continuous
+        if hasattr(takes, "n"):
+            actions = Discrete(int(takes.n))
+        else:
+            actions = Continuous(takes.low.astype(np.float32), takes.high.astype(np.float32))
+        self.first_action = int(getattr(takes, "start", 0))
+        self.policy: Policy = make_policy(
+            self.observations, actions,
+            config.width, config.depth, config.activation, config.normalise,
+        )  # fmt: skip
+        self.es = make_strategy(config)
+        self._workers: Workers | None = None
+        self._members = jax.jit(self._members_act)
+        self._mean = jax.jit(self._mean_acts)
+        self._tell = jax.jit(self.es.tell)
+
+    # ------------------------------------------------------------ what the loop calls
+
+    def start(self) -> Carry:
+        """The state before generation 0."""
+        init_key, search_key, _ = keys(jnp.int32(self.config.seed))
+        state = self.es.init(self.policy.init(init_key), search_key)
+        return Carry(state, nothing_seen(self.observations))
+
+    def generation(self, carry: Carry) -> tuple[Carry, Row]:
+        """Every member plays its episodes, both members of a pair from the same starts."""
+        config, done = self.config, int(carry.es.generation)
+        mean = np.asarray(carry.statistics.mean)
+        scores, taken = np.zeros(config.population, np.float32), 0
+        first, second = np.zeros_like(mean), np.zeros_like(mean)
+        for episode in range(config.episodes):
+            stream = np.random.SeedSequence([config.seed, 0, done, episode])
+            starts = np.repeat(stream.generate_state(config.population // 2) // 2, 2)
+            act: Act = lambda seen, step: self._members(carry, seen, step)
+            for seen, live, rewards in self.play(starts, act):
+                deviation = seen[live] - mean
+                first, second = first + deviation.sum(0), second + (deviation**2).sum(0)
+                scores, taken = scores + rewards, taken + int(live.sum())
+        state, metrics = self._tell(carry.es, scores / config.episodes)
+        statistics = carry.statistics
+        if config.normalise:
+            sums = Sums(jnp.float32(taken), jnp.asarray(first), jnp.asarray(second))
+            statistics = merge(statistics, sums)
+        row = metrics._asdict()
+        del row["generation"]  # the loop's own
+        return Carry(state, statistics), {**row, "environment_steps": taken}
+
+    def measure(self, carry: Carry) -> Row:
+        """The mean return of the mean policy over held-out episodes."""
+        returns = self.returns(carry, self.config.held_out_episodes, self.config.seed)
+        return {"held_out_return": float(np.mean(returns))}
+
+    def returns(self, carry: Carry, episodes: int, seed: int) -> np.ndarray:
+        """Returns of the mean policy in episodes that no member is trained on."""
+        starts = np.random.SeedSequence([seed, 1]).generate_state(episodes) // 2
+        out = []
+        for at in range(0, episodes, self.config.population):
+            some = starts[at : at + self.config.population]
+            total = np.zeros(self.config.population, np.float32)
+            # Environments that are too many play along, and do not count.
+            padded = np.resize(some, self.config.population)
+            for _, _, rewards in self.play(
+                padded, lambda seen, step: self._mean(carry, seen, step)
+            ):
+                total += rewards
+            out.append(total[: len(some)])
+        return np.concatenate(out)
+
+    # ------------------------------------------------------------ parts
+
+    def play(
+        self, starts: np.ndarray, act: Act
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Plays one episode in every environment, step by step.
+
+        Args:
+            starts: the seed of every environment.
+            act: chooses the actions.
+
+        Yields:
+            The observations that were acted upon, which episodes were still on, and the rewards
+            (0 where an episode was over).
+        """
+        if self._workers is None:
+            self._workers = Workers(self.name, self.config.population, self.config.workers)
+        seen, over, step = self._workers.reset(starts.tolist()), np.zeros(len(starts), bool), 0
+        while not over.all():
+            live, before = ~over, seen
+            actions = np.asarray(act(seen, step)) + self.first_action
+            seen, rewards, over = self._workers.step(actions)
+            yield before, live, rewards
+            step += 1
+
+    def _members_act(self, carry: Carry, seen: Array, step: Array) -> Array:
+        return self.es.map(carry.es, self._act, carry.statistics, step, members=seen)
+
+    def _mean_acts(self, carry: Carry, seen: Array, step: Array) -> Array:
+        ids = jnp.arange(seen.shape[0])
+        own = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(self.config.seed), i))(ids)
+        act = lambda key, seen: self._act(carry.es.params, key, seen, carry.statistics, step)
+        return jax.vmap(act)(own, seen)
+
+    def _act(
+        self, params: PyTree, key: Array, seen: Array, statistics: Statistics, step: Array
+    ) -> Array:
+        own = None if self.config.deterministic else jax.random.fold_in(key, step)
+        return self.policy.act(params, statistics, seen, own)

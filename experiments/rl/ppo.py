@@ -1,0 +1,205 @@
+"""Proximal policy optimization (Schulman et al., arXiv 1707.06347), the baseline with backpropagation.
+
+A generation is one round: `steps` steps of every environment with the sampled policy, then `epochs`
+passes over them in minibatches. Episodes that the time limit cuts are continued by the value of their
+last observation; those that end are not.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from experiments.models.mlp import MLP
+from experiments.rl.config import Config
+from experiments.rl.environments import Task
+from experiments.rl.evolution import keys
+from experiments.rl.policy import Policy
+from experiments.rl.statistics import Statistics, Sums, merge, normalise, nothing_seen
+from experiments.run.optimizers import make_optimizer
+
+
+class Carry(NamedTuple):
+    """All that a run carries; with several seeds every leaf has a leading axis [seeds].
+
+    Attributes:
+        params: of the policy, and under "value" of the value function.
+        optimizer: its state.
+        statistics: of the observations so far.
+        observation: encoded, [environments, observations].
+        env_state: of the environments.
+        score: sum of the rewards of each running episode, [environments].
+        generation: rounds done.
+        seed: what everything random comes from.
+    """
+
+    params: PyTree
+    optimizer: Any
+    statistics: Statistics
+    observation: Float[Array, "..."]
+    env_state: Any
+    score: Float[Array, "..."]
+    generation: Int[Array, "..."]
+    seed: Int[Array, "..."]
+
+
+class Batch(NamedTuple):
+    """What is learned from, leaves [steps, environments, ...] and then [minibatch, ...]."""
+
+    observation: Float[Array, "..."]
+    action: Array
+    log_prob: Float[Array, "..."]
+    advantage: Float[Array, "..."]
+    target: Float[Array, "..."]
+
+
+def value_model(config: Config) -> MLP:
+    return MLP(1, config.width, config.depth, config.activation)
+
+
+def optimizer_of(config: Config) -> optax.GradientTransformation:
+    """Clipped gradients into the optimizer that the settings name."""
+    rate: Any = config.ppo.learning_rate
+    if config.ppo.anneal:
+        updates = config.ppo.epochs * config.ppo.minibatches * config.max_generations
+        rate = optax.linear_schedule(rate, 0.0, updates)
+    return optax.chain(
+        optax.clip_by_global_norm(config.ppo.gradient_norm), make_optimizer(config.optimizer, rate)
+    )
+
+
+def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> Carry:
+    """The state before the first round."""
+    init_key, reset_key, _ = keys(seed)
+    policy_key, value_key = jax.random.split(init_key)
+    params = policy.init(policy_key)
+    params["value"] = value_model(config).init(value_key, jnp.zeros(task.observations))["params"]
+    observation, env_state = jax.vmap(task.env.reset, (0, None))(
+        jax.random.split(reset_key, config.ppo.environments), task.env_params
+    )
+    return Carry(
+        params,
+        optimizer_of(config).init(params),
+        nothing_seen(task.observations),
+        jax.vmap(task.encode)(observation),
+        env_state,
+        jnp.zeros(config.ppo.environments),
+        jnp.int32(0),
+        jnp.asarray(seed, jnp.int32),
+    )
+
+
+def make_generation(config: Config, policy: Policy, task: Task) -> Any:
+    """carry -> (next carry, metric row)."""
+    ppo, model, optimizer = config.ppo, value_model(config), optimizer_of(config)
+
+    def value(params: PyTree, statistics: Statistics, observation: Array) -> Array:
+        if config.normalise:
+            observation = normalise(statistics, observation)
+        return cast(Array, model.apply({"params": params["value"]}, observation))[..., 0]
+
+    def collect(carry: Carry, key: Array) -> tuple[Carry, tuple]:
+        """One step of every environment."""
+        act_key, env_key = jax.random.split(key)
+        seen, params, statistics = carry.observation, carry.params, carry.statistics
+
+        def act(observation: Array, key: Array) -> tuple[Array, Array]:
+            d = policy.distribution(params, statistics, observation)
+            action = d.sample(key)
+            return action, d.log_prob(action)
+
+        split = lambda key: jax.random.split(key, ppo.environments)
+        action, log_prob = jax.vmap(act)(seen, split(act_key))
+        observation, env_state, reward, terminated, truncated, info = jax.vmap(
+            task.env.step, (0, 0, 0, None)
+        )(split(env_key), carry.env_state, jax.vmap(policy.to_env)(action), task.env_params)
+        last = jax.vmap(task.encode)(info["final_observation"])
+        over, cut = terminated | truncated, truncated & ~terminated
+        score = carry.score + reward
+        # What would have followed a cut episode is worth what the value function says.
+        worth = ppo.reward_scale * reward + ppo.discount * cut * value(params, statistics, last)
+        carry = carry._replace(
+            observation=jax.vmap(task.encode)(observation),
+            env_state=env_state,
+            score=jnp.where(over, 0.0, score),
+        )
+        worths = value(params, statistics, seen)
+        return carry, (seen, action, log_prob, worth, worths, over, jnp.where(over, score, 0.0))
+
+    def advantages(worth: Array, values: Array, over: Array, last: Array) -> Array:
+        """Generalised advantage estimates (arXiv 1506.02438), [steps, environments]."""
+
+        def back(carry: tuple, step: tuple) -> tuple:
+            advantage, after = carry
+            worth, value, over = step
+            on = 1.0 - over
+            delta = worth + ppo.discount * on * after - value
+            advantage = delta + ppo.discount * ppo.gae_lambda * on * advantage
+            return (advantage, value), advantage
+
+        steps = (worth, values, over)
+        return jax.lax.scan(back, (jnp.zeros_like(last), last), steps, reverse=True)[1]
+
+    def loss(
+        params: PyTree, statistics: Statistics, batch: Batch
+    ) -> tuple[Array, dict[str, Array]]:
+        def one(observation: Array, action: Array) -> tuple[Array, Array]:
+            d = policy.distribution(params, statistics, observation)
+            return d.log_prob(action), d.entropy
+
+        log_prob, entropy = jax.vmap(one)(batch.observation, batch.action)
+        ratio = jnp.exp(log_prob - batch.log_prob)
+        a = (batch.advantage - batch.advantage.mean()) / (batch.advantage.std() + 1e-8)
+        gain = jnp.minimum(ratio * a, jnp.clip(ratio, 1 - ppo.clip, 1 + ppo.clip) * a).mean()
+        error = 0.5 * jnp.mean((value(params, statistics, batch.observation) - batch.target) ** 2)
+        parts = {"entropy": entropy.mean(), "value_error": error, "ratio": ratio.mean()}
+        return -gain + ppo.value * error - ppo.entropy * entropy.mean(), parts
+
+    def generation(carry: Carry) -> tuple[Carry, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(carry.seed), carry.generation)
+        collect_key, order_key = jax.random.split(key)
+        statistics = carry.statistics
+        carry, (seen, action, log_prob, worth, values, over, scores) = jax.lax.scan(
+            collect, carry, jax.random.split(collect_key, ppo.steps)
+        )
+        last = value(carry.params, statistics, carry.observation)
+        advantage = advantages(worth, values, over, last)
+        size = ppo.steps * ppo.environments
+        flat = jax.tree.map(
+            lambda x: x.reshape(size, *x.shape[2:]),
+            Batch(seen, action, log_prob, advantage, advantage + values),
+        )
+
+        def learn(carry: tuple, batch: Batch) -> tuple:
+            params, state = carry
+            (_, parts), grads = jax.value_and_grad(loss, has_aux=True)(params, statistics, batch)
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), parts
+
+        def epoch(carry: tuple, key: Array) -> tuple:
+            order = jax.random.permutation(key, size).reshape(ppo.minibatches, -1)
+            return jax.lax.scan(learn, carry, jax.tree.map(lambda x: x[order], flat))
+
+        parts: dict[str, Array]
+        (params, state), parts = jax.lax.scan(
+            epoch, (carry.params, carry.optimizer), jax.random.split(order_key, ppo.epochs)
+        )
+        if config.normalise:
+            deviation = flat.observation - statistics.mean
+            sums = Sums(jnp.ones(size), deviation, deviation**2)
+            statistics = merge(statistics, sums)
+        ended = over.sum()
+        row = {
+            "episode_return": jnp.where(ended > 0, scores.sum() / jnp.maximum(ended, 1), jnp.nan),
+            "episodes": ended,
+            "environment_steps": jnp.int32(size),
+            **{name: part.mean() for name, part in parts.items()},
+        }
+        carry = carry._replace(
+            params=params, optimizer=state, statistics=statistics, generation=carry.generation + 1
+        )
+        return carry, row
+
+    return generation

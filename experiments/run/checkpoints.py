@@ -1,0 +1,167 @@
+"""States on disk, by orbax: the two newest, written beside the training, read back with care."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.run.errors import RunError
+
+KEPT = 2
+
+
+class Checkpoints:
+    """The checkpoints of a run, one folder a generation.
+
+    Args:
+        path: the folder they lie in; `damaged` beside it takes those that cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import logging
+
+        import orbax.checkpoint as ocp
+
+        # Of every save and restore orbax tells at length.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._ocp = ocp
+        self._path = path.absolute()
+        self._manager: Any = None
+
+    def _open(self) -> Any:
+        if self._manager is None:
+            with _in_one_sentence(self._path):
+                self._manager = self._ocp.CheckpointManager(
+                    self._path,
+                    options=self._ocp.CheckpointManagerOptions(max_to_keep=KEPT),
+                    item_handlers={
+                        "state": self._ocp.StandardCheckpointHandler(),
+                        "totals": self._ocp.JsonCheckpointHandler(),
+                    },
+                )
+        return self._manager
+
+    def save(self, generation: int, state: Any, totals: dict[str, Any]) -> None:
+        """Save in the background; the state may be donated as soon as this returns."""
+        manager, args = self._open(), self._ocp.args
+        if generation == manager.latest_step():
+            return
+        # A copy: on a CPU the writer reads the arrays' own memory, which the next step reuses.
+        state = _copy(state)
+        with _in_one_sentence(self._path):
+            manager.save(
+                generation,
+                args=args.Composite(state=args.StandardSave(state), totals=args.JsonSave(totals)),
+            )
+
+    def restore(
+        self, start: Callable[[], Any], tell: Callable[[str], None] | None = None
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """(generation, state, totals) of the newest checkpoint that can be read, None if there is none.
+
+        Args:
+          start: makes the state at generation 0; here it only says what a state looks like.
+          tell: gets a sentence for every checkpoint that is damaged and passed over.
+
+        Raises:
+          RunError: for a checkpoint of a state of other shapes.
+        """
+        tell = tell or (lambda sentence: print(sentence, file=sys.stderr))
+        if not self._path.is_dir():
+            return None
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(start)
+        )
+        wanted, args = _by_path(shapes), self._ocp.args
+        for generation in sorted(self._open().all_steps(), reverse=True):
+            try:
+                saved = _by_path(self._manager.item_metadata(generation)["state"].tree)
+                found: Any = None
+                if saved == wanted:
+                    found = self._manager.restore(
+                        generation,
+                        args=args.Composite(
+                            state=args.StandardRestore(shapes), totals=args.JsonRestore()
+                        ),
+                    )
+            # Orbax, its readers and decoders raise errors of a dozen types for damaged files.
+            except Exception as error:
+                self._set_aside(generation)
+                tell(
+                    f"WARNING: the checkpoint of generation {generation} cannot be read "
+                    f"({_first_line(error)}); it now lies in {self._path.parent / 'damaged'}, and the "
+                    "one before is used."
+                )
+                continue
+            for name in wanted.keys() | saved.keys():
+                if wanted.get(name) != saved.get(name):
+                    raise RunError(
+                        f"the checkpoint of generation {generation} does not fit the settings: {name} "
+                        f"is {saved.get(name, 'absent')} where {wanted.get(name, 'absent')} is right"
+                    )
+            return generation, found["state"], found["totals"]
+        return None
+
+    def _set_aside(self, generation: int) -> None:
+        aside = self._path.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        target = aside / str(generation)
+        while target.exists():
+            target = target.with_name(target.name + "_")
+        self._manager.close()
+        (self._path / str(generation)).rename(target)
+        self._manager = None
+        self._open()
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        if self._manager is not None:
+            with _in_one_sentence(self._path):
+                self._manager.wait_until_finished()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._manager is not None and error is None:
+            self.wait()
+            self._manager.close()
+
+
+@jax.jit
+def _copy(state: Any) -> Any:
+    return jax.tree.map(jnp.copy, state)
+
+
+def _by_path(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+
+
+@contextlib.contextmanager
+def _in_one_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
+    # While writing, too, orbax raises errors of many types.
+    except Exception as error:
+        raise RunError(
+            f"a checkpoint could not be written to {path}: {_first_line(error)}; make room and run the "
+            "same command again to continue"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -1,0 +1,127 @@
+"""Which drivers there are, and how a finished run of any of them is found, evaluated and exported."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tyro.conf import Positional
+
+from experiments.run.errors import UsageError
+from experiments.run.folder import full_disk_in_one_sentence, read_config, write_whole
+from experiments.run.settings import RunSettings, from_json
+
+
+class Driver(NamedTuple):
+    """One driver: `config` has the class Config and PRESETS; `train` has job, train, evaluate and
+    parameters. Both are imported when they are needed."""
+
+    summary: str
+    config: str
+    train: str
+
+
+DRIVERS: Mapping[str, Driver] = {
+    "rl": Driver(
+        "train a policy in a gymnax or Gymnasium environment",
+        "experiments.rl.config",
+        "experiments.rl.train",
+    ),
+    "supervised": Driver(
+        "train a classifier of digits",
+        "experiments.supervised.config",
+        "experiments.supervised.train",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """Measure the newest checkpoint of a run on episodes or data that it was not trained on."""
+
+    run: Positional[Path]
+    """The run folder."""
+    episodes: int = 256
+    """Episodes to play (reinforcement learning)."""
+    seed: int = 0
+    """Decides the episodes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Write the trained parameters of a run as safetensors, one tensor a leaf, named by its path."""
+
+    run: Positional[Path]
+    """The run folder."""
+    to: Path | None = None
+    """The file; params.safetensors in the run folder by default."""
+
+
+class Found(NamedTuple):
+    """A run read back: its settings, the module of its driver, and its newest state."""
+
+    config: RunSettings
+    module: Any
+    generation: int
+    state: Any
+
+
+def read_run(path: Path) -> Found:
+    """The newest state of a run.
+
+    Raises:
+        UsageError: if the folder holds no run, or no checkpoint that can be read.
+    """
+    from experiments.run.checkpoints import Checkpoints
+
+    content = dict(read_config(path))
+    name = content.pop("driver", None)
+    if name not in DRIVERS:
+        raise UsageError(f"{path}/config.json names the driver {name!r}, which there is not")
+    config = from_json(importlib.import_module(DRIVERS[name].config).Config, content)
+    module = importlib.import_module(DRIVERS[name].train)
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        found = checkpoints.restore(module.job(config).start)
+    if found is None:
+        raise UsageError(f"{path} has no checkpoint yet")
+    return Found(config, module, found[0], found[1])
+
+
+def evaluate(settings: EvalSettings) -> str:
+    """A table of what the run's newest state scores, in words."""
+    import numpy as np
+
+    if settings.episodes < 1:
+        raise UsageError(f"--episodes {settings.episodes}: choose a whole number of at least 1")
+    run = read_run(settings.run)
+    scores = run.module.evaluate(run.config, run.state, settings.episodes, settings.seed)
+    lines = [f"{settings.run}, after {run.generation} generations:"]
+    for name, values in scores.items():
+        x = np.asarray(values, float)
+        spread = f" ± {x.std(ddof=1) / np.sqrt(x.size):.3g} (standard error)" if x.size > 1 else ""
+        among = f", {x.min():.4g} to {x.max():.4g} in {x.size}" if x.size > 1 else ""
+        lines.append(f"  {name}: {x.mean():.6g}{spread}{among}")
+    return "\n".join(lines)
+
+
+def export(settings: ExportSettings) -> str:
+    """Writes the file and says what is in it."""
+    import jax
+    import numpy as np
+    from safetensors.numpy import save
+
+    run = read_run(settings.run)
+    tree = jax.device_get(run.module.parameters(run.config, run.state))
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    tensors = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(leaf)
+        for path, leaf in leaves
+    }
+    note = {"generation": str(run.generation), "run": settings.run.name}
+    path = settings.to or settings.run / "params.safetensors"
+    with full_disk_in_one_sentence(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: file.write(save(tensors, metadata=note)))
+    numbers = sum(leaf.size for leaf in tensors.values())
+    return f"Wrote {len(tensors)} tensors, {numbers:,} numbers, to {path}."

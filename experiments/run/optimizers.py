@@ -1,0 +1,48 @@
+"""Optimizers by name: those of optax, and this project's own as "optim.NAME"."""
+
+import inspect
+from typing import Any
+
+import optax
+
+from experiments.run.errors import UsageError, suggestion
+
+
+def make_optimizer(name: str, learning_rate: Any, **settings: Any) -> optax.GradientTransformation:
+    """The optimizer called `name`, with its defaults beside the learning rate.
+
+    Args:
+        name: such as "adam", "sgd" (optax) or "optim.lion" (this project).
+        learning_rate: a number or a schedule.
+        **settings: further arguments of the optimizer.
+
+    Raises:
+        UsageError: for a name that is no optimizer, with the nearest ones.
+
+    Example:
+        >>> make_optimizer("adam", 1e-2).init({"w": 0.0})[0].count.item()
+        0
+    """
+    package, _, short = name.rpartition(".")
+    found: Any = None
+    if package == "optim":
+        import optim
+
+        known = {n: getattr(optim, n) for n in optim.__all__}
+    else:
+        known = vars(optax)
+    found = known.get(short) if package in ("", "optim") else None
+    names = [n for n, f in known.items() if takes_learning_rate(f)]
+    if short not in names or found is None:
+        where = "optim" if package == "optim" else "optax"
+        raise UsageError(
+            f"--optimizer {name}: {where} has no such optimizer{suggestion(short, names)}"
+        )
+    return found(learning_rate, **settings)
+
+
+def takes_learning_rate(f: Any) -> bool:
+    """Whether f is an optimizer of the kind that optax calls an alias."""
+    if not inspect.isfunction(f) or f.__name__.startswith(("_", "scale_by")):
+        return False
+    return next(iter(inspect.signature(f).parameters), "") == "learning_rate"

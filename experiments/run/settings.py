@@ -1,0 +1,156 @@
+"""The settings that every driver has, and how settings are written, read and compared."""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from experiments.run.errors import UsageError
+
+Settings = TypeVar("Settings", bound="RunSettings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What every run has beside its task."""
+
+    run_dir: Path
+    """Folder for all that the run leaves behind; the same command again continues it."""
+    seed: int = 0
+    """Decides everything random."""
+    generations: int | None = None
+    """Train for exactly this many generations; switches early stopping off."""
+    max_generations: int
+    """Stop after this many generations where `generations` is not given."""
+    evaluate_every: int = 1
+    """Generations from one held-out measurement to the next."""
+    checkpoint_seconds: float = 30.0
+    """Seconds from one checkpoint to the next; 0 saves every generation."""
+    overwrite: bool = False
+    """Replace an earlier run in the run folder."""
+    accept_changes: bool = False
+    """Continue a run although its settings are not those that it began with."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, into the run folder."""
+    wandb_project: str | None = None
+    """Also send the metrics to this project of Weights & Biases."""
+
+    @property
+    def limit(self) -> int:
+        """Generations after which training stops in any case."""
+        return self.max_generations if self.generations is None else self.generations
+
+    def check_run(self) -> None:
+        """Raises UsageError for the first of these settings that cannot be right."""
+        at_least_one(self, "generations", "max_generations", "evaluate_every")
+        if not 0 <= self.seed < 2**31:
+            raise UsageError(f"--seed {self.seed}: choose a whole number from 0 to {2**31 - 1}")
+        if not (math.isfinite(self.checkpoint_seconds) and self.checkpoint_seconds >= 0):
+            raise UsageError(
+                f"--checkpoint-seconds {self.checkpoint_seconds}: choose 0 or a positive number"
+            )
+
+
+# These say where and for how long, not what: a run may be continued with others.
+FREE = frozenset(
+    {"run_dir", "generations", "max_generations", "checkpoint_seconds", "overwrite"}
+    | {"accept_changes", "tensorboard", "wandb_project", "preset"}
+)
+
+
+def at_least_one(settings: Any, *fields: str, prefix: str = "") -> None:
+    """Raises UsageError for the first of the fields that is a whole number below 1."""
+    for name in fields:
+        value = getattr(settings, name)
+        if isinstance(value, int) and value < 1:
+            raise UsageError(f"{flag(prefix + name)} {value}: choose a whole number of at least 1")
+
+
+def positive(settings: Any, *fields: str, prefix: str = "") -> None:
+    """Raises UsageError for the first of the fields that is not a finite number above 0."""
+    for name in fields:
+        value = getattr(settings, name)
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{flag(prefix + name)} {value}: choose a positive number")
+
+
+def fraction(settings: Any, *fields: str, prefix: str = "") -> None:
+    """Raises UsageError for the first of the fields that is not in (0, 1]."""
+    for name in fields:
+        value = getattr(settings, name)
+        if not 0 < value <= 1:
+            raise UsageError(f"{flag(prefix + name)} {value}: choose a number above 0, up to 1")
+
+
+def flag(field: str) -> str:
+    """A field as it is typed on the command line.
+
+    Example:
+        >>> flag("ppo.learning_rate")
+        '--ppo.learning-rate'
+    """
+    return "--" + field.replace("_", "-")
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """Settings as JSON values: nested dataclasses as objects, paths as strings."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(settings).items()
+    }
+
+
+def from_json(kind: type[Settings], content: Mapping[str, Any]) -> Settings:
+    """Settings from :func:`to_json`; what the class no longer has is an error.
+
+    Raises:
+        UsageError: naming the first field that is unknown, or missing without a default.
+    """
+    return _from_json(kind, content, "")
+
+
+def _from_json(kind: Any, content: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    for name in content:
+        if name not in names:
+            raise UsageError(
+                f"config.json has the setting {prefix + name!r}, unknown to this version"
+            )
+    values = {}
+    for name, value in content.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            value = _from_json(hint, value, f"{prefix}{name}.")
+        elif value is not None and Path in (hint, *_members(hint)):
+            value = Path(value)
+        values[name] = value
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UsageError(f"config.json lacks a setting of this version: {error}") from error
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else ()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that decide results and are not the same, as "--flag old -> new"."""
+    a, b = dict(_flat(old)), dict(_flat(new))
+    for name in sorted(a.keys() | b.keys()):
+        if name not in FREE and a.get(name, "absent") != b.get(name, "absent"):
+            yield f"{flag(name)} {a.get(name, 'absent')} -> {b.get(name, 'absent')}"
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, list(value) if isinstance(value, tuple) else value

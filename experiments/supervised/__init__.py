@@ -1,0 +1,1 @@
+"""Training classifiers of real digits: `eggroll supervised`."""

@@ -1,0 +1,101 @@
+"""The settings of `eggroll supervised`, and its presets. Imports nothing heavy."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from experiments.run.errors import UsageError
+from experiments.run.settings import RunSettings, at_least_one, flag, fraction, positive
+
+PresetName = Literal["digits", "digits-accuracy", "digits-dense", "digits-sgd", "digits-adamw"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunSettings):
+    """Train a classifier by evolution strategies, or by backpropagation for comparison."""
+
+    preset: PresetName
+    """Where the other settings start from."""
+    data: Path | None = None
+    """Folder with data in MNIST's format; scikit-learn's digits where it is not given."""
+    algorithm: Literal["eggroll", "backprop"] = "eggroll"
+    """"eggroll" is evolution strategies; with `rank full` dense ones."""
+    fitness: Literal["cross_entropy", "accuracy"] = "cross_entropy"
+    """What the evolution strategy maximises: minus the cross-entropy, or the accuracy itself."""
+    target: float | None = None
+    """Held-out accuracy at which training stops early."""
+
+    width: int = 64
+    """Units of each hidden layer."""
+    depth: int = 1
+    """Hidden layers."""
+    activation: Literal["relu", "tanh", "layer_norm_relu"] = "relu"
+    """What follows each hidden layer."""
+    batch: int = 256
+    """Images that all members are scored on in a generation, or that a gradient is taken of."""
+
+    population: int = 1024
+    """Members of a generation; even, as they come in opposite pairs."""
+    sigma: float = 0.1
+    """Standard deviation of the noise on every parameter."""
+    sigma_decay: float = 1.0
+    """Factor on sigma after every generation."""
+    rank: int | Literal["full"] = 1
+    """Rank of the noise on matrices; "full" is dense evolution strategies."""
+    optimizer: str = "adam"
+    """An optimizer of optax, or of this project as "optim.NAME"."""
+    learning_rate: float = 0.03
+    """Learning rate of the optimizer."""
+    learning_rate_decay: float = 1.0
+    """Factor on the learning rate after every generation."""
+
+    seeds: int = 1
+    """Train so many times at once, with seeds `seed`, `seed` + 1, ... in one program."""
+
+    def check(self) -> None:
+        """Raises UsageError for the first setting that cannot be right."""
+        self.check_run()
+        if self.population < 2 or self.population % 2:
+            raise UsageError(
+                f"--population {self.population}: members come in opposite pairs, "
+                "so choose an even number of at least 2"
+            )
+        positive(self, "sigma", "learning_rate")
+        fraction(self, "sigma_decay", "learning_rate_decay")
+        at_least_one(self, "rank", "width", "batch", "seeds")
+        if self.depth < 0:
+            raise UsageError(f"--depth {self.depth}: choose 0 (a linear classifier) or more")
+        if self.target is not None and not (math.isfinite(self.target) and 0 < self.target <= 1):
+            raise UsageError(f"{flag('target')} {self.target}: choose an accuracy above 0, up to 1")
+
+
+DIGITS = Config(preset="digits", run_dir=Path("runs/digits"), max_generations=300)
+
+PRESETS: dict[str, Config] = {
+    "digits": DIGITS,
+    "digits-accuracy": replace(
+        DIGITS, preset="digits-accuracy", run_dir=Path("runs/digits-accuracy"), fitness="accuracy"
+    ),
+    "digits-dense": replace(
+        DIGITS, preset="digits-dense", run_dir=Path("runs/digits-dense"), rank="full"
+    ),
+    "digits-sgd": replace(
+        DIGITS,
+        preset="digits-sgd",
+        run_dir=Path("runs/digits-sgd"),
+        algorithm="backprop",
+        optimizer="sgd",
+        learning_rate=0.3,
+        max_generations=600,
+    ),
+    "digits-adamw": replace(
+        DIGITS,
+        preset="digits-adamw",
+        run_dir=Path("runs/digits-adamw"),
+        algorithm="backprop",
+        optimizer="adamw",
+        learning_rate=0.003,
+        max_generations=600,
+    ),
+}
