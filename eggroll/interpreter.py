@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.extend import core
 
 from eggroll import compat, products  # noqa: F401  (products registers its rules)
@@ -359,14 +359,31 @@ def while_(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     def run(ctx: Context, carry: list[Value]) -> list[Value]:
         return evaluate(ctx, body.jaxpr, body.consts, [*body_consts, *carry])
 
-    def cond_fun(carry: list[Value]) -> Value:
-        ctx = context.inner()
+    # A vmap around the loop leaves one condition for each of its elements: the loop goes on until
+    # none holds, and elements whose own does not hold any more stay as they are.
+    batched = bool(test.out_avals[0].shape)
+    if batched:
+        carry = [context.dense(v, eqn) for v in carry]
+
+    def holds(ctx: Context, carry: list[Value]) -> Array:
         (out,) = evaluate(ctx, test.jaxpr, test.consts, [*test_consts, *carry])
         return ctx.dense(out, eqn)
 
+    def cond_fun(carry: list[Value]) -> Array:
+        return jnp.any(holds(context.inner(), carry))
+
     def body_fun(carry: list[Value]) -> list[Value]:
         ctx = context.inner()
-        return hand_on(ctx, eqn, run(ctx, carry), carry)
+        outs = hand_on(ctx, eqn, run(ctx, carry), carry)
+        if not batched:
+            return outs
+        on = holds(ctx, carry)
+
+        def chosen(new: Any, old: Any) -> Array:
+            mask = on.reshape(*on.shape, *(1,) * (new.ndim - on.ndim))
+            return jnp.where(mask, new, old)
+
+        return [chosen(new, old) for new, old in zip(outs, carry, strict=True)]
 
     def trial(carry: list[Value]) -> list[Value]:
         return run(context.inner(quiet=True), carry)

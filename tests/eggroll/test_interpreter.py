@@ -93,6 +93,16 @@ def while_condition_uses(w, x):
     return lax.while_loop(condition, lambda x: x * 0.5, x)
 
 
+def until_small_scaling(w, x):
+    """The same with weights that change."""
+
+    def body(carry):
+        w, x = carry
+        return w * 0.5, jnp.tanh(x @ w)
+
+    return lax.while_loop(lambda c: jnp.abs(c[1]).max() > 0.01, body, (w, x))[1]
+
+
 def swap(a, b, x):
     def body(_, carry):
         a, b, x = carry
@@ -121,6 +131,9 @@ def swap(a, b, x):
     ("while, carried", until_small, W, X),
     ("while, in the condition", while_condition_uses, W, X),
     ("while, constant", while_constant, W, X),
+    ("while, each row in its own time", lambda w, x: jax.vmap(lambda r: while_constant(w, r))(x), W, X),
+    ("while, carried by each row", lambda w, x: jax.vmap(lambda r: until_small(w, r))(x), W, X),
+    ("while, in the condition of each row", lambda w, x: jax.vmap(lambda r: while_condition_uses(w, r))(x), W, X),
 )  # fmt: skip
 def test_loop(fn, makers):
     run_case(fn, makers)
@@ -133,6 +146,11 @@ def test_loop(fn, makers):
 )
 def test_a_carry_that_changes_its_form_is_built(fn, makers):
     assert run_case(fn, makers, on_dense="ignore") == {"w": ["scan"]}
+
+
+def test_weights_that_each_row_changes_in_its_own_time_are_built():
+    fn = lambda w, x: jax.vmap(lambda row: until_small_scaling(w, row))(x)
+    assert run_case(fn, (W, X), on_dense="ignore") == {"w": ["while"]}
 
 
 def test_carried_weights_are_not_copied_for_members_that_leave_a_loop_apart():
