@@ -152,7 +152,10 @@ class EvolutionStrategy:
             for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True)
             if plans.is_float(value) and not isinstance(value, jax.core.Tracer)
         }
-        for path, bad in _not_finite(floats).items():
+        # Constants are looked at also where init itself is traced.
+        with jax.ensure_compile_time_eval():
+            counts = _not_finite(floats)
+        for path, bad in counts.items():
             if bad:
                 raise ValueError(
                     f"parameter {path!r} has {bad} of {floats[path].size} entries that are not "

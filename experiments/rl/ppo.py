@@ -74,7 +74,7 @@ def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> C
     """The state before the first round."""
     init_key, reset_key, _ = keys(seed)
     policy_key, value_key = jax.random.split(init_key)
-    params = policy.init(policy_key)
+    params = explorative(policy.init(policy_key), config.depth)
     params["value"] = value_model(config).init(value_key, jnp.zeros(task.observations))["params"]
     observation, env_state = jax.vmap(task.env.reset, (0, None))(
         jax.random.split(reset_key, config.ppo.environments), task.env_params
@@ -89,6 +89,47 @@ def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> C
         jnp.int32(0),
         jnp.asarray(seed, jnp.int32),
     )
+
+
+def explorative(params: PyTree, depth: int) -> PyTree:
+    """A policy that begins with nearly equal chances, or a wide Gaussian around zero.
+
+    It matters more than most settings (Andrychowicz et al., arXiv 2006.05990, section 3.2).
+    """
+    head = f"Dense_{depth}"
+    policy = dict(params["policy"])
+    policy[head] = jax.tree.map(lambda x: 0.01 * x, policy[head])
+    return {**jax.tree.map(jnp.zeros_like, params), "policy": policy}
+
+
+def advantages(
+    discount: float,
+    gae_lambda: float,
+    worth: Float[Array, "steps environments"],
+    values: Float[Array, "steps environments"],
+    over: Array,
+    last: Float[Array, "environments"],
+) -> Float[Array, "steps environments"]:
+    """Generalised advantage estimates (Schulman et al., arXiv 1506.02438, equation 16).
+
+    Args:
+        discount: what a reward one step later counts.
+        gae_lambda: between one-step estimates (0) and whole returns (1).
+        worth: rewards, with what follows an episode that was cut.
+        values: of the observations acted upon.
+        over: whether the episode ended with the step.
+        last: values of the observations after the last step.
+    """
+
+    def back(carry: tuple, step: tuple) -> tuple:
+        advantage, after = carry
+        worth, value, over = step
+        on = 1.0 - over
+        delta = worth + discount * on * after - value
+        advantage = delta + discount * gae_lambda * on * advantage
+        return (advantage, value), advantage
+
+    return jax.lax.scan(back, (jnp.zeros_like(last), last), (worth, values, over), reverse=True)[1]
 
 
 def make_generation(config: Config, policy: Policy, task: Task) -> Any:
@@ -128,20 +169,6 @@ def make_generation(config: Config, policy: Policy, task: Task) -> Any:
         worths = value(params, statistics, seen)
         return carry, (seen, action, log_prob, worth, worths, over, jnp.where(over, score, 0.0))
 
-    def advantages(worth: Array, values: Array, over: Array, last: Array) -> Array:
-        """Generalised advantage estimates (arXiv 1506.02438), [steps, environments]."""
-
-        def back(carry: tuple, step: tuple) -> tuple:
-            advantage, after = carry
-            worth, value, over = step
-            on = 1.0 - over
-            delta = worth + ppo.discount * on * after - value
-            advantage = delta + ppo.discount * ppo.gae_lambda * on * advantage
-            return (advantage, value), advantage
-
-        steps = (worth, values, over)
-        return jax.lax.scan(back, (jnp.zeros_like(last), last), steps, reverse=True)[1]
-
     def loss(
         params: PyTree, statistics: Statistics, batch: Batch
     ) -> tuple[Array, dict[str, Array]]:
@@ -165,7 +192,7 @@ def make_generation(config: Config, policy: Policy, task: Task) -> Any:
             collect, carry, jax.random.split(collect_key, ppo.steps)
         )
         last = value(carry.params, statistics, carry.observation)
-        advantage = advantages(worth, values, over, last)
+        advantage = advantages(ppo.discount, ppo.gae_lambda, worth, values, over, last)
         size = ppo.steps * ppo.environments
         flat = jax.tree.map(
             lambda x: x.reshape(size, *x.shape[2:]),

@@ -23,6 +23,7 @@ class Workers:
 
     Attributes:
         environments: how many.
+        processes: the worker processes.
         close: ends the processes; called by itself when the object goes.
 
     Raises:
@@ -36,15 +37,15 @@ class Workers:
         self.environments = environments
         self._sizes = [len(part) for part in np.array_split(range(environments), processes)]
         self._pipes: list[Connection] = []
-        started: list[Any] = []
+        self.processes: list[Any] = []
         for size in self._sizes:
             here, there = context.Pipe()
             process = context.Process(target=work, args=(there, name, size), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
-            started.append(process)
-        self.close = weakref.finalize(self, end, self._pipes, started)
+            self.processes.append(process)
+        self.close = weakref.finalize(self, end, self._pipes, self.processes)
 
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
         """First observations of new episodes, float32 [environments, observations]."""

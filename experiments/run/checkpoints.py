@@ -1,6 +1,7 @@
 """States on disk, by orbax: the two newest, written beside the training, read back with care."""
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,16 +48,34 @@ class Checkpoints:
         return self._manager
 
     def save(self, generation: int, state: Any, totals: dict[str, Any]) -> None:
-        """Save in the background; the state may be donated as soon as this returns."""
+        """Save in the background; the state may be donated as soon as this returns.
+
+        Raises:
+          RunError: where it cannot be written, of this checkpoint or the one before.
+        """
         manager, args = self._open(), self._ocp.args
         if generation == manager.latest_step():
             return
-        # A copy: on a CPU the writer reads the arrays' own memory, which the next step reuses.
+        self._expect_room(state)
+        # Copies, since both are written later: on a CPU from the arrays' own memory, which the
+        # next step reuses.
         state = _copy(state)
         with _in_one_sentence(self._path):
             manager.save(
                 generation,
-                args=args.Composite(state=args.StandardSave(state), totals=args.JsonSave(totals)),
+                args=args.Composite(
+                    state=args.StandardSave(state), totals=args.JsonSave(dict(totals))
+                ),
+            )
+
+    def _expect_room(self, state: Any) -> None:
+        """Orbax says of a full disk much that nobody can read, so it is not let run into one."""
+        needed = 2 * sum(x.nbytes for x in jax.tree.leaves(state)) + 2**20
+        free = shutil.disk_usage(self._path).free
+        if free < needed:
+            raise RunError(
+                f"{self._path} has {free / 2**20:,.1f} MiB free, and a checkpoint may take "
+                f"{needed / 2**20:,.1f} MiB: make room and run the same command again to continue"
             )
 
     def restore(

@@ -28,7 +28,7 @@ class MetricsFile:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
         >>> with MetricsFile(path) as metrics:
-        ...     metrics.write({"generation": 0, "fitness_mean": float("nan")})
+        ...     row = metrics.write({"generation": 0, "fitness_mean": float("nan")})
         >>> path.read_text()
         '{"generation": 0, "fitness_mean": null}\\n'
     """

@@ -86,6 +86,7 @@ def report(settings: Settings) -> list[Path]:
 
 def held_out_name(path: Path) -> str:
     """The first metric of a run whose name begins with held_out."""
+    read_config(path)  # says so where this is no run
     rows = read_metrics(path / "metrics.jsonl")
     names = [name for name in (rows[0] if rows else {}) if name.startswith("held_out")]
     if not names:

@@ -38,7 +38,15 @@ def test_help_and_mistakes_load_nothing_heavy(args: list[str]) -> None:
         (["rl", "--rank", "0"], "--rank 0: choose a whole number of at least 1"),
         (["rl", "--seed", "-1"], "--seed -1: choose a whole number from 0"),
         (["rl", "--env", "CartPole-v2"], "no environment 'CartPole-v2'; did you mean"),
-        (["rl", "--env", "Pendulum-v1"], "continuous actions"),
+        (["rl", "--ppo.clip", "0"], "--ppo.clip 0.0: choose a positive number"),
+        (
+            ["rl", "--ppo.minibatches", "7"],
+            "--ppo.minibatches 7 does not divide the 64 x 128 = 8192",
+        ),
+        (["rl", "--sigma-decay", "1.5"], "--sigma-decay 1.5: choose a number above 0, up to 1"),
+        (["rl", "--checkpoint-seconds", "-1"], "--checkpoint-seconds -1.0: choose 0 or a positive"),
+        (["rl", "--optimizer", "optim.lyon"], "optim has no such optimizer"),
+        (["rl", "--env", "gymnasium:CartPole-v1", "--seeds", "2"], "--seeds 1"),
         (["doctor", "--fast"], "takes no options"),
     ],
 )
@@ -78,11 +86,22 @@ def test_a_run_folder_that_cannot_be_made(
     assert "cannot be written to" in capsys.readouterr().err
 
 
-def test_an_earlier_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Of a file system that nobody may write to, whoever runs this.
+    assert main(["rl", "--run-dir", "/proc/run"]) == 2
+    message = capsys.readouterr().err
+    assert "--run-dir /proc/run cannot be written to" in message
+    assert message.count("\n") == 1
+
+
+def test_an_earlier_run_of_other_settings_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"generation": 0}\n')
+    (tmp_path / "config.json").write_text('{"driver": "rl", "sigma": 9}')
     assert main(["rl", "--run-dir", str(tmp_path)]) == 2
     message = capsys.readouterr().err
-    assert "already holds a run" in message
+    assert "--sigma 9 -> 0.1" in message
     assert "--overwrite" in message
     assert (tmp_path / "metrics.jsonl").read_text() == '{"generation": 0}\n'
 

@@ -1,0 +1,142 @@
+"""Checkpoints come back bit for bit; damaged ones are set aside, loudly."""
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eggroll
+from experiments.run.checkpoints import Checkpoints
+from experiments.run.errors import RunError
+
+PARAMS = {
+    "w": jnp.arange(12.0).reshape(3, 4),
+    "b": jnp.ones(4, jnp.bfloat16),
+    "steps": jnp.int32(3),
+}
+
+
+def start(width: int = 4) -> Any:
+    es = eggroll.EvolutionStrategy(optimizer=optax.adam(0.1), population=4, sigma=0.1)
+    return {
+        "es": es.init({**PARAMS, "w": jnp.ones((3, width))}, 7),
+        "seen": jnp.float32(0),
+        "none": None,
+    }
+
+
+def at(generation: int) -> Any:
+    return {**start(), "seen": jnp.float32(generation) / 3}
+
+
+def save(path: Path, generations: int) -> None:
+    with Checkpoints(path) as checkpoints:
+        for g in range(1, generations + 1):
+            checkpoints.save(g, at(g), {"environment_steps": 10 * g})
+
+
+def test_states_come_back_bit_for_bit(tmp_path: Path) -> None:
+    save(tmp_path / "c", 5)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        generation, state, totals = checkpoints.restore(start) or (0, None, {})
+    assert (generation, totals) == (5, {"environment_steps": 50})
+    assert jax.tree.structure(state) == jax.tree.structure(at(5))
+    for found, right in zip(jax.tree.leaves(state), jax.tree.leaves(at(5)), strict=True):
+        assert found.dtype == right.dtype
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(right))
+    kept = {path.name for path in (tmp_path / "c").iterdir()}
+    assert kept == {"4", "5"}
+
+
+def test_nothing_saved_is_nothing_restored(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert checkpoints.restore(start) is None
+
+
+def test_a_saved_state_may_be_donated(tmp_path: Path) -> None:
+    change = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = at(1)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, state, {})
+        change(state)
+        checkpoints.wait()
+        _, found, _ = checkpoints.restore(start) or (0, None, {})
+    np.testing.assert_array_equal(found["es"].params["w"], at(1)["es"].params["w"])
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", ["state/manifest.ocdbt", "state/_METADATA", "totals/metadata"])
+@pytest.mark.parametrize("damage", [shorten, flip, Path.unlink])
+# What orbax leaves unawaited when a file that it reads is damaged.
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    tmp_path: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    save(tmp_path / "c", 3)
+    damage(tmp_path / "c" / "3" / name)
+    told: list[str] = []
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        generation, state, totals = checkpoints.restore(start, told.append) or (0, None, {})
+        assert (generation, totals) == (2, {"environment_steps": 20})
+        assert float(state["seen"]) == float(at(2)["seen"])
+        assert len(told) == 1
+        assert "checkpoint of generation 3 cannot be read" in told[0]
+        assert (tmp_path / "damaged" / "3").is_dir()
+        # Its generation is saved again in its time.
+        checkpoints.save(3, at(3), {})
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert (checkpoints.restore(start) or (0,))[0] == 3
+
+
+def test_other_shapes_are_an_error_and_no_damage(tmp_path: Path) -> None:
+    save(tmp_path / "c", 2)
+    with (
+        Checkpoints(tmp_path / "c") as checkpoints,
+        pytest.raises(
+            RunError,
+            match=r"does not fit the settings: es/\S*w is float32\[3, 4\] where float32\[3, 5\]",
+        ),
+    ):
+        checkpoints.restore(functools.partial(start, 5))
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_a_disk_without_room_gets_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "c", 2)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.restore(start)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(RunError, match=r"0.0 MiB free, and a checkpoint may take 1.0 MiB"):
+            checkpoints.save(3, at(3), {})
+        assert (checkpoints.restore(start) or (0,))[0] == 2
+
+
+def test_a_place_that_is_no_folder_gets_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        Checkpoints(tmp_path / "file" / "c") as checkpoints,
+        pytest.raises(RunError, match="a checkpoint could not be written") as error,
+    ):
+        checkpoints.save(1, at(1), {})
+    assert "\n" not in str(error.value)

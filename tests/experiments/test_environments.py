@@ -1,0 +1,96 @@
+"""Every environment of gymnax that runs here: policies of both kinds play in it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gymnax import registered_envs
+
+from experiments.rl.config import PRESETS
+from experiments.rl.environments import Continuous, Discrete, make_task
+from experiments.rl.statistics import nothing_seen
+from experiments.rl.train import job, parts
+from experiments.run.errors import UsageError
+
+# MNISTBandit downloads its data.
+NAMES = [name for name in registered_envs if name != "MNISTBandit-bsuite"]
+SMALL = dataclasses.replace(
+    PRESETS["cartpole"], width=4, depth=1, population=4, held_out_episodes=2, normalise=True
+)
+
+
+def test_there_are_25() -> None:
+    assert len(NAMES) == 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_environment_can_be_played(name: str) -> None:
+    task, policy = parts(dataclasses.replace(SMALL, env=name))
+    observation, state = task.env.reset(jax.random.key(0), task.env_params)
+    encoded = task.encode(observation)
+    assert encoded.shape == (task.observations,)
+    assert encoded.dtype == jnp.float32
+    params = policy.init(jax.random.key(1))
+    space = task.env.action_space(task.env_params)
+
+    @jax.jit
+    def step(state: Any, encoded: Any, key: Any) -> Any:
+        action = policy.act(params, nothing_seen(task.observations), encoded, key)
+        seen, state, reward, *_ = task.env.step_env(key, state, action, task.env_params)
+        return action, task.encode(seen), state, reward
+
+    for i in range(3):
+        action, encoded, state, reward = step(state, encoded, jax.random.key(i))
+        assert bool(space.contains(action))
+        assert np.isfinite(encoded).all()
+        assert np.isfinite(reward)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["eggroll", "ppo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Pendulum-v1",
+        "FrozenLake-misc",
+        "Catch-bsuite",
+        "FourRooms-misc",
+        "PointRobot-misc",
+        "BernoulliBandit-misc",
+    ],
+)
+def test_kinds_of_spaces_are_trained(name: str, algorithm: str) -> None:
+    ppo = dataclasses.replace(SMALL.ppo, environments=2, steps=4, epochs=1, minibatches=2)
+    config = dataclasses.replace(SMALL, env=name, algorithm=algorithm, ppo=ppo)
+    task = job(config)
+    before = task.start()
+    after, row = task.generation(task.start())
+    assert int(row["environment_steps"]) >= 4
+    assert float(after.statistics.seen) == int(row["environment_steps"])
+    assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+    assert np.isfinite(task.measure(after)["held_out_return"])
+    leaves = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before, after))
+    assert any(leaves)
+
+
+def test_spaces_are_understood() -> None:
+    assert make_task("CartPole-v1").actions == Discrete(2)
+    assert make_task("FrozenLake-misc").observations == 16
+    assert make_task("FrozenLake-misc").encode(jnp.int32(3)).tolist() == [0] * 3 + [1] + [0] * 12
+    assert make_task("Breakout-MinAtar").observations == 400
+    actions = make_task("PointRobot-misc").actions
+    assert isinstance(actions, Continuous)
+    np.testing.assert_allclose(actions.high, [0.1, 0.1])
+
+
+def test_an_environment_that_cannot_be_set_up_is_told() -> None:
+    with pytest.raises(
+        UsageError, match="no environment 'CartPole-v2'; did you mean 'CartPole-v1'"
+    ):
+        make_task("CartPole-v2")
+    with pytest.raises(UsageError, match="could not set up MNISTBandit-bsuite"):
+        make_task("MNISTBandit-bsuite")

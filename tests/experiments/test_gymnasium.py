@@ -1,0 +1,141 @@
+"""Environments in worker processes: what they give is what Gymnasium gives, and a policy learns."""
+
+import dataclasses
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+
+from experiments.rl.config import PRESETS
+from experiments.rl.outside import Outside
+from experiments.rl.train import train
+from experiments.rl.workers import Workers
+from experiments.run.errors import RunError, UsageError
+from experiments.run.metrics import read_metrics
+
+CONFIG = dataclasses.replace(
+    PRESETS["gymnasium-cartpole"], population=12, width=8, held_out_episodes=20, normalise=True
+)
+
+
+@pytest.fixture(scope="module")
+def outside():  # type: ignore[no-untyped-def]
+    found = Outside(CONFIG)
+    yield found
+    assert found._workers is not None
+    found._workers.close()
+
+
+def alone(actions: list[int], seed: int) -> tuple[list[float], float]:
+    """The same episode in one environment of Gymnasium itself."""
+    environment = gymnasium.make("CartPole-v1")
+    observation, _ = environment.reset(seed=seed)
+    score = 0.0
+    for action in actions:
+        observation, reward, terminated, truncated, _ = environment.step(action)
+        score += float(reward)
+        if terminated or truncated:
+            break
+    return observation.tolist(), score
+
+
+@pytest.mark.slow
+def test_workers_step_as_gymnasium_does() -> None:
+    seeds = [3, 1, 4, 1, 5]
+    chance = np.random.default_rng(0)
+    workers = Workers("CartPole-v1", 5, 2)
+    first = workers.reset(seeds)
+    assert first.shape == (5, 4)
+    np.testing.assert_array_equal(first[1], first[3])
+    actions = chance.integers(0, 2, (60, 5))
+    scores, over = np.zeros(5), np.zeros(5, bool)
+    for step in actions:
+        seen, rewards, over = workers.step(step)
+        scores += rewards
+    assert over.all()
+    for i, seed in enumerate(seeds):
+        last, score = alone(actions[:, i].tolist(), seed)
+        assert score == scores[i]
+        np.testing.assert_allclose(seen[i], last, rtol=1e-6)
+    workers.close()
+    assert not any(process.is_alive() for process in workers.processes)
+
+
+@pytest.mark.slow
+def test_a_generation_is_a_function_of_the_state(outside: Outside) -> None:
+    first, row = outside.generation(outside.start())
+    second, again = outside.generation(outside.start())
+    np.testing.assert_array_equal(first.es.params["policy"]["Dense_0"]["kernel"], second.es.params["policy"]["Dense_0"]["kernel"])  # fmt: skip
+    assert row["environment_steps"] == again["environment_steps"]
+    # CartPole gives a reward of one a step.
+    assert row["environment_steps"] == pytest.approx(12 * float(row["fitness_mean"]))
+    assert float(first.statistics.seen) == row["environment_steps"]
+    assert np.abs(first.statistics.mean).max() > 0
+
+
+@pytest.mark.slow
+def test_members_of_a_pair_start_alike_and_held_out_episodes_do_not(outside: Outside) -> None:
+    starts = []
+    play = outside.play
+    outside.play = lambda seeds, act: starts.append(seeds) or play(seeds, act)  # type: ignore
+    try:
+        carry, _ = outside.generation(outside.start())
+        outside.generation(carry)
+        returns = outside.returns(carry, 20, seed=0)
+    finally:
+        del outside.play
+    assert (starts[0][::2] == starts[0][1::2]).all()
+    assert len(set(starts[0])) == 6
+    assert not set(starts[0]) & set(starts[1])
+    held_out = np.concatenate(starts[2:])
+    assert len(set(held_out[:20])) == 20
+    assert not set(held_out) & set(starts[0])
+    assert returns.shape == (20,)
+    assert (returns >= 8).all()
+
+
+@pytest.mark.slow
+def test_a_dead_worker_is_told() -> None:
+    workers = Workers("CartPole-v1", 4, 2)
+    workers.reset([0, 1, 2, 3])
+    workers.processes[1].kill()
+    workers.processes[1].join()
+    with pytest.raises(RunError, match=r"a worker process of gymnasium:CartPole-v1 has died"):
+        for _ in range(2):
+            workers.step(np.zeros(4, int))
+    workers.close()
+
+
+@pytest.mark.slow
+def test_an_environment_that_fails_is_told() -> None:
+    workers = Workers("CartPole-v1", 2, 1)
+    workers.reset([0, 1])
+    with pytest.raises(RunError, match="gymnasium:CartPole-v1 failed in a worker process: .*7"):
+        workers.step(np.array([7, 7]))
+    workers.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gymnasium:CartPole-v9", "Gymnasium cannot make 'CartPole-v9'"),
+        ("gymnasium:Blackjack-v1", "gives observations of Tuple"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_other_environments_are_refused_in_a_sentence(name: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Outside(dataclasses.replace(CONFIG, env=name))
+
+
+@pytest.mark.slow
+def test_a_policy_learns_in_gymnasium(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        CONFIG, run_dir=tmp_path, population=64, generations=6, normalise=False
+    )
+    result = train(config)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(rows) == 6
+    assert result.held_out_return_before < 80
+    assert result.held_out_return > 120

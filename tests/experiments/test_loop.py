@@ -1,0 +1,200 @@
+"""The loop: rows, resuming, stopping, and giving up, on a job that takes no time."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.run.errors import Interrupted, RunError, UsageError
+from experiments.run.folder import open_run_folder
+from experiments.run.loop import Job, Outcome, run
+from experiments.run.metrics import read_metrics
+from experiments.run.settings import RunSettings
+from experiments.run.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    max_generations: int = 9
+    rate: float = 0.5
+
+
+def make_job(settings: Settings, before: Callable[[int], None] = lambda g: None) -> Job:
+    """A number that goes to 1; `before` is called with every generation before it is run."""
+
+    @jax.jit
+    def step(state: Any) -> Any:
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(settings.seed), state["g"]))
+        return {
+            "x": state["x"] + settings.rate * (1 - state["x"]) + 0.01 * noise,
+            "g": state["g"] + 1,
+        }
+
+    def generation(state: Any) -> tuple[Any, dict[str, Any]]:
+        before(int(state["g"]))
+        return step(state), {"fitness_mean": -abs(1 - state["x"]), "steps": 3}
+
+    return Job(
+        start=lambda: {"x": jnp.float32(0), "g": jnp.int32(0)},
+        generation=generation,
+        measure=lambda state: {"held_out": state["x"]},
+        reached=lambda row: row["held_out"] > 0.9,
+        tell=lambda row: f"{row['held_out']}",
+        measured=("held_out",),
+        totals=("steps",),
+    )
+
+
+def go(settings: Settings, job: Job | None = None) -> Outcome:
+    with open_run_folder("toy", settings) as folder:
+        return run(job or make_job(settings), settings, folder, Stopwatch())
+
+
+def untimed(path: Path) -> list[dict[str, Any]]:
+    return [{**row, "timing": None} for row in read_metrics(path / "metrics.jsonl")]
+
+
+def test_a_run_has_a_row_a_generation(tmp_path: Path) -> None:
+    outcome = go(Settings(run_dir=tmp_path, generations=7, evaluate_every=3))
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows == outcome.rows
+    assert [row["generation"] for row in rows] == list(range(7))
+    assert [row["held_out"] is not None for row in rows] == [True, False, False] * 2 + [True]
+    assert [row["steps"] for row in rows] == [3 * (g + 1) for g in range(7)]
+    assert all(row["timing"]["seconds"] >= 0 for row in rows)
+    assert outcome.before == {"held_out": 0.0}
+    assert outcome.after == {"held_out": float(outcome.state["x"])}
+    assert outcome.generations == 7
+
+
+def test_a_reached_target_stops_unless_generations_are_given(tmp_path: Path) -> None:
+    early = go(Settings(run_dir=tmp_path / "a"))
+    assert 2 < early.generations < 9
+    assert early.after["held_out"] > 0.9
+    assert early.rows[-1]["held_out"] <= 0.9
+    assert go(Settings(run_dir=tmp_path / "b", generations=9)).generations == 9
+    # The same command again finds it finished.
+    again = go(Settings(run_dir=tmp_path / "a"))
+    assert (again.generations, again.after, again.rows) == (
+        early.generations,
+        early.after,
+        early.rows,
+    )
+
+
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 1000.0])
+@pytest.mark.parametrize("at", [0, 1, 4, 6])
+def test_a_run_that_fails_anywhere_is_continued_to_the_same_end(
+    tmp_path: Path, at: int, checkpoint_seconds: float
+) -> None:
+    def settings(name: str) -> Settings:
+        return Settings(
+            run_dir=tmp_path / name,
+            generations=7,
+            evaluate_every=2,
+            checkpoint_seconds=checkpoint_seconds,
+        )
+
+    whole = go(settings("whole"))
+
+    class PowerCut(Exception):
+        pass
+
+    def cut(g: int) -> None:
+        if g == at:
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        go(settings("cut"), make_job(settings("cut"), cut))
+    resumed = go(settings("cut"))
+    assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
+    assert float(resumed.state["x"]) == float(whole.state["x"])
+    assert resumed.before == whole.before
+
+
+def test_more_generations_continue_a_run(tmp_path: Path) -> None:
+    go(Settings(run_dir=tmp_path / "a", generations=3))
+    go(Settings(run_dir=tmp_path / "a", generations=8))
+    go(Settings(run_dir=tmp_path / "b", generations=8))
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
+)
+def test_a_signal_saves_and_ends(tmp_path: Path, number: int, name: str) -> None:
+    settings = Settings(run_dir=tmp_path / "a", generations=7)
+    before = signal.getsignal(number)
+
+    def send(g: int) -> None:
+        if g == 2:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(
+        Interrupted, match=f"Stopped by {name} after 3 generations.*same command again"
+    ):
+        go(settings, make_job(settings, send))
+    assert signal.getsignal(number) is before
+    begun: list[int] = []
+    go(settings, make_job(settings, begun.append))
+    assert begun == [3, 4, 5, 6]
+    go(Settings(run_dir=tmp_path / "b", generations=7))
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
+    settings = Settings(run_dir=tmp_path, generations=7)
+
+    def send_twice(g: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        go(settings, make_job(settings, send_twice))
+
+
+def test_scores_that_are_never_usable_end_the_run(tmp_path: Path) -> None:
+    settings = Settings(run_dir=tmp_path, generations=40)
+    job = make_job(settings)._replace(
+        generation=lambda s: (s, {"fitness_mean": float("nan"), "steps": 0})
+    )
+    with pytest.raises(RunError, match="no member had a usable score in the last 10 generations"):
+        go(settings, job)
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 10
+
+
+def test_other_settings_are_refused_unless_told(tmp_path: Path) -> None:
+    go(Settings(run_dir=tmp_path, generations=2))
+    with pytest.raises(
+        UsageError, match=r"other settings \(--rate 0.5 -> 0.25\).*--accept-changes"
+    ):
+        go(Settings(run_dir=tmp_path, generations=4, rate=0.25))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+    changed = go(Settings(run_dir=tmp_path, generations=4, rate=0.25, accept_changes=True))
+    assert changed.generations == 4
+    assert len(changed.rows) == 4
+    anew = go(Settings(run_dir=tmp_path, generations=1, rate=0.125, overwrite=True))
+    assert len(anew.rows) == 1
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    settings = Settings(run_dir=tmp_path)
+    with (
+        open_run_folder("toy", settings),
+        pytest.raises(UsageError, match="in use by another process"),
+        open_run_folder("toy", settings),
+    ):
+        pass
+
+
+def test_files_of_the_user_survive_overwriting(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    go(Settings(run_dir=tmp_path, generations=1))
+    go(Settings(run_dir=tmp_path, generations=1, overwrite=True))
+    assert (tmp_path / "notes.txt").read_text() == "mine"

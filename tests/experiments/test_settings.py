@@ -1,0 +1,44 @@
+"""Settings survive the way to config.json and back; what decides a run is compared."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.rl.config import PPO
+from experiments.rl.config import PRESETS as RL
+from experiments.run.errors import UsageError
+from experiments.run.settings import differences, from_json, to_json
+from experiments.supervised.config import PRESETS as SUPERVISED
+
+ALL = {**RL, **SUPERVISED}
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_presets_are_right_and_survive_json(name: str) -> None:
+    config = ALL[name]
+    config.check()
+    assert config.preset == name
+    again = from_json(type(config), json.loads(json.dumps(to_json(config))))
+    assert again == config
+    assert isinstance(again.run_dir, Path)
+
+
+def test_settings_of_another_version_are_named() -> None:
+    content = to_json(RL["cartpole"])
+    with pytest.raises(UsageError, match=r"'ppo.warp', unknown to this version"):
+        from_json(type(RL["cartpole"]), {**content, "ppo": {**content["ppo"], "warp": 9}})
+    del content["sigma"], content["run_dir"]
+    with pytest.raises(UsageError, match="lacks a setting.*run_dir"):
+        from_json(type(RL["cartpole"]), content)
+
+
+def test_differences_name_what_decides_a_run() -> None:
+    old = RL["cartpole"]
+    free = dataclasses.replace(old, run_dir=Path("x"), generations=7, checkpoint_seconds=1.0)
+    assert list(differences(to_json(old), to_json(free))) == []
+    new = dataclasses.replace(old, sigma=0.2, seed=3, ppo=PPO(clip=0.3))
+    assert list(differences(to_json(old), to_json(new))) == [
+        "--ppo.clip 0.2 -> 0.3", "--seed 0 -> 3", "--sigma 0.1 -> 0.2",
+    ]  # fmt: skip
