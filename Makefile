@@ -25,10 +25,10 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "Python 3.11 or newer is needed, and $(or $(PYTHON),what is on PATH) is not (set PYTHON=)." >&2; exit 1; }
 	@set -e; if command -v uv >/dev/null 2>&1; then \
 		test -x $(BIN)/python || uv venv -q --python $(PYTHON) $(VENV); \
-		uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[rl,dev]'; \
+		uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[rl,supervised,logging,dev]'; \
 	else \
 		$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); \
-		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rl,dev]'; \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rl,supervised,logging,dev]'; \
 	fi
 	@touch $@
 

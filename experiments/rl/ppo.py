@@ -63,7 +63,7 @@ def optimizer_of(config: Config) -> optax.GradientTransformation:
     """Clipped gradients into the optimizer that the settings name."""
     rate: Any = config.ppo.learning_rate
     if config.ppo.anneal:
-        updates = config.ppo.epochs * config.ppo.minibatches * config.max_generations
+        updates = config.ppo.epochs * config.ppo.minibatches * config.ppo.generations
         rate = optax.linear_schedule(rate, 0.0, updates)
     return optax.chain(
         optax.clip_by_global_norm(config.ppo.gradient_norm), make_optimizer(config.optimizer, rate)

@@ -6,7 +6,10 @@ import time
 from experiments.run.folder import versions
 
 # What the drivers import, beside JAX.
-NEEDED = ("eggroll", "flax", "gymnax", "matplotlib", "optax", "rich", "tyro")
+NEEDED = (
+    "eggroll", "flax", "gymnasium", "gymnax", "matplotlib", "optax", "orbax.checkpoint", "rich",
+    "safetensors", "sklearn", "tyro",
+)  # fmt: skip
 
 
 def doctor() -> int:

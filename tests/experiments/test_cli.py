@@ -41,7 +41,7 @@ def test_help_and_mistakes_load_nothing_heavy(args: list[str]) -> None:
         (["rl", "--ppo.clip", "0"], "--ppo.clip 0.0: choose a positive number"),
         (
             ["rl", "--ppo.minibatches", "7"],
-            "--ppo.minibatches 7 does not divide the 64 x 128 = 8192",
+            "--ppo.minibatches 7 does not divide the 16 x 128 = 2048",
         ),
         (["rl", "--sigma-decay", "1.5"], "--sigma-decay 1.5: choose a number above 0, up to 1"),
         (["rl", "--checkpoint-seconds", "-1"], "--checkpoint-seconds -1.0: choose 0 or a positive"),

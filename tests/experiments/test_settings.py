@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.rl.config import PPO
+from experiments.rl.config import PAPER_SEARCH_SPACE
 from experiments.rl.config import PRESETS as RL
 from experiments.run.errors import UsageError
 from experiments.run.settings import differences, from_json, to_json
@@ -38,7 +38,13 @@ def test_differences_name_what_decides_a_run() -> None:
     old = RL["cartpole"]
     free = dataclasses.replace(old, run_dir=Path("x"), generations=7, checkpoint_seconds=1.0)
     assert list(differences(to_json(old), to_json(free))) == []
-    new = dataclasses.replace(old, sigma=0.2, seed=3, ppo=PPO(clip=0.3))
+    new = dataclasses.replace(old, sigma=0.2, seed=3, ppo=dataclasses.replace(old.ppo, clip=0.3))
     assert list(differences(to_json(old), to_json(new))) == [
         "--ppo.clip 0.2 -> 0.3", "--seed 0 -> 3", "--sigma 0.1 -> 0.2",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(PAPER_SEARCH_SPACE))
+def test_the_search_space_of_the_paper_is_of_settings_that_are_right(name: str) -> None:
+    for value in PAPER_SEARCH_SPACE[name]:
+        dataclasses.replace(RL["cartpole"], **{name: value}).check()
