@@ -14,7 +14,7 @@ import jax
 from jaxtyping import install_import_hook
 
 # Shapes and types in signatures are checked at every call.
-install_import_hook(["eggroll", "experiments"], "beartype.beartype")
+install_import_hook(["eggroll", "experiments", "optim"], "beartype.beartype")
 
 cache = Path(os.environ.get("EGGROLL_TEST_CACHE", Path(__file__).parent / ".cache" / "jax"))
 jax.config.update("jax_compilation_cache_dir", str(cache))
