@@ -8,22 +8,22 @@ import optax
 from jaxtyping import Array
 
 from optim.projection import Projected, broadcast, project
-from optim.requirements import need_params
+from optim.requirements import Scalar, need_params
 
 
 def scale_by_adamp(
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
-    delta: float = 0.1,
-    wd_ratio: float = 0.1,
+    delta: Scalar = 0.1,
+    wd_ratio: Scalar = 0.1,
     nesterov: bool = False,
     mu_dtype: Any = None,
-    channel_axis: Any = -1,
-    batch_axes: Any = 0,
+    channel_axis: Any = None,
+    batch_axes: Any = None,
 ) -> optax.GradientTransformation:
     """Adam's direction without its radial part, and the weight decay that goes with it.
 
@@ -37,9 +37,10 @@ def scale_by_adamp(
       wd_ratio: factor on the weight decay of weights that are found scale-invariant.
       nesterov: look one step ahead with the first moment.
       mu_dtype: dtype of the first moment; that of the gradients by default.
-      channel_axis: see :func:`optim.projection.project`; a number, or a tree (a prefix of the
-        parameters', or a function of them) of numbers.
-      batch_axes: as ``channel_axis``: how many leading axes number layers of a stack.
+      channel_axis: the axis of the output channels: a number, or a tree (a prefix of the parameters',
+        or a function of them) of numbers. None is the last, where JAX keeps them; PyTorch's is 0.
+      batch_axes: as ``channel_axis``: how many leading axes number layers of a stack, each of which is
+        decided for itself; None is 0.
 
     Returns:
       A transform whose state is an ``optax.ScaleByAdamState``.
@@ -81,7 +82,7 @@ def with_decay(
     mask: Any,
     channel_axis: Any,
     batch_axes: Any,
-    **settings: float,
+    **settings: Scalar,
 ) -> Any:
     """Projected steps plus the decayed parameters, for every leaf."""
 
@@ -90,26 +91,26 @@ def with_decay(
         out = found.step + (decay * found.decay * x if decayed else 0)
         return out.astype(g.dtype)
 
-    each = [
-        broadcast(p, params) for p in (channel_axis, batch_axes, True if mask is None else mask)
-    ]
+    # None and not a number is the default, so that inject_hyperparams takes neither for a rate.
+    defaults = ((channel_axis, -1), (batch_axes, 0), (mask, True))
+    each = [broadcast(default if p is None else p, params) for p, default in defaults]
     return jax.tree.map(of, steps, grads, params, *each)
 
 
 def adamp(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
-    delta: float = 0.1,
-    wd_ratio: float = 0.1,
+    delta: Scalar = 0.1,
+    wd_ratio: Scalar = 0.1,
     nesterov: bool = False,
     mu_dtype: Any = None,
-    channel_axis: Any = -1,
-    batch_axes: Any = 0,
+    channel_axis: Any = None,
+    batch_axes: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamP: for networks whose weights are followed by a normalisation.
 

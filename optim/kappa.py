@@ -239,7 +239,7 @@ def nuclear(*, exact: bool = False, steps: int = 30) -> Kappa:
     """
 
     def matrices(z: Tensor) -> Tensor:
-        return z.reshape(-1, *(z.shape[-2:] if z.ndim > 1 else (1, z.size)))
+        return z if z.ndim > 1 else z.reshape(1, z.size)
 
     def singular(z: Tensor) -> Tensor:
         return jnp.linalg.svd(matrices(z), compute_uv=False)

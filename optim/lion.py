@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from optim.requirements import Scalar
+
 
 class ScaleByLionState(NamedTuple):
     """State of :func:`scale_by_lion`.
@@ -21,7 +23,7 @@ class ScaleByLionState(NamedTuple):
 
 
 def scale_by_lion(
-    b1: float = 0.9, b2: float = 0.99, mu_dtype: Any = None, *, cautious: bool = False
+    b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: Any = None, *, cautious: bool = False
 ) -> optax.GradientTransformation:
     r"""Signs of an average of the gradient with its moving average.
 
@@ -85,8 +87,8 @@ def scale_by_lion(
 
 def lion(
     learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.99,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 1e-3,
     mask: Any = None,

@@ -9,10 +9,14 @@ from jaxtyping import Array
 
 from optim import kappa as kappas
 from optim.lion import ScaleByLionState
+from optim.requirements import Scalar
 
 
 def scale_by_lion_k(
-    kappa: kappas.Kappa | None = None, b1: float = 0.9, b2: float = 0.99, mu_dtype: Any = None
+    kappa: kappas.Kappa | None = None,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
+    mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
     r"""The subgradient of a convex function at an average of the gradient with its moving average.
 
@@ -55,8 +59,8 @@ def scale_by_lion_k(
 def lion_k(
     learning_rate: optax.ScalarOrSchedule,
     kappa: kappas.Kappa | None = None,
-    b1: float = 0.9,
-    b2: float = 0.99,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.99,
     mu_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 1e-3,
     mask: Any = None,

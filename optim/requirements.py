@@ -2,8 +2,13 @@
 
 from typing import Any
 
+import jax
+
 # Not among optax's public names, though its own transforms raise it.
 from optax._src.base import NO_PARAMS_MSG
+
+# A rate: a number, or an array where it is injected or traced.
+Scalar = float | int | jax.Array
 
 
 def need_params(params: Any) -> Any:

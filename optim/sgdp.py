@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int
 
 from optim.adamp import with_decay
-from optim.requirements import need_params
+from optim.requirements import Scalar, need_params
 
 
 class ScaleBySgdpState(NamedTuple):
@@ -24,17 +24,17 @@ class ScaleBySgdpState(NamedTuple):
 
 
 def scale_by_sgdp(
-    momentum: float = 0.0,
-    dampening: float = 0.0,
+    momentum: Scalar = 0.0,
+    dampening: Scalar = 0.0,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
     nesterov: bool = False,
-    eps: float = 1e-8,
-    delta: float = 0.1,
-    wd_ratio: float = 0.1,
-    channel_axis: Any = -1,
-    batch_axes: Any = 0,
+    eps: Scalar = 1e-8,
+    delta: Scalar = 0.1,
+    wd_ratio: Scalar = 0.1,
+    channel_axis: Any = None,
+    batch_axes: Any = None,
 ) -> optax.GradientTransformation:
     """The direction of SGD with momentum without its radial part, and the weight decay with it.
 
@@ -79,17 +79,17 @@ def scale_by_sgdp(
 
 def sgdp(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
+    momentum: Scalar = 0.0,
+    dampening: Scalar = 0.0,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Any = None,
     *,
     nesterov: bool = False,
-    eps: float = 1e-8,
-    delta: float = 0.1,
-    wd_ratio: float = 0.1,
-    channel_axis: Any = -1,
-    batch_axes: Any = 0,
+    eps: Scalar = 1e-8,
+    delta: Scalar = 0.1,
+    wd_ratio: Scalar = 0.1,
+    channel_axis: Any = None,
+    batch_axes: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGDP: SGD with momentum, for networks whose weights are followed by a normalisation.
 

@@ -251,7 +251,7 @@ PRESETS: dict[str, Config] = {
         sigma=0.1,
         learning_rate=0.03,
         max_generations=100,
-        ppo=PPO(learning_rate=1e-3, generations=200),
+        ppo=PPO(learning_rate=1e-3, anneal=True, generations=200),
     ),
     "gymnasium-cartpole": preset(
         "gymnasium-cartpole",

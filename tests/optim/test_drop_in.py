@@ -1,0 +1,283 @@
+"""Every transform of optim in every place where optax's own would stand."""
+
+from pathlib import Path
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+from jax.sharding import AxisType
+from transforms import TRANSFORMS
+
+import eggroll
+
+each = pytest.mark.parametrize("name", list(TRANSFORMS))
+F32 = jnp.float32
+PARAMS = {
+    "kernel": jnp.full((4, 3), 2.0, F32),
+    "stack": {"bias": jnp.array([1.0, -3.0, 2.0], F32)},
+    "scale": jnp.array(1.5, F32),
+}
+
+
+def make(name: str, **changes: Any) -> optax.GradientTransformation:
+    factory, settings = TRANSFORMS[name]
+    return factory(**{**settings, **changes})
+
+
+def loss(params: Any) -> Any:
+    return sum(jnp.sum((x - 1) ** 2) for x in jax.tree.leaves(params))
+
+
+def train(solver: optax.GradientTransformation, params: Any = PARAMS, steps: int = 60) -> Any:
+    @jax.jit
+    def run(params: Any) -> Any:
+        def step(carry: Any, _: Any) -> Any:
+            params, state = carry
+            updates, state = solver.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), loss(params)
+
+        return jax.lax.scan(step, (params, solver.init(params)), length=steps)[0]
+
+    return run(params)
+
+
+@each
+def test_it_goes_down_also_in_a_chain(name: str) -> None:
+    params, _ = train(make(name))
+    assert loss(params) < 0.995 * loss(PARAMS)
+    clipped, _ = train(optax.chain(optax.clip_by_global_norm(1.0), make(name)))
+    assert loss(clipped) < loss(PARAMS)
+
+
+@each
+def test_masked_and_partitioned(name: str) -> None:
+    mask = {"kernel": True, "stack": False, "scale": True}
+    params, _ = train(optax.masked(make(name), mask), steps=2)
+    labels = {"kernel": "ours", "stack": "sgd", "scale": "frozen"}
+    parts = {"ours": make(name), "sgd": optax.sgd(0.1), "frozen": optax.set_to_zero()}
+    params, _ = train(optax.partition(parts, labels), steps=10)
+    assert params["scale"] == PARAMS["scale"]
+    assert (params["kernel"] != PARAMS["kernel"]).all()
+    np.testing.assert_allclose(params["stack"]["bias"], 1, atol=0.5)
+
+
+@each
+def test_wrappers_of_optax(name: str) -> None:
+    accumulated, _ = train(optax.MultiSteps(make(name), 3), steps=12)
+    direct, _ = train(make(name), steps=4)
+    # The gradient is not the same at each of the three steps only if the parameters move between them.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), accumulated, direct)
+    guarded = optax.apply_if_finite(make(name), 2)
+    state = guarded.init(PARAMS)
+    bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), PARAMS)
+    updates, _ = guarded.update(bad, state, PARAMS)
+    assert all((u == 0).all() for u in jax.tree.leaves(updates))
+    free = optax.contrib.schedule_free(make(name), learning_rate=1e-2, b1=0.9)
+    params, _ = train(free, steps=5)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+
+
+@each
+def test_hyperparameters_are_injected(name: str) -> None:
+    factory, settings = TRANSFORMS[name]
+    rates = {k: v for k, v in settings.items() if isinstance(v, float)}
+    static = {k: v for k, v in settings.items() if k not in rates}
+    injected = optax.inject_hyperparams(factory, static_args=tuple(static))(**settings)
+    a, b = train(injected, steps=5)[0], train(make(name), steps=5)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), a, b)
+    scheduled = make(name, learning_rate=optax.linear_schedule(0.0, 0.0, 1))
+    still, _ = train(scheduled, steps=3)
+    chex.assert_trees_all_equal(still, PARAMS)
+
+
+@each
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_types_shapes_and_structure_stay(name: str, dtype: Any) -> None:
+    params = {**jax.tree.map(lambda x: x.astype(dtype), PARAMS), "nothing": None}
+    grads = jax.tree.map(lambda x: 0.1 * x, params)
+    solver = make(name)
+    state = solver.init(params)
+    updates, after = solver.update(grads, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+    # As a branch of a condition, which asks for the same types on both sides.
+    jax.lax.cond(True, lambda s: solver.update(grads, s, params)[1], lambda s: s, state)
+
+
+@each
+def test_empty_trees_and_extra_arguments(name: str) -> None:
+    solver = make(name)
+    updates, _ = solver.update({}, solver.init({}), {})
+    assert updates == {}
+    extra = optax.with_extra_args_support(solver)
+    extra.update(PARAMS, extra.init(PARAMS), PARAMS, value=1.0, unknown="thing")
+
+
+@each
+def test_missing_parameters_get_the_message_of_optax(name: str) -> None:
+    solver = make(name)
+    with pytest.raises(
+        ValueError, match="You are using a transformation that requires the current value"
+    ):
+        solver.update(PARAMS, solver.init(PARAMS))
+
+
+@each
+def test_nothing_is_compiled_twice(name: str) -> None:
+    solver = make(name)
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params: Any, state: Any) -> Any:
+        updates, state = solver.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, solver.init(PARAMS)
+    for _ in range(3):
+        params, state = step(params, state)
+
+
+@each
+def test_vmap_is_one_by_one(name: str) -> None:
+    solver = make(name)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x + 0.1]), PARAMS)
+    states = jax.vmap(solver.init)(stacked)
+    updates, _ = jax.vmap(solver.update)(stacked, states, stacked)
+    for i in range(2):
+        own = jax.tree.map(lambda x, i=i: x[i], stacked)
+        right, _ = solver.update(own, solver.init(own), own)
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-7),
+            updates,
+            right,
+        )
+
+
+@each
+def test_map_params_reaches_the_state(name: str) -> None:
+    solver = make(name)
+    state = solver.init(PARAMS)
+    same = optax.tree.map_params(solver, lambda x: x, state)
+    chex.assert_trees_all_equal(same, state)
+
+
+@each
+def test_orbax_round_trip(name: str, tmp_path: Path) -> None:
+    _, state = train(make(name), steps=2)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        again = checkpointer.restore(tmp_path / "state", shapes)
+    chex.assert_trees_all_equal(again, state)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+
+
+@each
+def test_shardings_stay_on_eight_devices(name: str) -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        params = {
+            "w": jax.device_put(
+                jnp.ones((2, 8, 4)), jax.NamedSharding(mesh, jax.P(None, "x", None))
+            ),
+            "b": jax.device_put(jnp.ones(8), jax.NamedSharding(mesh, jax.P("x"))),
+        }
+        solver = make(name)
+        state = solver.init(params)
+        updates, after = jax.jit(solver.update)(params, state, params)
+        assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
+@each
+def test_flax_and_nnx_take_it(name: str) -> None:
+    model = nn.Dense(3)
+    x = jnp.ones((2, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=make(name))
+    before = loss(state.params)
+    for _ in range(20):
+        state = state.apply_gradients(grads=jax.grad(loss)(state.params))
+    assert loss(state.params) < before
+    linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(linear, make(name), wrt=nnx.Param)
+    kernel = linear.kernel[...]
+    optimizer.update(linear, nnx.grad(lambda m: jnp.sum(m(x) ** 2))(linear))
+    assert (linear.kernel[...] != kernel).any()
+
+
+@each
+def test_evolution_strategies_take_it(name: str) -> None:
+    es = eggroll.EvolutionStrategy(
+        optimizer=make(name, learning_rate=0.02), population=64, sigma=0.1
+    )
+    state = es.init({"w": jnp.full((4, 4), 2.0), "b": jnp.zeros(4)}, 0)
+    x = jax.random.normal(jax.random.key(1), (16, 4))
+    fitness = lambda params, key: -jnp.mean((x @ params["w"] + params["b"] - x) ** 2)
+    before = fitness(es.params(state), None)
+    state = es.optimize(state, fitness, 40)
+    assert fitness(es.params(state), None) > 0.8 * before
+
+
+# ---------------------------------------------------------------- optax's own tests
+
+
+def contrib_cases() -> Any:
+    """optax/contrib/_common_test.py with our transforms in place of those of contrib."""
+    import importlib.util
+    import re
+    import sys
+    import types
+
+    spec = importlib.util.find_spec("optax.contrib._common_test")
+    if spec is None or spec.origin is None:
+        return None
+    source = Path(spec.origin).read_text()
+    ours = types.SimpleNamespace(**{**vars(optax.contrib)})
+    entries = []
+    for number, (factory, settings) in enumerate(TRANSFORMS.values()):
+        setattr(ours, f"ours_{number}", factory)
+        entries.append({"opt_name": f"ours_{number}", "opt_kwargs": settings})
+    source, found = re.subn(
+        r"(?ms)^_OPTIMIZERS_UNDER_TEST = \(.*?^\)", "_OPTIMIZERS_UNDER_TEST = OURS", source
+    )
+    assert found == 1
+    module = types.ModuleType("optax_common_test_of_ours")
+    module.__dict__.update(OURS=entries, __file__=spec.origin)
+    sys.modules[module.__name__] = module
+    exec(compile(source, spec.origin, "exec"), module.__dict__)
+    module.__dict__["contrib"] = ours
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_common_tests_of_optax_pass() -> None:
+    import unittest
+
+    module = contrib_cases()
+    if module is None:
+        pytest.skip("this optax ships without its tests")
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["tests"])
+    suite = unittest.TestLoader().loadTestsFromModule(module)
+    result = unittest.TestResult()
+    suite.run(result)
+    told = "\n".join(f"{case}: {text[-300:]}" for case, text in [*result.failures, *result.errors])
+    assert result.testsRun > 3 * len(TRANSFORMS)
+    assert not told, told
