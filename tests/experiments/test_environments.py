@@ -51,16 +51,15 @@ def test_every_environment_can_be_played(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["eggroll", "ppo"])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "algorithm"),
     [
-        "Pendulum-v1",
-        "FrozenLake-misc",
-        "Catch-bsuite",
-        "FourRooms-misc",
-        "PointRobot-misc",
-        "BernoulliBandit-misc",
+        ("Pendulum-v1", "eggroll"),
+        ("FrozenLake-misc", "eggroll"),
+        ("BernoulliBandit-misc", "eggroll"),
+        ("PointRobot-misc", "ppo"),
+        ("FrozenLake-misc", "ppo"),
+        ("Catch-bsuite", "ppo"),
     ],
 )
 def test_kinds_of_spaces_are_trained(name: str, algorithm: str) -> None:
