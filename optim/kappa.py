@@ -52,6 +52,20 @@ def _largest(z: Tensor) -> Tensor:
     return jnp.max(jnp.abs(z), initial=0.0)
 
 
+def _gathered(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function that needs all of an array, for arrays whose type says how they are sharded too: it gets
+    the whole array on each device, and its answer is laid out as the argument was."""
+
+    def of(z: Tensor) -> Tensor:
+        spec = jax.typeof(z).sharding.spec
+        if all(axis is None for axis in spec):
+            return function(z)
+        whole = jax.sharding.reshard(z, jax.P(*[None] * z.ndim))
+        return jax.sharding.reshard(function(whole), spec)
+
+    return of
+
+
 def l1() -> Kappa:
     """The sum of absolute values: Lion itself.
 
@@ -185,7 +199,7 @@ def topk(k: int) -> Kappa:
 
     return Kappa(
         value=lambda z: largest(z)[0].sum(),
-        subgradient=subgradient,
+        subgradient=_gathered(subgradient),
         conjugate=conjugate,
         distance=distance,
         problem=f"minimise f subject to sum |x| <= {k}/wd and max |x| <= 1/wd",
@@ -264,7 +278,7 @@ def nuclear(*, exact: bool = False, steps: int = 30) -> Kappa:
 
     return Kappa(
         value=lambda z: singular(z).sum(),
-        subgradient=subgradient,
+        subgradient=_gathered(subgradient),
         conjugate=lambda y: _inside(_largest(singular(y))),
         distance=lambda y: _beyond_box(singular(y)),
         problem="minimise f subject to the largest singular value of x <= 1/wd",
