@@ -22,6 +22,30 @@ class ScaleByLionState(NamedTuple):
     mu: Any
 
 
+def moved(grads: Any, mu: Any, b2: Scalar) -> Any:
+    """The moving averages with the gradients in them, not yet rounded to the dtype they are kept in."""
+    return jax.tree.map(lambda g, m: (1 - b2) * g + b2 * m, grads, mu)
+
+
+def kept_as(new: Any, old: Any) -> Any:
+    """New averages in the dtypes of the old ones."""
+    return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
+
+
+def blended(g: Array, old: Array, new: Array, b1: Scalar, b2: Scalar) -> Array:
+    r"""``b1 * old + (1 - b1) * g``, without ``old`` where its successor ``new`` tells as much.
+
+    XLA's CPU compiler lets the new parameters and the new average both read the old average, which is
+    overwritten in place, and so copies it first: most of the time of optax's step. Written by the new one,
+    :math:`(b_1/b_2) m_{t+1} + (1 - b_1 - (1 - b_2) b_1/b_2) g_t`, the old one has one reader. Where
+    ``b2 < b1 / 2`` that would lose digits, and where a rate is traced that cannot be known: the plain
+    form is used there.
+    """
+    if all(isinstance(b, int | float) for b in (b1, b2)) and 0 < b2 and b1 <= 2 * b2:
+        return (b1 / b2) * new + ((1 - b1) - (1 - b2) * b1 / b2) * g
+    return (1 - b1) * g + b1 * old
+
+
 def scale_by_lion(
     b1: Scalar = 0.9, b2: Scalar = 0.99, mu_dtype: Any = None, *, cautious: bool = False
 ) -> optax.GradientTransformation:
@@ -31,13 +55,10 @@ def scale_by_lion(
         u_t = \operatorname{sign}(b_1 m_t + (1 - b_1) g_t), \qquad
         m_{t+1} = b_2 m_t + (1 - b_2) g_t
 
-    The mathematics is that of ``optax.scale_by_lion``. There, XLA's CPU compiler lets the new
-    parameters and the new moment both read the old moment, which is overwritten in place, and so
-    copies it first: most of the step's time. Here the argument of the sign is written by the new
-    moment, :math:`(b_1/b_2) m_{t+1} + (1 - b_1 - (1 - b_2) b_1/b_2) g_t`, so that the old one has one
-    reader. A sign can differ from optax's where its argument is within a few units in the last place
-    of its terms of 0. Where ``b2 < b1 / 2`` that would lose digits, and where a rate is traced it
-    cannot be known: the plain form is used there.
+    The mathematics is that of ``optax.scale_by_lion``, in a third of its time on a CPU (see
+    :func:`optim.lion.blended`). A sign can differ from optax's where its argument is within a few
+    units in the last place of its terms of 0. ``optax.inject_hyperparams`` makes every rate an
+    array: name b1 and b2 as static there to keep the speed.
 
     Args:
       b1: weight of the moving average in the direction.
@@ -54,8 +75,6 @@ def scale_by_lion(
       2023
     """
     dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
-    fixed = all(isinstance(b, int | float) for b in (b1, b2))
-    by_new = fixed and 0 < b2 and b1 <= 2 * b2
 
     def init_fn(params: Any) -> ScaleByLionState:
         return ScaleByLionState(
@@ -64,23 +83,17 @@ def scale_by_lion(
 
     def update_fn(updates: Any, state: ScaleByLionState, params: Any = None) -> tuple[Any, Any]:
         del params
-        new = jax.tree.map(lambda g, m: (1 - b2) * g + b2 * m, updates, state.mu)
+        new = moved(updates, state.mu, b2)
 
         def direction(g: Array, old: Array, new: Array) -> Array:
-            if by_new:
-                c = (b1 / b2) * new + ((1 - b1) - (1 - b2) * b1 / b2) * g
-            else:
-                c = (1 - b1) * g + b1 * old
-            u = jnp.sign(c)
+            u = jnp.sign(blended(g, old, new, b1, b2))
             if cautious:
                 agrees = u * g > 0
                 u = jnp.where(agrees, u, 0) * (agrees.size / (agrees.sum() + 1)).astype(u.dtype)
             return u.astype(g.dtype)
 
         signs = jax.tree.map(direction, updates, state.mu, new)
-        # As they were kept: in mu_dtype where one is given, in the gradients' otherwise.
-        mu = jax.tree.map(lambda m, old: m.astype(old.dtype), new, state.mu)
-        return signs, ScaleByLionState(optax.safe_increment(state.count), mu)
+        return signs, ScaleByLionState(optax.safe_increment(state.count), kept_as(new, state.mu))
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array
 
 from optim import kappa as kappas
-from optim.lion import ScaleByLionState
+from optim.lion import ScaleByLionState, blended, kept_as, moved
 from optim.requirements import Scalar
 
 
@@ -43,15 +43,13 @@ def scale_by_lion_k(
     def update_fn(updates: Any, state: ScaleByLionState, params: Any = None) -> tuple[Any, Any]:
         del params
 
-        def direction(g: Array, m: Array) -> Array:
-            return function.subgradient((1 - b1) * g + b1 * m).astype(g.dtype)
+        new = moved(updates, state.mu, b2)
 
-        def moment(g: Array, m: Array) -> Array:
-            return ((1 - b2) * g + b2 * m).astype(m.dtype)
+        def direction(g: Array, old: Array, new: Array) -> Array:
+            return function.subgradient(blended(g, old, new, b1, b2)).astype(g.dtype)
 
-        new = jax.tree.map(direction, updates, state.mu)
-        mu = jax.tree.map(moment, updates, state.mu)
-        return new, ScaleByLionState(optax.safe_increment(state.count), mu)
+        steps = jax.tree.map(direction, updates, state.mu, new)
+        return steps, ScaleByLionState(optax.safe_increment(state.count), kept_as(new, state.mu))
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -92,9 +90,11 @@ def lion_k(
       >>> solver = optim.lion_k(0.01, optim.kappa.l2(), weight_decay=0.5)
       >>> x = jnp.zeros(2)
       >>> state = solver.init(x)
-      >>> for _ in range(2000):
+      >>> def step(_, carry):
+      ...     x, state = carry
       ...     updates, state = solver.update(jax.grad(f)(x), state, x)
-      ...     x = optax.apply_updates(x, updates)
+      ...     return optax.apply_updates(x, updates), state
+      >>> x, state = jax.lax.fori_loop(0, 2000, step, (x, state))
       >>> print(f"norm {jnp.linalg.norm(x):.2f}, objective {f(x):.2f} after 18.00")
       norm 2.00, objective 5.03 after 18.00
 
