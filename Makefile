@@ -8,12 +8,13 @@ ARGS ?=
 # Test processes; each one imports JAX anew, so more than cores only cost.
 WORKERS ?= 2
 
-.PHONY: help setup demo test lint types bench soak constraints clean
+.PHONY: help setup demo test oracles lint types bench soak constraints clean
 
 help:
 	@echo "make setup   fill $(VENV) with the project and all that it needs"
 	@echo "make demo    train a CartPole policy without backpropagation; about a minute, most of it setup"
 	@echo "make test    all tests, doctests and notebooks (ARGS='-k noise' to choose)"
+	@echo "make oracles packages that optim is compared with (torch, adamp); without them those tests are skipped"
 	@echo "make lint    ruff            make types   mypy"
 	@echo "make bench   ratios of speed, in one run on this machine"
 	@echo "make soak    many more examples of every property, and what make test leaves out for its length"
@@ -36,7 +37,12 @@ demo: setup
 	$(BIN)/eggroll rl --preset cartpole --run-dir runs/demo --overwrite
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -rs $(ARGS)
+
+# Other people's optimizers, which tests of optim compare with where they are installed.
+oracles: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check adamp==0.3.0
 
 lint: setup
 	$(BIN)/ruff check .
