@@ -1,5 +1,6 @@
 """AdamP: Adam that does not let scale-invariant weights grow."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,10 +63,9 @@ def scale_by_adamp(
         def step(m: Array, v: Array) -> Array:
             return m / c1.astype(v.dtype) / (jnp.sqrt(v / c2.astype(v.dtype)) + eps)
 
-        steps = jax.tree.map(step, ahead, nu)
         decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
         new = with_decay(
-            steps, updates, params, decay, mask, channel_axis, batch_axes,
+            step, (ahead, nu), updates, params, decay, mask, channel_axis, batch_axes,
             delta=delta, wd_ratio=wd_ratio, eps=eps,
         )  # fmt: skip
         mu = optax.tree.cast(mu, dtype)
@@ -75,7 +75,8 @@ def scale_by_adamp(
 
 
 def with_decay(
-    steps: Any,
+    step: Callable[..., Array],
+    moments: Sequence[Any],
     grads: Any,
     params: Any,
     decay: Any,
@@ -84,17 +85,19 @@ def with_decay(
     batch_axes: Any,
     **settings: Scalar,
 ) -> Any:
-    """Projected steps plus the decayed parameters, for every leaf."""
+    """Projected steps, functions of the moments, plus the decayed parameters, for every leaf."""
 
-    def of(step: Array, g: Array, x: Array, axis: int, batch: int, decayed: bool) -> Array:
-        found: Projected = project(step, g, x, channel_axis=axis, batch_axes=batch, **settings)
+    def of(g: Array, x: Array, axis: int, batch: int, decayed: bool, *moments: Array) -> Array:
+        found: Projected = project(
+            step, g, x, *moments, channel_axis=axis, batch_axes=batch, **settings
+        )
         out = found.step + (decay * found.decay * x if decayed else 0)
         return out.astype(g.dtype)
 
     # None and not a number is the default, so that inject_hyperparams takes neither for a rate.
     defaults = ((channel_axis, -1), (batch_axes, 0), (mask, True))
     each = [broadcast(default if p is None else p, params) for p, default in defaults]
-    return jax.tree.map(of, steps, grads, params, *each)
+    return jax.tree.map(of, grads, params, *each, *moments)
 
 
 def adamp(

@@ -5,6 +5,7 @@ arXiv 2006.08217, section 3 and algorithm 1.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +27,17 @@ class Projected(NamedTuple):
     decay: Array
 
 
+Step = Callable[..., Array]
+# Entries that one turn of the loop in _sums_by_rows works on, so that what is between stays in cache, and
+# those of a leaf from which on that is faster.
+BLOCK, LARGE = 2**13, 2**18
+
+
 def project(
-    step: Float[Array, "*shape"],
+    step: Step | Float[Array, "*shape"],
     grad: Float[Array, "*shape"],
     weight: Float[Array, "*shape"],
-    *,
+    *moments: Float[Array, "*shape"],
     delta: Scalar = 0.1,
     wd_ratio: Scalar = 0.1,
     eps: Scalar = 1e-8,
@@ -45,9 +52,11 @@ def project(
     fewer than two axes is left alone.
 
     Args:
-      step: what the optimizer would do.
+      step: what the optimizer would do; or a function of ``moments`` that tells it, entry by entry,
+        which is then worked out where it is needed and never kept in memory.
       grad: the gradient itself.
       weight: the weights before they are decayed.
+      moments: arguments of ``step``, of the shape of the weights.
       delta: how small a cosine has to be.
       wd_ratio: factor on the weight decay of weights that are found scale-invariant.
       eps: against division by zero.
@@ -55,17 +64,24 @@ def project(
         first (0).
       batch_axes: leading axes that number layers, each of which is decided for itself.
     """
+    if callable(step):
+        direction = step
+    else:
+        moments, direction = (step,), lambda step: step
     if weight.ndim - batch_axes < 2:
-        return Projected(step, jnp.ones((), weight.dtype))
+        return Projected(direction(*moments), jnp.ones((), weight.dtype))
     shape = weight.shape[batch_axes:]
     axis = channel_axis % len(shape) + batch_axes
     within = tuple(i for i in range(batch_axes, weight.ndim) if i != axis)
     layer = tuple(range(batch_axes, weight.ndim))
 
+    if _rows_are_faster(weight, axis, batch_axes):
+        by_channel = _sums_by_rows(direction, grad, weight, *moments)
+    else:
+        pairs = _pairs(direction, grad, weight, *moments)
+        by_channel = [jnp.sum(a * b, within, keepdims=True) for a, b in pairs]
     # Sums over a channel give those over the layer. Without the barrier XLA would take both from the
-    # products, and write all four of those to memory for it: five times the time on a CPU.
-    pairs = ((grad, weight), (grad, grad), (weight, weight), (weight, step))
-    by_channel = [jnp.sum(a * b, within, keepdims=True) for a, b in pairs]
+    # products, and write all four of those to memory for it.
     by_channel = jax.lax.optimization_barrier(by_channel)
     by_layer = [jnp.sum(x, layer, keepdims=True) for x in by_channel]
 
@@ -81,7 +97,51 @@ def project(
     whole, along_whole = view(by_layer, size)
     along = jnp.where(channels, along_channels, jnp.where(whole, along_whole, 0))
     decay = jnp.where(channels | whole, wd_ratio, 1.0).astype(weight.dtype)
-    return Projected(step - weight * along, decay)
+    return Projected(direction(*moments) - weight * along, decay)
+
+
+def _pairs(
+    step: Step, grad: Array, weight: Array, *moments: Array
+) -> Sequence[tuple[Array, Array]]:
+    """What is multiplied and summed: <g, x>, |g|^2, |x|^2, <x, d>."""
+    return (grad, weight), (grad, grad), (weight, weight), (weight, step(*moments))
+
+
+def _rows_are_faster(weight: Array, axis: int, batch_axes: int) -> bool:
+    """Whether the sums of this leaf are taken by :func:`_sums_by_rows`: large ones on one CPU alone, since a
+    loop over rows that are spread over devices would gather them."""
+    alone = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return alone and batch_axes == 0 and axis == weight.ndim - 1 and weight.size >= LARGE
+
+
+def _sums_by_rows(step: Step, grad: Array, weight: Array, *moments: Array) -> list[Array]:
+    """The sums of :func:`_pairs` over all but the last axis, some rows at a time.
+
+    XLA's CPU compiler keeps the step and the squared gradient, which are used twice, in arrays of the
+    size of the weights, fresh from the system at each step; and goes over the weights once for each sum.
+    """
+    channels = weight.shape[-1]
+    arrays = [a.reshape(-1, channels) for a in (grad, weight, *moments)]
+    rows = weight.size // channels
+    block = min(max(1, BLOCK // channels), rows)
+    turns, left = divmod(rows, block)
+
+    def add(sums: list[Array], rows: Sequence[Array]) -> list[Array]:
+        return [total + a * b for total, (a, b) in zip(sums, _pairs(step, *rows), strict=True)]
+
+    def turn(i: Array, sums: list[Array]) -> list[Array]:
+        return add(sums, [jax.lax.dynamic_slice_in_dim(a, i * block, block) for a in arrays])
+
+    dtype = jnp.result_type(jnp.float32, *arrays)
+    sums = [jnp.zeros((block, channels), dtype)] * 4
+    sums = [s.sum(0) for s in jax.lax.fori_loop(0, turns, turn, sums)]
+    if left:
+        sums = [
+            s + (a * b).sum(0).astype(dtype)
+            for s, (a, b) in zip(sums, _pairs(step, *(a[-left:] for a in arrays)), strict=True)
+        ]
+    flat = [1] * (weight.ndim - 1) + [channels]
+    return [s.reshape(flat).astype(weight.dtype) for s in sums]
 
 
 def broadcast(prefix: Any, tree: Any) -> Any:

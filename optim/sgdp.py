@@ -66,10 +66,14 @@ def scale_by_sgdp(
             return (momentum * m + (1 - dampening) * g).astype(m.dtype)
 
         new = jax.tree.map(moved, updates, state.momentum)
-        steps = jax.tree.map(lambda g, m: g + momentum * m, updates, new) if nesterov else new
+
+        def ahead(m: Array, g: Array) -> Array:
+            return g + momentum * m
+
+        step, moments = (ahead, (new, updates)) if nesterov else (lambda m: m, (new,))
         decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
         out = with_decay(
-            steps, updates, params, decay / (1 - momentum), mask, channel_axis, batch_axes,
+            step, moments, updates, params, decay / (1 - momentum), mask, channel_axis, batch_axes,
             delta=delta, wd_ratio=wd_ratio, eps=eps,
         )  # fmt: skip
         return out, ScaleBySgdpState(optax.safe_increment(state.count), new)
