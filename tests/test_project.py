@@ -17,7 +17,7 @@ from jaxtyping import TypeCheckError
 from eggroll import noise
 
 ROOT = Path(__file__).parents[1]
-CORE = {"jax", "jaxtyping", "numpy", "optax", "eggroll"}
+CORE = {"jax", "jaxtyping", "numpy", "optax"}
 
 
 def imports(path):
@@ -29,10 +29,11 @@ def imports(path):
             yield node.module.split(".")[0]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "eggroll").rglob("*.py")), ids=lambda p: p.stem)
-def test_the_library_imports_little(path):
-    foreign = set(imports(path)) - CORE - sys.stdlib_module_names
-    assert not foreign, f"{path.name} imports {foreign}"
+@pytest.mark.parametrize("library", ["eggroll", "optim"])
+def test_the_libraries_import_little_and_not_each_other(library):
+    for path in (ROOT / library).rglob("*.py"):
+        foreign = set(imports(path)) - CORE - {library} - sys.stdlib_module_names
+        assert not foreign, f"{path.name} imports {foreign}"
 
 
 def loaded_by(statement):
@@ -116,7 +117,8 @@ def test_the_wheel_holds_the_library_and_works(tmp_path):
     )
     (wheel,) = tmp_path.glob("eggroll_jax-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"eggroll/py.typed", "experiments/py.typed", "experiments/run/cli.py"} <= set(names)
+    libraries = {f"{name}/py.typed" for name in ("eggroll", "experiments", "optim")}
+    assert libraries | {"experiments/run/cli.py", "optim/lion.py"} <= set(names)
     assert not any(name.startswith(("tests/", "benchmarks/")) for name in names)
 
     # Installed in an environment of its own that sees this one's packages, but not the checkout.
