@@ -111,7 +111,8 @@ def test_cautious_steps_go_down() -> None:
     assert f(x) < 7.5
 
 
-def test_no_copy_of_the_moment_is_made() -> None:
+@pytest.mark.parametrize("solver", [optim.lion(0.1), optim.lion_k(0.1, optim.kappa.huber(0.1))])
+def test_no_copy_of_the_moment_is_made(solver: optax.GradientTransformation) -> None:
     """The compiled step holds no temporary of the size of the parameters, which optax's does."""
     x = jnp.ones(2**16)
 
@@ -123,4 +124,4 @@ def test_no_copy_of_the_moment_is_made() -> None:
         compiled = jax.jit(step, donate_argnums=(0, 1)).lower(x, solver.init(x), x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries(optim.lion(0.1)) < x.nbytes / 4
+    assert temporaries(solver) < x.nbytes / 4
