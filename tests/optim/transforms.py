@@ -28,7 +28,7 @@ TRANSFORMS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "lion_k-topk": (
         optim.lion_k,
-        {"learning_rate": 1e-3, "kappa": kappa.topk(1), "weight_decay": 0.0},
+        {"learning_rate": 1e-3, "kappa": kappa.topk(12), "weight_decay": 0.0},
     ),
     "sgdp": (optim.sgdp, {"learning_rate": 1e-3, "momentum": 0.9}),
 }
