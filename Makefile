@@ -56,6 +56,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.noise
 	$(BIN)/python -m benchmarks.forward
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.optim
 
 soak: setup
 	$(BIN)/python -m pytest -m 'soak or hypothesis' --hypothesis-profile=soak $(ARGS)

@@ -238,7 +238,7 @@ PRESETS: dict[str, Config] = {
         ppo=PPO(
             learning_rate=1e-3,
             anneal=True,  # without, and with 200 rounds, it ends at 21.5
-            generations=300,  # 2.5 million steps a seed, a quarter of [g]'s
+            generations=300,  # 2.5 million steps a seed, a quarter of [g]'s: 28.5
         ),
     ),
     "spaceinvaders": preset(
