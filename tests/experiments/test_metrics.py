@@ -52,6 +52,7 @@ def test_values_become_plain() -> None:
 
 
 def test_a_full_disk_gets_one_sentence() -> None:
-    with pytest.raises(RunError, match=r"could not be written: No space left on device") as error:
-        MetricsFile(Path("/dev/full")).write({"generation": 0})
+    words = r"could not be written: No space left on device"
+    with pytest.raises(RunError, match=words) as error, MetricsFile(Path("/dev/full")) as metrics:
+        metrics.write({"generation": 0})
     assert "\n" not in str(error.value)

@@ -90,7 +90,7 @@ SMALL: dict[str, Any] = dict(width=16, generations=60, evaluate_every=20)
     ("preset", "changes", "right"),
     [
         ("digits", dict(population=256), 0.75),
-        ("digits-accuracy", dict(population=256), 0.5),
+        ("digits-accuracy", dict(population=256, sigma=0.1), 0.5),
         ("digits-dense", dict(population=128), 0.8),
         ("digits-sgd", {}, 0.85),
         ("digits-adamw", dict(optimizer="adamw", learning_rate=0.02), 0.85),
