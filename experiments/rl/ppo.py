@@ -134,20 +134,58 @@ def advantages(
 
 def make_generation(config: Config, policy: Policy, task: Task) -> Any:
     """carry -> (next carry, metric row)."""
-    ppo, model, optimizer = config.ppo, value_model(config), optimizer_of(config)
+    return Round(config, policy, task).generation
 
-    def value(params: PyTree, statistics: Statistics, observation: Array) -> Array:
-        if config.normalise:
+
+class Step(NamedTuple):
+    """What a step of every environment leaves, leaves [environments, ...].
+
+    Attributes:
+        observation: encoded, that was acted upon.
+        action: taken.
+        log_prob: of the action when it was taken.
+        worth: the reward, scaled, with what would have followed an episode that was cut.
+        value: of the observation.
+        over: whether an episode ended, or was cut.
+        score: the return of an episode that is over, 0 elsewhere.
+    """
+
+    observation: Float[Array, "..."]
+    action: Array
+    log_prob: Float[Array, "..."]
+    worth: Float[Array, "..."]
+    value: Float[Array, "..."]
+    over: Array
+    score: Float[Array, "..."]
+
+
+class Round:
+    """The parts of a generation, as functions of what the settings fix.
+
+    Args:
+        config: the settings.
+        policy: that is trained.
+        task: the environment.
+    """
+
+    def __init__(self, config: Config, policy: Policy, task: Task) -> None:
+        self.config, self.ppo, self.policy, self.task = config, config.ppo, policy, task
+        self.model, self.optimizer = value_model(config), optimizer_of(config)
+
+    def value(self, params: PyTree, statistics: Statistics, observation: Array) -> Array:
+        """What is expected to follow, by the value function."""
+        if self.config.normalise:
             observation = normalise(statistics, observation)
-        return cast(Array, model.apply({"params": params["value"]}, observation))[..., 0]
+        return cast(Array, self.model.apply({"params": params["value"]}, observation))[..., 0]
 
-    def collect(carry: Carry, key: Array) -> tuple[Carry, tuple]:
+    def collect(self, carry: Carry, key: Array) -> tuple[Carry, Step]:
         """One step of every environment."""
         act_key, env_key = jax.random.split(key)
         seen, params, statistics = carry.observation, carry.params, carry.statistics
+        task, ppo = self.task, self.ppo
 
         def act(observation: Array, key: Array) -> tuple[Array, Array]:
-            d = policy.distribution(params, statistics, observation)
+            d = self.policy.distribution(params, statistics, observation)
             action = d.sample(key)
             return action, d.log_prob(action)
 
@@ -155,78 +193,88 @@ def make_generation(config: Config, policy: Policy, task: Task) -> Any:
         action, log_prob = jax.vmap(act)(seen, split(act_key))
         observation, env_state, reward, terminated, truncated, info = jax.vmap(
             task.env.step, (0, 0, 0, None)
-        )(split(env_key), carry.env_state, jax.vmap(policy.to_env)(action), task.env_params)
+        )(split(env_key), carry.env_state, jax.vmap(self.policy.to_env)(action), task.env_params)
         last = jax.vmap(task.encode)(info["final_observation"])
         over, cut = terminated | truncated, truncated & ~terminated
         score = carry.score + reward
         # What would have followed a cut episode is worth what the value function says.
-        worth = ppo.reward_scale * reward + ppo.discount * cut * value(params, statistics, last)
+        after = ppo.discount * cut * self.value(params, statistics, last)
         carry = carry._replace(
             observation=jax.vmap(task.encode)(observation),
             env_state=env_state,
             score=jnp.where(over, 0.0, score),
         )
-        worths = value(params, statistics, seen)
-        return carry, (seen, action, log_prob, worth, worths, over, jnp.where(over, score, 0.0))
+        worth, value = ppo.reward_scale * reward + after, self.value(params, statistics, seen)
+        return carry, Step(seen, action, log_prob, worth, value, over, jnp.where(over, score, 0.0))
 
     def loss(
-        params: PyTree, statistics: Statistics, batch: Batch
+        self, params: PyTree, statistics: Statistics, batch: Batch
     ) -> tuple[Array, dict[str, Array]]:
+        """The clipped objective, to be minimised, and its parts (equation 9 of the paper)."""
+        ppo = self.ppo
+
         def one(observation: Array, action: Array) -> tuple[Array, Array]:
-            d = policy.distribution(params, statistics, observation)
+            d = self.policy.distribution(params, statistics, observation)
             return d.log_prob(action), d.entropy
 
         log_prob, entropy = jax.vmap(one)(batch.observation, batch.action)
         ratio = jnp.exp(log_prob - batch.log_prob)
         a = (batch.advantage - batch.advantage.mean()) / (batch.advantage.std() + 1e-8)
         gain = jnp.minimum(ratio * a, jnp.clip(ratio, 1 - ppo.clip, 1 + ppo.clip) * a).mean()
-        error = 0.5 * jnp.mean((value(params, statistics, batch.observation) - batch.target) ** 2)
+        value = self.value(params, statistics, batch.observation)
+        error = 0.5 * jnp.mean((value - batch.target) ** 2)
         parts = {"entropy": entropy.mean(), "value_error": error, "ratio": ratio.mean()}
         return -gain + ppo.value * error - ppo.entropy * entropy.mean(), parts
 
-    def generation(carry: Carry) -> tuple[Carry, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(carry.seed), carry.generation)
-        collect_key, order_key = jax.random.split(key)
-        statistics = carry.statistics
-        carry, (seen, action, log_prob, worth, values, over, scores) = jax.lax.scan(
-            collect, carry, jax.random.split(collect_key, ppo.steps)
-        )
-        last = value(carry.params, statistics, carry.observation)
-        advantage = advantages(ppo.discount, ppo.gae_lambda, worth, values, over, last)
-        size = ppo.steps * ppo.environments
-        flat = jax.tree.map(
-            lambda x: x.reshape(size, *x.shape[2:]),
-            Batch(seen, action, log_prob, advantage, advantage + values),
-        )
+    def learn(self, carry: Carry, batch: Batch, key: Array) -> tuple[Carry, dict[str, Array]]:
+        """Passes over a generation's steps, each in an order of its own."""
+        statistics, size = carry.statistics, batch.log_prob.shape[0]
 
-        def learn(carry: tuple, batch: Batch) -> tuple:
+        def minibatch(carry: tuple, batch: Batch) -> tuple:
             params, state = carry
-            (_, parts), grads = jax.value_and_grad(loss, has_aux=True)(params, statistics, batch)
-            updates, state = optimizer.update(grads, state, params)
+            grad = jax.value_and_grad(self.loss, has_aux=True)
+            (_, parts), grads = grad(params, statistics, batch)
+            updates, state = self.optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), parts
 
         def epoch(carry: tuple, key: Array) -> tuple:
-            order = jax.random.permutation(key, size).reshape(ppo.minibatches, -1)
-            return jax.lax.scan(learn, carry, jax.tree.map(lambda x: x[order], flat))
+            order = jax.random.permutation(key, size).reshape(self.ppo.minibatches, -1)
+            return jax.lax.scan(minibatch, carry, jax.tree.map(lambda x: x[order], batch))
 
-        parts: dict[str, Array]
         (params, state), parts = jax.lax.scan(
-            epoch, (carry.params, carry.optimizer), jax.random.split(order_key, ppo.epochs)
+            epoch, (carry.params, carry.optimizer), jax.random.split(key, self.ppo.epochs)
         )
-        if config.normalise:
+        means: dict[str, Array] = jax.tree.map(jnp.mean, parts)
+        return carry._replace(params=params, optimizer=state), means
+
+    def generation(self, carry: Carry) -> tuple[Carry, dict[str, Array]]:
+        """Steps, advantages, passes over them, statistics."""
+        ppo, statistics = self.ppo, carry.statistics
+        key = jax.random.fold_in(jax.random.key(carry.seed), carry.generation)
+        collect_key, order_key = jax.random.split(key)
+        steps: Step
+        carry, steps = jax.lax.scan(self.collect, carry, jax.random.split(collect_key, ppo.steps))
+        last = self.value(carry.params, statistics, carry.observation)
+        advantage = advantages(
+            ppo.discount, ppo.gae_lambda, steps.worth, steps.value, steps.over, last
+        )
+        size = ppo.steps * ppo.environments
+        flat = jax.tree.map(
+            lambda x: x.reshape(size, *x.shape[2:]),
+            Batch(
+                steps.observation, steps.action, steps.log_prob, advantage, advantage + steps.value
+            ),
+        )
+        carry, parts = self.learn(carry, flat, order_key)
+        if self.config.normalise:
             deviation = flat.observation - statistics.mean
-            sums = Sums(jnp.ones(size), deviation, deviation**2)
-            statistics = merge(statistics, sums)
-        ended = over.sum()
+            statistics = merge(statistics, Sums(jnp.ones(size), deviation, deviation**2))
+        ended = steps.over.sum()
+        returns = steps.score.sum() / jnp.maximum(ended, 1)
         row = {
-            "episode_return": jnp.where(ended > 0, scores.sum() / jnp.maximum(ended, 1), jnp.nan),
+            "episode_return": jnp.where(ended > 0, returns, jnp.nan),
             "episodes": ended,
             "environment_steps": jnp.int32(size),
-            **{name: part.mean() for name, part in parts.items()},
+            **parts,
         }
-        carry = carry._replace(
-            params=params, optimizer=state, statistics=statistics, generation=carry.generation + 1
-        )
-        return carry, row
-
-    return generation
+        return carry._replace(statistics=statistics, generation=carry.generation + 1), row
