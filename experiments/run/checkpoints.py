@@ -5,7 +5,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -21,9 +20,10 @@ class Checkpoints:
 
     Args:
         path: the folder they lie in; `damaged` beside it takes those that cannot be read.
+        read_only: change nothing on disk, as beside a run that is still going on.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, read_only: bool = False) -> None:
         import logging
 
         import orbax.checkpoint as ocp
@@ -32,6 +32,7 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._ocp = ocp
         self._path = path.absolute()
+        self._read_only = read_only
         self._manager: Any = None
 
     def _open(self) -> Any:
@@ -39,7 +40,9 @@ class Checkpoints:
             with _in_one_sentence(self._path):
                 self._manager = self._ocp.CheckpointManager(
                     self._path,
-                    options=self._ocp.CheckpointManagerOptions(max_to_keep=KEPT),
+                    options=self._ocp.CheckpointManagerOptions(
+                        max_to_keep=KEPT, read_only=self._read_only
+                    ),
                     item_handlers={
                         "state": self._ocp.StandardCheckpointHandler(),
                         "totals": self._ocp.JsonCheckpointHandler(),
@@ -83,12 +86,15 @@ class Checkpoints:
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """(generation, state, totals) of the newest checkpoint that can be read, None if there is none.
 
+        Newer ones that cannot be read are set aside.
+
         Args:
           start: makes the state at generation 0; here it only says what a state looks like.
           tell: gets a sentence for every checkpoint that is damaged and passed over.
 
         Raises:
-          RunError: for a checkpoint of a state of other shapes.
+          RunError: for a checkpoint of a state of other shapes, or where there are checkpoints and none
+            can be read; nothing is moved then.
         """
         tell = tell or (lambda sentence: print(sentence, file=sys.stderr))
         if not self._path.is_dir():
@@ -97,37 +103,47 @@ class Checkpoints:
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(start)
         )
-        wanted, args = _by_path(shapes), self._ocp.args
+        damaged: dict[int, str] = {}
         for generation in sorted(self._open().all_steps(), reverse=True):
             try:
-                saved = _by_path(self._manager.item_metadata(generation)["state"].tree)
-                found: Any = None
-                if saved == wanted:
-                    found = self._manager.restore(
-                        generation,
-                        args=args.Composite(
-                            state=args.StandardRestore(shapes), totals=args.JsonRestore()
-                        ),
-                    )
+                found = self._read(generation, shapes)
+            except RunError:
+                raise
             # Orbax, its readers and decoders raise errors of a dozen types for damaged files.
             except Exception as error:
-                self._set_aside(generation)
-                tell(
-                    f"WARNING: the checkpoint of generation {generation} cannot be read "
-                    f"({_first_line(error)}); it now lies in {self._path.parent / 'damaged'}, and the "
-                    "one before is used."
-                )
+                damaged[generation] = _first_line(error)
                 continue
-            for name in wanted.keys() | saved.keys():
-                if wanted.get(name) != saved.get(name):
-                    raise RunError(
-                        f"the checkpoint of generation {generation} does not fit the settings: {name} "
-                        f"is {saved.get(name, 'absent')} where {wanted.get(name, 'absent')} is right"
-                    )
-            return generation, found["state"], found["totals"]
+            for other, reason in damaged.items():
+                where = "" if self._read_only else f"; it now lies in {self._set_aside(other)}"
+                tell(
+                    f"WARNING: the checkpoint of generation {other} cannot be read ({reason}){where}, "
+                    f"and that of generation {generation} is used."
+                )
+            return found
+        if damaged:
+            raise RunError(
+                f"none of the checkpoints in {self._path} can be read (the newest: "
+                f"{damaged[max(damaged)]}); look at them, or start anew with --overwrite"
+            )
         return None
 
-    def _set_aside(self, generation: int) -> None:
+    def _read(self, generation: int, shapes: Any) -> tuple[int, Any, dict[str, Any]]:
+        wanted = _by_path(shapes)
+        saved = _by_path(self._manager.item_metadata(generation)["state"].tree)
+        for name in wanted.keys() | saved.keys():
+            if wanted.get(name) != saved.get(name):
+                raise RunError(
+                    f"the checkpoint of generation {generation} does not fit the settings: {name} "
+                    f"is {saved.get(name, 'absent')} where {wanted.get(name, 'absent')} is right"
+                )
+        args = self._ocp.args
+        found = self._manager.restore(
+            generation,
+            args=args.Composite(state=args.StandardRestore(shapes), totals=args.JsonRestore()),
+        )
+        return generation, found["state"], found["totals"]
+
+    def _set_aside(self, generation: int) -> Path:
         aside = self._path.parent / "damaged"
         aside.mkdir(exist_ok=True)
         target = aside / str(generation)
@@ -137,6 +153,7 @@ class Checkpoints:
         (self._path / str(generation)).rename(target)
         self._manager = None
         self._open()
+        return target
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
@@ -147,12 +164,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._manager is not None and error is None:
             self.wait()
             self._manager.close()

@@ -81,7 +81,7 @@ def read_run(path: Path) -> Found:
         raise UsageError(f"{path}/config.json names the driver {name!r}, which there is not")
     config = from_json(importlib.import_module(DRIVERS[name].config).Config, content)
     module = importlib.import_module(DRIVERS[name].train)
-    with Checkpoints(path / "checkpoints") as checkpoints:
+    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
         found = checkpoints.restore(module.job(config).start)
     if found is None:
         raise UsageError(f"{path} has no checkpoint yet")

@@ -55,6 +55,8 @@ def open_run_folder(driver: str, settings: RunSettings) -> Iterator[Path]:
                 write_json(path / "config.json", config)
             if not (path / "versions.json").exists():
                 write_json(path / "versions.json", versions())
+            # Of a run that has ended: where it is continued, it has not.
+            (path / "result.json").unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(f"--run-dir {path} cannot be written to: {error.strerror}") from error
         yield path

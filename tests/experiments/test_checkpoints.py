@@ -106,6 +106,38 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
         assert (checkpoints.restore(start) or (0,))[0] == 3
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
+)
+def test_where_none_can_be_read_nothing_is_moved(tmp_path: Path) -> None:
+    save(tmp_path / "c", 3)
+    for generation in ("2", "3"):
+        shorten(tmp_path / "c" / generation / "state/manifest.ocdbt")
+    with (
+        Checkpoints(tmp_path / "c") as checkpoints,
+        pytest.raises(RunError, match=r"none of the checkpoints in .* can be read .*--overwrite"),
+    ):
+        checkpoints.restore(start)
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"2", "3"}
+    assert not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
+)
+def test_beside_a_run_that_goes_on_nothing_is_changed(tmp_path: Path) -> None:
+    save(tmp_path / "c", 3)
+    shorten(tmp_path / "c" / "3" / "state/manifest.ocdbt")
+    # What a writer has not finished yet.
+    (tmp_path / "c" / "4.orbax-checkpoint-tmp").mkdir()
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    told: list[str] = []
+    with Checkpoints(tmp_path / "c", read_only=True) as checkpoints:
+        assert (checkpoints.restore(start, told.append) or (0,))[0] == 2
+    assert "checkpoint of generation 3 cannot be read" in told[0]
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
 def test_other_shapes_are_an_error_and_no_damage(tmp_path: Path) -> None:
     save(tmp_path / "c", 2)
     with (
