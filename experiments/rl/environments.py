@@ -42,7 +42,6 @@ class Task(NamedTuple):
         observations: length of an observation after `encode`.
         encode: an observation as a float32 vector.
         actions: what the environment takes.
-        max_steps: steps after which an episode is cut.
     """
 
     env: Environment
@@ -50,7 +49,6 @@ class Task(NamedTuple):
     observations: int
     encode: Callable[[Array], Float[Array, "observations"]]
     actions: Discrete | Continuous
-    max_steps: int
 
 
 def make_task(name: str) -> Task:
@@ -72,8 +70,7 @@ def make_task(name: str) -> Task:
     except OSError as error:  # some environments download their data
         raise UsageError(f"gymnax could not set up {name}: {error}") from error
     size, encode = encoder(name, env, env_params)
-    max_steps = int(env_params.max_steps_in_episode)
-    return Task(env, env_params, size, encode, actions_of(name, env, env_params), max_steps)
+    return Task(env, env_params, size, encode, actions_of(name, env, env_params))
 
 
 def encoder(

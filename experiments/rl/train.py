@@ -24,7 +24,7 @@ from experiments.run.stopwatch import Stopwatch
 
 # How a result is put into words, and what returns are counted in.
 SKILLS = {"CartPole-v1": "to balance the pole"}
-MEASURES = {"CartPole-v1": "the mean policy holds it for {score:.1f} of {max_steps} steps"}
+MEASURES = {"CartPole-v1": "the mean policy holds it for {score:.1f} of 500 steps"}
 UNITS = {"CartPole-v1": "steps"}
 PLAIN_MEASURE = "the return of the mean policy is {score:.1f}"
 
@@ -239,7 +239,7 @@ def summarise(config: Config, outcome: Outcome, lesson: str, watch: Stopwatch) -
     )
 
 
-def put_in_words(config: Config, score: float, max_steps: int = 500) -> str:
+def put_in_words(config: Config, score: float) -> str:
     """The outcome as the beginning of a sentence, plain about a target that was missed."""
     name = config.env.removeprefix(GYMNASIUM)
     skill, measure = SKILLS.get(name, name), MEASURES.get(name, PLAIN_MEASURE)
@@ -251,4 +251,4 @@ def put_in_words(config: Config, score: float, max_steps: int = 500) -> str:
         verdict = f"Not yet learned {skill} (target {config.target:g})"
     # Cut, not rounded: 499.97 is not 500.
     shown = math.floor(score * 10) / 10
-    return f"{verdict}: {measure.format(score=shown, max_steps=max_steps)}"
+    return f"{verdict}: {measure.format(score=shown)}"

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("eggroll", "experiments"):
             raise
-        return _fail(name, f"the package {error.name!r} is missing: pip install 'eggroll-jax[rl]'")
+        need = f"the package {error.name!r} is missing: pip install 'eggroll-jax[rl,supervised]'"
+        return _fail(name, need)
     except RunError as error:
         _fail(name, str(error))
         return 1
@@ -133,7 +134,7 @@ def _doctor(args: Sequence[str]) -> int:
 
 
 def _plain_cli(kind: type[Settings], args: Sequence[str], prog: str) -> Settings:
-    """Settings without presets; a field annotated "positional" needs no flag."""
+    """Settings without presets."""
     import tyro
 
     return tyro.cli(kind, prog=prog, args=args)

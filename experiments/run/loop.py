@@ -125,8 +125,8 @@ def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outc
                 row.update(measured or dict.fromkeys(job.measured))
                 now = time.perf_counter()
                 row["timing"] = {"seconds": now - began, "since_start": watch.total()}
-                log(row)
                 row = metrics.write(row)
+                log(row)
                 g += 1
                 progress.update(g, job.tell({**row, **latest}))
                 if time.monotonic() - saved >= settings.checkpoint_seconds:

@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from experiments.run.errors import RunError
@@ -42,7 +41,7 @@ class MetricsFile:
                     f"{path} holds {len(rows)} of the {generation} rows before the checkpoint; "
                     "replace the run with --overwrite"
                 )
-            if path.exists() and not path.is_char_device():
+            if path.is_file():
                 text = "".join(json.dumps(row) + "\n" for row in rows)
                 write_whole(path, lambda file: file.write(text.encode()))
             self._file = path.open("a")
@@ -65,12 +64,7 @@ class MetricsFile:
     def __enter__(self) -> "MetricsFile":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         with full_disk_in_one_sentence(self.path):
             self._file.close()
 

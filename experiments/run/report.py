@@ -102,22 +102,29 @@ def read_run(path: Path, x: str, y: str) -> Run:
         raise UsageError(f"{path} has no metric rows yet")
     if y not in rows[0]:
         raise UsageError(f"{path} has no metric {y!r}{suggestion(y, rows[0])}")
-    points = [row for row in rows if row[y] is not None]
-    xs = [position(row, x) for row in points]
-    values = column(points, y) if points else np.zeros((0, 1))
+    at = positions(rows, x)
+    points = [i for i, row in enumerate(rows) if row[y] is not None]
+    values = column([rows[i] for i in points], y) if points else np.zeros((0, 1))
     if result is not None and result.get(y) is not None:
         last = result.get("by_seed") or result[y]
-        end = {**rows[-1], "generation": result["generations"]}
-        xs, values = [*xs, position(end, x)], np.concatenate([values, column([{y: last}], y)])
-    return Run(path, config, result, np.array(xs, float), values)
+        points, values = [*points, len(rows)], np.concatenate([values, column([{y: last}], y)])
+    return Run(path, config, result, at[points], values)
 
 
-def position(row: Row, x: str) -> float:
-    if x == "seconds":
-        return float(row["timing"]["since_start"])
-    if x not in row:
+def positions(rows: Sequence[Row], x: str) -> np.ndarray:
+    """Where the state before each row stands on the axis, and after the last one, float64 [rows + 1].
+
+    Times are summed up row by row, so that a run that was stopped and continued counts its work alone.
+    """
+    if x == "generation":
+        after = [row["generation"] + 1 for row in rows]
+    elif x == "seconds":
+        after = np.cumsum([row["timing"]["seconds"] for row in rows]).tolist()
+    elif x in rows[0]:
+        after = column(rows, x).mean(1).tolist()
+    else:
         raise UsageError(f"--x {x}: these runs do not count it")
-    return float(np.mean(row[x]))
+    return np.array([0, *after], float)
 
 
 def group(runs: Sequence[Run]) -> list[Group]:

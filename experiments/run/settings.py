@@ -70,6 +70,16 @@ def at_least_one(settings: Any, *fields: str, prefix: str = "") -> None:
             raise UsageError(f"{flag(prefix + name)} {value}: choose a whole number of at least 1")
 
 
+def even(settings: Any, field: str) -> None:
+    """Raises UsageError where the number of members cannot be divided into pairs."""
+    value = getattr(settings, field)
+    if value < 2 or value % 2:
+        raise UsageError(
+            f"{flag(field)} {value}: members come in opposite pairs, "
+            "so choose an even number of at least 2"
+        )
+
+
 def positive(settings: Any, *fields: str, prefix: str = "") -> None:
     """Raises UsageError for the first of the fields that is not a finite number above 0."""
     for name in fields:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.run.errors import UsageError
-from experiments.run.settings import RunSettings, at_least_one, flag, fraction, positive
+from experiments.run.settings import RunSettings, at_least_one, even, flag, fraction, positive
 
 PresetName = Literal["digits", "digits-accuracy", "digits-dense", "digits-sgd", "digits-adamw"]
 
@@ -56,11 +56,7 @@ class Config(RunSettings):
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""
         self.check_run()
-        if self.population < 2 or self.population % 2:
-            raise UsageError(
-                f"--population {self.population}: members come in opposite pairs, "
-                "so choose an even number of at least 2"
-            )
+        even(self, "population")
         positive(self, "sigma", "learning_rate")
         fraction(self, "sigma_decay", "learning_rate_decay")
         at_least_one(self, "rank", "width", "batch", "seeds")
