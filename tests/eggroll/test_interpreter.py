@@ -103,6 +103,20 @@ def until_small_scaling(w, x):
     return lax.while_loop(lambda c: jnp.abs(c[1]).max() > 0.01, body, (w, x))[1]
 
 
+def while_with_key(w, x):
+    """A loop with a random key in its carry, whose length differs from row to row."""
+
+    def body(carry):
+        key, x, steps = carry
+        key, own = jax.random.split(key)
+        return key, jnp.tanh(x @ w + 0.1 * jax.random.normal(own, x.shape)) * 0.5**steps, steps + 1
+
+    def one(key, row):
+        return lax.while_loop(lambda c: jnp.abs(c[1]).max() > 0.01, body, (key, row, 0))[1:]
+
+    return jax.vmap(one)(jax.random.split(jax.random.key(0), len(x)), x)
+
+
 def swap(a, b, x):
     def body(_, carry):
         a, b, x = carry
@@ -132,6 +146,7 @@ def swap(a, b, x):
     ("while, in the condition", while_condition_uses, W, X),
     ("while, constant", while_constant, W, X),
     ("while, each row in its own time", lambda w, x: jax.vmap(lambda r: while_constant(w, r))(x), W, X),
+    ("while, with a key in each row", while_with_key, W, X),
     ("while, carried by each row", lambda w, x: jax.vmap(lambda r: until_small(w, r))(x), W, X),
     ("while, in the condition of each row", lambda w, x: jax.vmap(lambda r: while_condition_uses(w, r))(x), W, X),
 )  # fmt: skip
