@@ -84,7 +84,7 @@ def split(
 
     Example:
         >>> split([b"a short one", b"another", b"a third, longer than both"], 0.2)
-        ([b'another', b'a third, longer than both'], [b'a short one'])
+        ([b'a short one', b'another'], [b'a third, longer than both'])
     """
     if not 0 < held_out < 1:
         raise UsageError(f"--held-out {held_out}: choose a share between 0 and 1")
