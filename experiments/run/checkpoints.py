@@ -38,6 +38,8 @@ class Checkpoints:
     def _open(self) -> Any:
         if self._manager is None:
             with _in_one_sentence(self._path):
+                if not self._read_only:
+                    self._clear_unfinished()
                 self._manager = self._ocp.CheckpointManager(
                     self._path,
                     options=self._ocp.CheckpointManagerOptions(
@@ -49,6 +51,11 @@ class Checkpoints:
                     },
                 )
         return self._manager
+
+    def _clear_unfinished(self) -> None:
+        """Removes what a killed process was still writing: orbax renames what is whole."""
+        for path in self._path.glob(f"*{self._ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(path)
 
     def save(self, generation: int, state: Any, totals: dict[str, Any]) -> None:
         """Save in the background; the state may be donated as soon as this returns.
@@ -149,9 +156,8 @@ class Checkpoints:
         target = aside / str(generation)
         while target.exists():
             target = target.with_name(target.name + "_")
-        self._manager.close()
+        self._close()
         (self._path / str(generation)).rename(target)
-        self._manager = None
         self._open()
         return target
 
@@ -164,10 +170,27 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self._manager is not None and error is None:
-            self.wait()
-            self._manager.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # Whatever ends the block, nothing goes on writing after it: the next to open the folder, in
+        # this process or another, clears away what looks unfinished.
+        try:
+            self._close()
+        except RunError as own:
+            if error is None:
+                raise
+            error.add_note(str(own))
+
+    def _close(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager is None:
+            return
+        with _in_one_sentence(self._path):
+            try:
+                manager.wait_until_finished()
+            except Exception:
+                manager.close()  # a failure is raised once, so that this closes
+                raise
+            manager.close()
 
 
 @jax.jit

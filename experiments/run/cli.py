@@ -43,13 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         need = f"the package {error.name!r} is missing: pip install 'eggroll-jax[rl,supervised]'"
         return _fail(name, need)
     except RunError as error:
-        _fail(name, str(error))
+        _fail(name, "\n".join([str(error), *notes(error)]))
         return 1
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return RUN_ME_AGAIN
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        for note in notes(error):
+            _fail(name, note)
         return 130
+
+
+def notes(error: BaseException) -> list[str]:
+    """What else went wrong while an error was on its way."""
+    return getattr(error, "__notes__", [])
 
 
 def usage() -> str:

@@ -1,7 +1,9 @@
 """Checkpoints come back bit for bit; damaged ones are set aside, loudly."""
 
 import functools
+import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import eggroll
@@ -69,6 +72,65 @@ def test_a_saved_state_may_be_donated(tmp_path: Path) -> None:
         checkpoints.wait()
         _, found, _ = checkpoints.restore(start) or (0, None, {})
     np.testing.assert_array_equal(found["es"].params["w"], at(1)["es"].params["w"])
+
+
+def write_after(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None]) -> None:
+    """Something happens in the background before a checkpoint is whole."""
+
+    class Late:
+        def result(self, timeout: float | None = None) -> None:
+            happens()
+
+    write = ocp.JsonCheckpointHandler.async_save
+
+    async def async_save(*args: Any, **settings: Any) -> Any:
+        return [*(await write(*args, **settings)), Late()]
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "async_save", async_save)
+
+
+def fail() -> None:
+    raise OSError("No space left on device")
+
+
+class PowerCut(Exception):
+    pass
+
+
+def test_an_error_does_not_leave_a_checkpoint_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_after(monkeypatch, lambda: time.sleep(0.5))
+    with pytest.raises(PowerCut) as error, Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, at(1), {})
+        raise PowerCut
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"1"}
+    assert not hasattr(error.value, "__notes__")
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert (checkpoints.restore(start) or (0,))[0] == 1
+
+
+def test_a_write_that_fails_in_the_background_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_after(monkeypatch, fail)
+    words = r"a checkpoint could not be written to .*: No space left on device; make room"
+    with pytest.raises(RunError, match=words), Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, at(1), {})
+    # It does not hide what ended the block, and is not lost either.
+    with pytest.raises(PowerCut) as error, Checkpoints(tmp_path / "c") as checkpoints:
+        checkpoints.save(1, at(1), {})
+        raise PowerCut
+    (note,) = error.value.__notes__
+    assert re.match(words, note)
+
+
+def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path) -> None:
+    save(tmp_path / "c", 1)
+    (tmp_path / "c" / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert (checkpoints.restore(start) or (0,))[0] == 1
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"1"}
 
 
 def shorten(path: Path) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.run import cli
 from experiments.run.cli import main
+from experiments.run.errors import RunError
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +106,27 @@ def test_an_earlier_run_of_other_settings_is_kept(
     assert "--sigma 9 -> 0.1" in message
     assert "--overwrite" in message
     assert (tmp_path / "metrics.jsonl").read_text() == '{"generation": 0}\n'
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(RunError("no scores"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_what_else_went_wrong_is_told_too(
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    error.add_note("a checkpoint could not be written")
+
+    def run(args: object) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", cli.Command("", run))
+    assert main(["doctor"]) == code
+    message = capsys.readouterr().err
+    assert "a checkpoint could not be written" in message
+    assert str(error) in message
 
 
 def test_doctor_is_content_here(capsys: pytest.CaptureFixture[str]) -> None:
