@@ -49,8 +49,8 @@ def scan_parts(eqn: Any, values: list[Any]) -> ScanParts:
 
 
 def called_jaxpr(eqn: Any) -> tuple[core.Jaxpr, list[Any]]:
-    """The body of a call-like equation (jit, remat, custom derivatives) and its constants."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    """The body of a call-like equation (jit, remat, custom rules) and its constants."""
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         body = eqn.params.get(name)
         if body is not None:
             return (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, [])

@@ -59,7 +59,8 @@ def weighted_noise(
     def on_device(ids: Any, valid: Any, data: Any) -> list[Array | None]:
         d, kept = data
         d = jnp.where(valid, d, 0)
-        chunks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (ids, d, kept))
+        by_chunk = lambda x: x.reshape(share // at_once, at_once, *x.shape[1:])
+        chunks = jax.tree.map(by_chunk, (ids, d, kept))
 
         def add(total: list[Any], chunk: Any) -> tuple[list[Any], None]:
             ids, d, draws = chunk

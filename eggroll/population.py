@@ -100,7 +100,8 @@ def map_pairs(
     def on_device(ids: Any, valid: Any, data: Any) -> Any:
         if at_once == share:
             return fn(ids, data)
-        chunks = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (ids, data))
+        by_chunk = lambda x: x.reshape(share // at_once, at_once, *x.shape[1:])
+        chunks = jax.tree.map(by_chunk, (ids, data))
         out = lax.map(lambda each: fn(*each), chunks)
         return jax.tree.map(lambda x: x.reshape(share, *x.shape[2:]), out)
 

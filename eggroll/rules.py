@@ -61,7 +61,7 @@ def dims(factor: Array) -> tuple[int, ...]:
 # ---------------------------------------------------------------- same operation on every part
 
 
-@rule("copy", "copy_p", "stop_gradient", "transpose", "reduce_precision")
+@rule("copy", "copy_p", "name", "stop_gradient", "transpose", "reduce_precision")
 def same_on_all(ctx: Any, eqn: Any, value: LowRank) -> Any:
     return on_each(value, lambda x: bind(eqn, x), lambda x: bind(eqn, x))
 

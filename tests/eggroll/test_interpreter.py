@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 from support import (
     cases,
@@ -236,6 +237,17 @@ def own_tangent_jvp(primals, tangents):
     return own_tangent(*primals), 2 * tangents[0] @ primals[1]
 
 
+@jax.custom_batching.custom_vmap
+def own_batching(x, w):
+    return x @ w
+
+
+@own_batching.def_vmap
+def own_batching_rule(size, batched, x, w):
+    axes = tuple(0 if b else None for b in batched)
+    return jax.vmap(lambda x, w: x @ w, axes)(x, w), True
+
+
 def energy(x, w):
     return jnp.sin(x @ w).sum()
 
@@ -250,7 +262,12 @@ def use_twice(body):
     ("one body at two ranks", use_twice(jax.jit(lambda x, w: jnp.tanh(x @ w))), W, V, X),
     ("custom_jvp", lambda w, x: jax.nn.relu(own_tangent(x, w)), W, X),
     ("custom_vjp", lambda w, x: clipped_gradient(x, w), W, X),
+    ("custom_vmap", lambda w, x: own_batching(x, w), W, X),
+    ("vmap of custom_vmap", lambda w, x: jax.vmap(lambda row: own_batching(row, w))(x), W, X),
     ("remat", lambda w, x: jax.checkpoint(lambda w: jnp.sin(x @ w))(w), W, X),
+    ("remat that saves a name", lambda w, x: jax.checkpoint(
+        lambda w: jnp.sin(x @ checkpoint_name(w, "w")),
+        policy=jax.checkpoint_policies.save_only_these_names("w"))(w), W, X),
     ("gradient of data", lambda w, x: jax.grad(energy)(x, w), W, X),
     ("gradient of weights", lambda w, x: jax.grad(energy, 1)(x, w), W, X),
     ("gradient through remat", lambda w, x: jax.grad(jax.checkpoint(energy))(x, w), W, X),

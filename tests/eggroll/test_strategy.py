@@ -353,6 +353,15 @@ def test_parameters_may_hold_none():
     )
 
 
+def test_parameters_and_outputs_without_entries():
+    params = {"w": jnp.ones((6, 4)), "none": jnp.zeros((0, 4))}
+    es = make(population=8, chunk=2)
+    state = es.init(params, 0)
+    after, metrics = es.step(state, lambda p, key: jnp.sum(X @ p["w"]) + jnp.sum(p["none"]))
+    assert bool(metrics.updated) and after.params["none"].shape == (0, 4)
+    assert es.map(state, lambda p, key: p["none"]).shape == (8, 0, 4)
+
+
 def test_sigma_follows_its_schedule():
     es = make(sigma=optax.exponential_decay(0.4, 1, 0.5))
     state = es.init(make_params(), 0)
