@@ -1,28 +1,37 @@
 """Optimizers that optax lacks, as optax transforms: they drop into any chain.
 
-Lion and Lion-K, SGDP and AdamP.
+Lion and Lion-K, SGDP and AdamP, FRUGAL.
 """
 
-from optim import kappa
+from optim import dual, kappa
 from optim.adamp import adamp, scale_by_adamp
 from optim.diagnostics import constraint_violation, kkt_score, lyapunov
+from optim.frugal import FrugalState, frugal, scale_by_frugal
 from optim.lion import ScaleByLionState, lion, scale_by_lion
 from optim.lion_k import lion_k, scale_by_lion_k
+from optim.memory import StateBytes, state_bytes
 from optim.sgdp import ScaleBySgdpState, scale_by_sgdp, sgdp
 
 __all__ = [
+    "FrugalState",
     "ScaleByLionState",
     "ScaleBySgdpState",
+    "StateBytes",
     "adamp",
     "constraint_violation",
+    "dual",
+    "frugal",
     "kappa",
     "kkt_score",
     "lion",
     "lion_k",
     "lyapunov",
+    "projector",
     "scale_by_adamp",
+    "scale_by_frugal",
     "scale_by_lion",
     "scale_by_lion_k",
     "scale_by_sgdp",
     "sgdp",
+    "state_bytes",
 ]
