@@ -6,6 +6,7 @@
 - checkpoints/: the two newest states
 - result.json: what the run came to
 - curve.png: the learning curve
+- anchors.json, samples.txt: of language models, what the text costs otherwise, and texts of the model's own
 - damaged/: checkpoints that could not be read, if there ever were any
 """
 
@@ -23,7 +24,10 @@ from typing import Any, BinaryIO
 from experiments.run.errors import RunError, UsageError
 from experiments.run.settings import RunSettings, differences, to_json
 
-FILES = ("config.json", "versions.json", "metrics.jsonl", "result.json", "curve.png")
+FILES = (
+    *("config.json", "versions.json", "metrics.jsonl", "result.json", "curve.png"),
+    *("anchors.json", "samples.txt"),
+)
 FOLDERS = ("checkpoints", "damaged", "tensorboard", "wandb")
 PACKAGES = ("eggroll-jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint", "gymnax")
 

@@ -45,7 +45,8 @@ class Job(NamedTuple):
     Attributes:
         start: the state before generation 0; arrays only, a function of the settings alone.
         generation: state -> (next state, row). The row's values are numbers, or lists with one number
-            for each of several seeds; the loop adds `generation` and `timing`.
+            for each of several seeds; the loop adds `generation` and, beside what the job puts into it,
+            `timing`.
         measure: state -> held-out figures of it, for the row and the result.
         reached: whether measured figures end the run early.
         tell: the newest row in a few words, for the progress bar.
@@ -124,7 +125,8 @@ def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outc
                     row[name] = totals[name] = _add(totals.get(name, 0), row[name])
                 row.update(measured or dict.fromkeys(job.measured))
                 now = time.perf_counter()
-                row["timing"] = {"seconds": now - began, "since_start": watch.total()}
+                times = {"seconds": now - began, "since_start": watch.total()}
+                row["timing"] = {**times, **row.get("timing", {})}
                 row = metrics.write(row)
                 log(row)
                 g += 1

@@ -21,6 +21,7 @@ def learning_curve(
     name: str = "held_out_return",
     population: bool = True,
     who: str = "mean policy",
+    marks: Mapping[str, float] | None = None,
 ) -> None:
     """Draw what the population scored and what the mean policy scores held out, against generations.
 
@@ -36,6 +37,7 @@ def learning_curve(
         name: the held-out value.
         population: draw what the population scored, if it is of the same kind.
         who: what is trained.
+        marks: values to compare with, by name.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -69,6 +71,10 @@ def learning_curve(
         axes.plot(at, values, color=HELD_OUT, lw=0.8, alpha=0.4)
     if target is not None:
         axes.axhline(target, color=GREY, lw=1, ls="--", zorder=0, label=f"target, {target:g}")
+    for mark, value in (marks or {}).items():
+        axes.axhline(value, color=GREY, lw=0.8, ls=":", zorder=0)
+        at_right: dict[str, Any] = {"ha": "right", "va": "bottom", "fontsize": 8, "color": GREY}
+        axes.text(1, value, mark, transform=axes.get_yaxis_transform(), **at_right)
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(f"updates of the {who} (generations)")
     axes.set_ylabel(measure)

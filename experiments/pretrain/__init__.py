@@ -1,0 +1,1 @@
+"""Pretraining small language models on bytes, in integers or floats: `eggroll pretrain`."""

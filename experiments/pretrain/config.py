@@ -1,0 +1,179 @@
+"""The settings of `eggroll pretrain`, and its presets. Imports nothing heavy."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from experiments.run.errors import UsageError
+from experiments.run.settings import RunSettings, at_least_one, even, flag, fraction, positive
+
+PresetName = Literal[
+    "laptop",
+    "hour",
+    "paper",
+    "tiny",
+    "float-es",
+    "gru-sgd",
+    "gru-adamw",
+    "transformer-sgd",
+    "transformer-adamw",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunSettings):
+    """Pretrain a language model of bytes: in int8 without a float, or in floats for comparison."""
+
+    preset: PresetName
+    """Where the other settings start from."""
+    data: str | None = None
+    """File or folder of texts, "minipile", or "hf:OWNER/NAME" for a text data set of the Hugging Face hub;
+    by default the help topics and sources that every Python carries."""
+    data_bytes: int = 2**28
+    """Bytes that are fetched of a data set of the hub."""
+    held_out: float = 0.1
+    """Share of the text that is held out, by documents; data sets of the hub have their own."""
+    held_out_streams: int = 128
+    """Streams that the held-out text is read in."""
+    held_out_tokens: int = 512
+    """Bytes of each of them; the anchors are of the same text."""
+    target: float | None = None
+    """Held-out bits per byte at which training stops early."""
+
+    model: Literal["egg", "float-egg", "gru", "transformer"] = "egg"
+    """"egg" is recurrent in int8 and "float-egg" the same in float32; "gru" has ordinary gates instead, and
+    "transformer" is of the Llama family. With the same layers and width all are of the same size."""
+    layers: int = 2
+    """Blocks of the model."""
+    width: int = 128
+    """Its width."""
+    algorithm: Literal["eggroll", "backprop"] = "eggroll"
+    """"eggroll" is evolution strategies."""
+    tokens: int = 100
+    """Bytes that every stream reads in an update."""
+
+    population: int = 1024
+    """Members of a generation; even, as they come in opposite pairs."""
+    group: int = 64
+    """Members that read the same stream; both members of a pair must."""
+    rank: int = 1
+    """Rank of the noise on matrices."""
+    sigma: float = 0.0625
+    """Standard deviation of the noise where weights are of order one; in int8 a power of 1/2."""
+    chunk: int | None = None
+    """Members evaluated at a time; None for all at once. Bounds memory, changes nothing."""
+    update: Literal["threshold", "error_feedback", "momentum"] = "threshold"
+    """What moves int8 weights by one unit: this generation's evidence alone, what earlier ones left below the
+    threshold besides, or a decaying sum of theirs."""
+    alpha: float = 1.0
+    """Share of the int8 weights that chance alone would move in the first generation."""
+    alpha_decay: float = 0.015
+    """Generation t moves alpha / (1 + alpha_decay t) of them."""
+
+    batch: int = 16
+    """Streams of backpropagation."""
+    optimizer: str = "adamw"
+    """Of float32 models: an optimizer of optax, or of this project as "optim.NAME"."""
+    learning_rate: float = 0.01
+    """Learning rate of the optimizer."""
+    learning_rate_decay: float = 1.0
+    """Factor on the learning rate after every generation."""
+    gradient_norm: float = 1.0
+    """Gradients of backpropagation are scaled down to this norm."""
+
+    sample_every: int = 100
+    """Generations from one text of the model's own to the next, in samples.txt."""
+    sample_bytes: int = 400
+    """Bytes of each."""
+
+    @property
+    def streams(self) -> int:
+        """Streams of text that are read at once in training."""
+        return self.batch if self.algorithm == "backprop" else self.population // self.group
+
+    @property
+    def shift(self) -> int:
+        """Of the integer noise: sigma is 2^-shift."""
+        return round(-math.log2(self.sigma))
+
+    @property
+    def tokens_an_update(self) -> int:
+        """Bytes read in an update, by all members."""
+        readers = self.batch if self.algorithm == "backprop" else self.population
+        return readers * self.tokens
+
+    def check(self) -> None:
+        """Raises UsageError for the first setting that cannot be right."""
+        self.check_run()
+        even(self, "population")
+        even_group(self)
+        positive(self, "sigma", "learning_rate", "gradient_norm")
+        fraction(self, "alpha", "learning_rate_decay")
+        at_least_one(self, "layers", "width", "tokens", "rank", "batch", "chunk", "data_bytes")
+        at_least_one(self, "sample_every", "sample_bytes", "held_out_streams", "held_out_tokens")
+        if not 0 < self.held_out < 1:
+            raise UsageError(f"{flag('held_out')} {self.held_out}: choose a share between 0 and 1")
+        if not (math.isfinite(self.alpha_decay) and self.alpha_decay >= 0):
+            raise UsageError(
+                f"{flag('alpha_decay')} {self.alpha_decay}: choose 0 or a positive number"
+            )
+        if self.target is not None and not (math.isfinite(self.target) and self.target > 0):
+            raise UsageError(f"--target {self.target}: choose a positive number of bits per byte")
+        if self.chunk is not None and self.chunk % 2:
+            raise UsageError(f"--chunk {self.chunk}: pairs stay together, so choose an even number")
+        if self.model == "egg" and self.algorithm == "backprop":
+            raise UsageError(
+                "--algorithm backprop: an int8 model has no gradient; choose --model float-egg, gru or "
+                "transformer"
+            )
+        if self.model == "egg" and (self.sigma != 2.0**-self.shift or not 0 <= self.shift <= 8):
+            raise UsageError(
+                f"--sigma {self.sigma}: the noise of int8 weights is shifted, so choose a power of 1/2 from "
+                "1 to 1/256, such as 0.0625"
+            )
+
+
+def even_group(config: Config) -> None:
+    """Raises UsageError where streams cannot be given to whole pairs."""
+    if config.group < 2 or config.group % 2:
+        raise UsageError(
+            f"--group {config.group}: both members of a pair read the same stream, so choose an even "
+            "number of at least 2"
+        )
+    if config.population % config.group:
+        raise UsageError(
+            f"--population {config.population}: groups of {config.group} members do not divide it; "
+            f"choose a multiple, such as {-(-config.population // config.group) * config.group}"
+        )
+
+
+def preset(name: PresetName, **settings: object) -> Config:
+    return Config(
+        preset=name,
+        run_dir=Path("runs/pretrain") / name,
+        **{"max_generations": 1000, "evaluate_every": 10, **settings},  # type: ignore[arg-type]
+    )
+
+
+PRESETS: dict[str, Config] = {
+    "laptop": preset("laptop"),
+    "tiny": preset(
+        "tiny",
+        layers=1,
+        width=16,
+        tokens=16,
+        population=64,
+        group=8,
+        batch=8,
+        held_out_streams=8,
+        held_out_tokens=64,
+        max_generations=60,
+        sample_bytes=40,
+    ),
+    "gru-adamw": preset("gru-adamw", model="gru", algorithm="backprop", learning_rate=0.01),
+    "transformer-adamw": preset(
+        "transformer-adamw", model="transformer", algorithm="backprop", learning_rate=0.003
+    ),
+    "float-es": preset("float-es", model="float-egg", optimizer="sgd", learning_rate=1.0),
+}

@@ -1,0 +1,50 @@
+"""samples.txt of a run folder: what the model writes, from early in training to its end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.run.folder import full_disk_in_one_sentence, write_whole
+
+_HEADER = "after "
+_INDENT = "    "
+
+
+def add_sample(path: Path, generation: int, text: bytes) -> None:
+    """Append a sample; what the file already holds from this generation on is replaced.
+
+    So a run that was killed and goes on leaves the file of an unbroken one.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "samples.txt"
+        >>> for generation, text in [(0, b"q@z"), (5, b"th the"), (5, b"the end")]:
+        ...     add_sample(path, generation, text)
+        >>> print(path.read_text())
+        after 0 updates
+            q@z
+        after 5 updates
+            the end
+        <BLANKLINE>
+    """
+    kept: list[str] = []
+    # Not splitlines: only a newline ends a line of this file.
+    for line in path.read_text().split("\n")[:-1] if path.exists() else ():
+        if line.startswith(_HEADER) and int(line.split()[1]) >= generation:
+            break
+        kept.append(line)
+    lines = [*kept, f"{_HEADER}{generation} updates", *(_INDENT + one for one in readable(text))]
+    with full_disk_in_one_sentence(path):
+        write_whole(path, lambda file: file.write("".join(f"{one}\n" for one in lines).encode()))
+
+
+def readable(text: bytes) -> Sequence[str]:
+    """The lines of a text, of ASCII alone: any other byte as Python writes it.
+
+    Example:
+        >>> readable(b"a\\tb\\x00\\n\\xff")
+        ['a\\\\tb\\\\x00', '\\\\xff']
+    """
+    return [
+        "".join(chr(b) if 32 <= b < 127 else repr(bytes([b]))[2:-1] for b in line)
+        for line in text.split(b"\n")
+    ]
