@@ -110,6 +110,17 @@ def _train(driver: str, args: Sequence[str]) -> int:
     return 0
 
 
+def _study(args: Sequence[str]) -> int:
+    from experiments.optimizers.study import StudySettings, study
+    from experiments.run.compilation import keep_compiled_programs
+
+    settings = _plain_cli(StudySettings, args, "eggroll study")
+    settings.check()
+    keep_compiled_programs()
+    print(f"Wrote {', '.join(map(str, study(settings)))}.")
+    return 0
+
+
 def _report(args: Sequence[str]) -> int:
     from experiments.run.report import Settings, report
 
@@ -164,6 +175,10 @@ COMMANDS = {
         "train a policy in a gymnax or Gymnasium environment", functools.partial(_train, "rl")
     ),
     "supervised": Command("train a classifier of digits", functools.partial(_train, "supervised")),
+    "optimizers": Command(
+        "train by backpropagation, by any optimizer", functools.partial(_train, "optimizers")
+    ),
+    "study": Command("compare optimizers, each at its best learning rate", _study),
     "report": Command("draw and compare the curves of runs", _report),
     "eval": Command("measure the newest checkpoint of a run", _eval),
     "export": Command("write the trained parameters of a run as safetensors", _export),

@@ -33,6 +33,11 @@ DRIVERS: Mapping[str, Driver] = {
         "experiments.supervised.config",
         "experiments.supervised.train",
     ),
+    "optimizers": Driver(
+        "train by backpropagation, by any optimizer",
+        "experiments.optimizers.config",
+        "experiments.optimizers.train",
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """Optimizers by name: those of optax, and this project's own as "optim.NAME"."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import optax
@@ -23,6 +24,15 @@ def make_optimizer(name: str, learning_rate: Any, **settings: Any) -> optax.Grad
         >>> make_optimizer("adam", 1e-2).init({"w": 0.0})[0].count.item()
         0
     """
+    return find_optimizer(name)(learning_rate, **settings)
+
+
+def find_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:
+    """The function that makes the optimizer called `name`; its first argument is the learning rate.
+
+    Raises:
+        UsageError: for a name that is no optimizer, with the nearest ones.
+    """
     package, _, short = name.rpartition(".")
     found: Any = None
     if package == "optim":
@@ -38,7 +48,7 @@ def make_optimizer(name: str, learning_rate: Any, **settings: Any) -> optax.Grad
         raise UsageError(
             f"--optimizer {name}: {where} has no such optimizer{suggestion(short, names)}"
         )
-    return found(learning_rate, **settings)
+    return found
 
 
 def takes_learning_rate(f: Any) -> bool:

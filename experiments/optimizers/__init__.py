@@ -1,0 +1,1 @@
+"""Comparing optimizers by backpropagation: `eggroll optimizers` and `eggroll study`."""

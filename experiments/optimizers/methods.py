@@ -1,0 +1,93 @@
+"""What `eggroll study` compares, and the learning rates that it tries. Imports nothing heavy."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from experiments.optimizers.config import PRESETS, Config
+
+StudyName = Literal["lm", "digits", "tiny"]
+
+# All learning rates are rungs of one ladder: 1e-6, 3e-6, 1e-5, ..., 3, 10.
+LADDER = tuple(float(f"{first}e{power}") for power in range(-6, 2) for first in (1, 3))
+
+
+class Method(NamedTuple):
+    """One row of the comparison.
+
+    Attributes:
+        settings: fields of Config that make it.
+        text: the learning rate in the middle of the first three that are tried, on text.
+        digits: the same on digits.
+        only: the task that it belongs to; None: both.
+    """
+
+    settings: Mapping[str, Any]
+    text: float
+    digits: float
+    only: str | None = None
+
+
+def _frugal(density: float, **settings: Any) -> dict[str, Any]:
+    return {"optimizer": "optim.frugal", "density": density, **settings}
+
+
+# The middles are customary values, or for Lion-K with a norm, whose steps are shorter by the root of the
+# number of entries, those of Lion times about so much. Where they are wrong, the search moves away.
+METHODS: dict[str, Method] = {
+    "adamw": Method({"optimizer": "adamw"}, 3e-3, 1e-2),
+    "optax-lion": Method({"optimizer": "lion"}, 1e-3, 1e-3),
+    "lion": Method({"optimizer": "optim.lion"}, 1e-3, 1e-3),
+    "lion-k-huber": Method({"optimizer": "optim.lion_k", "kappa": "huber:0.001"}, 1e-3, 1e-3),
+    "lion-k-l2": Method({"optimizer": "optim.lion_k", "kappa": "l2"}, 1e-1, 1e-1),
+    "lion-k-nuclear": Method({"optimizer": "optim.lion_k", "kappa": "nuclear"}, 1e-2, 1e-2),
+    "sgd": Method({"optimizer": "sgd", "momentum": 0.9}, 1e-1, 1e-1),
+    "sgdp": Method({"optimizer": "optim.sgdp", "momentum": 0.9}, 1e-1, 1e-1),
+    "adamp": Method({"optimizer": "optim.adamp"}, 3e-3, 1e-2),
+    "galore": Method({"optimizer": "optim.galore", "density": 0.25}, 3e-3, 1e-2),
+    "badam": Method({"optimizer": "optim.badam", "density": 0.25}, 3e-3, 1e-2),
+    "frugal-0": Method(_frugal(0.0), 1e-3, 1e-3),
+    "frugal-0.1": Method(_frugal(0.1), 1e-3, 1e-3),
+    "frugal-0.25": Method(_frugal(0.25), 1e-3, 1e-3),
+    "frugal-0.5": Method(_frugal(0.5), 1e-3, 1e-3),
+    "frugal-1": Method(_frugal(1.0), 3e-3, 1e-2),
+    "sign-sgd": Method({"optimizer": "sign_sgd"}, 1e-3, 1e-3),
+    "frugal-0-head": Method(_frugal(0.0, also_split=("lm_head",)), 1e-3, 1e-3, "text"),
+    "frugal-0-embedding": Method(_frugal(0.0, also_split=("embed_tokens",)), 1e-3, 1e-3, "text"),
+}  # fmt: skip
+
+# Updates from one split of FRUGAL and GaLore, or block of BAdam, to the next.
+GAP = 25
+
+STUDIES: dict[str, Config] = {
+    "lm": PRESETS["lm"],
+    "digits": replace(PRESETS["digits"], max_generations=200, schedule=200, evaluate_every=50),
+    "tiny": PRESETS["tiny"],
+}
+
+
+def methods_of(base: Config) -> dict[str, Method]:
+    """The methods that belong to the task."""
+    return {name: one for name, one in METHODS.items() if one.only in (None, base.task)}
+
+
+def middle(method: Method, base: Config) -> int:
+    """The rung of the ladder that the search begins at."""
+    return LADDER.index(method.text if base.task == "text" else method.digits)
+
+
+def config_of(base: Config, name: str, rate: float, seed: int, folder: Path) -> Config:
+    """The settings of one run of the comparison."""
+    settings = dict(METHODS[name].settings)
+    if "density" in settings:
+        settings["gap"] = GAP
+    return replace(
+        base,
+        run_dir=folder / name / f"rate-{rate:g}" / f"seed-{seed}",
+        learning_rate=rate,
+        seed=seed,
+        # Runs are short; each saves at its end and when it is stopped.
+        checkpoint_seconds=60.0,
+        **settings,
+    )

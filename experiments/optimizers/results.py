@@ -1,0 +1,177 @@
+"""What a comparison of optimizers found, as JSON, as a table and as a picture."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.optimizers.config import Config
+from experiments.run.folder import full_disk_in_one_sentence, write_json, write_whole
+
+# Colours by what a method keeps for every weight; the last is of those that belong to no family.
+FAMILIES = {
+    "frugal": "#E4572E",
+    "adam": "#4C78A8",
+    "lion": "#54A24B",
+    "optax-lion": "#54A24B",
+    "sgd": "#B279A2",
+    "galore": "#F2A541",
+    "badam": "#439894",
+    "": "#8A8A8A",
+}
+
+
+class Found(NamedTuple):
+    """What a method came to.
+
+    Attributes:
+        rate: its best learning rate.
+        tried: held-out loss of the search's seed, by learning rate.
+        results: results of the runs at the best one.
+    """
+
+    rate: float
+    tried: Mapping[float, float]
+    results: list[dict[str, Any]]
+
+
+class Line(NamedTuple):
+    """A row of the table; losses in nats.
+
+    Attributes:
+        method: its name.
+        rate: its learning rate.
+        losses: held-out losses of its seeds; inf for one that is not finite.
+        loss: their mean.
+        spread: their standard deviation; None for one seed.
+        accuracy: mean share of held-out digits that are right; None for text.
+        norm: mean norm of the weights at the end, which began at 1; None for text.
+        state_bytes: size of its state.
+        bytes_a_parameter: that over the number of parameters.
+        step_seconds: median over its runs of the median time of an update.
+    """
+
+    method: str
+    rate: float
+    losses: list[float]
+    loss: float
+    spread: float | None
+    accuracy: float | None
+    norm: float | None
+    state_bytes: int
+    bytes_a_parameter: float
+    step_seconds: float
+
+
+def line(method: str, found: Found) -> Line:
+    """The row of a method."""
+
+    def mean(name: str) -> float | None:
+        values = [one["measured"].get(name) for one in found.results]
+        return None if None in values else statistics.fmean(values)
+
+    losses = [
+        float("inf") if one["held_out_loss"] is None else one["held_out_loss"]
+        for one in found.results
+    ]
+    finite = float("inf") not in losses
+    size, numbers = found.results[0]["state_bytes"], found.results[0]["parameters"]
+    return Line(
+        method=method,
+        rate=found.rate,
+        losses=losses,
+        loss=statistics.fmean(losses),
+        spread=statistics.stdev(losses) if finite and len(losses) > 1 else None,
+        accuracy=mean("held_out_accuracy"),
+        norm=mean("weight_norm"),
+        state_bytes=size,
+        bytes_a_parameter=size / numbers,
+        step_seconds=statistics.median(one["step_seconds"] for one in found.results),
+    )
+
+
+def table(lines: list[Line]) -> str:
+    """The rows as Markdown, the lowest loss first.
+
+    Example:
+        >>> one = Line("adamw", 0.003, [1.5, 1.7], 1.6, 0.1, None, None, 8000, 8.0, 0.05)
+        >>> print(table([one]))
+        | method | learning rate | held-out loss | state, bytes | a parameter | update |
+        |---|---|---|---|---|---|
+        | adamw | 0.003 | 1.6000 ± 0.1000 | 8,000 | 8.00 | 50.0 ms |
+    """
+    digits = any(one.accuracy is not None for one in lines)
+    head = ["method", "learning rate", "held-out loss"]
+    head += ["right", "weight norm"] if digits else []
+    head += ["state, bytes", "a parameter", "update"]
+    rows = [head, ["---"] * len(head)]
+    for one in sorted(lines, key=lambda one: one.loss):
+        spread = "" if one.spread is None else f" ± {one.spread:.4f}"
+        row = [one.method, f"{one.rate:g}", f"{one.loss:.4f}{spread}"]
+        if digits:
+            row += ["" if one.accuracy is None else f"{one.accuracy:.2%}"]
+            row += ["" if one.norm is None else f"{one.norm:.2f}"]
+        row += [f"{one.state_bytes:,}", f"{one.bytes_a_parameter:.2f}"]
+        rows.append([*row, f"{1000 * one.step_seconds:.1f} ms"])
+    # Without spaces around the dashes, as people write it.
+    return "\n".join(
+        "|" + "|".join(r) + "|" if r[0] == "---" else f"| {' | '.join(r)} |" for r in rows
+    )
+
+
+def write_results(folder: Path, base: Config, found: Mapping[str, Found]) -> list[Path]:
+    """Write results.json, table.md and study.png; returns their paths."""
+    lines = [line(name, one) for name, one in found.items()]
+    paths = [folder / name for name in ("results.json", "table.md", "study.png")]
+    with full_disk_in_one_sentence(folder):
+        content = {
+            one.method: {**one._asdict(), "tried": dict(found[one.method].tried)} for one in lines
+        }
+        # JSON has no word for what is not finite.
+        write_json(paths[0], json.loads(json.dumps(content), parse_constant=lambda name: None))
+        text = table(lines) + "\n"
+        write_whole(paths[1], lambda file: file.write(text.encode()))
+        draw(lines, base, paths[2])
+    return paths
+
+
+def family(method: str) -> str:
+    """The colour of a method."""
+    return next(color for name, color in FAMILIES.items() if method.startswith(name))
+
+
+def draw(lines: list[Line], base: Config, path: Path) -> None:
+    """Losses of all seeds beside the bytes of the states, the lowest mean first."""
+    from matplotlib.figure import Figure
+
+    from experiments.run.plots import finish
+
+    lines = sorted((one for one in lines if one.loss < float("inf")), key=lambda one: -one.loss)
+    figure = Figure(figsize=(8.4, 1.6 + 0.27 * len(lines)), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
+    for height, one in enumerate(lines):
+        color = family(one.method)
+        left.plot(one.losses, [height] * len(one.losses), "o", color=color, ms=5, alpha=0.5, mew=0)
+        left.plot(one.loss, height, "|", color=color, ms=13, mew=2.2)
+        left.text(1.02, height, f"{one.loss:.3f}", transform=left.get_yaxis_transform(), va="center",
+                  fontsize=8, color="#555555")  # fmt: skip
+        right.barh(height, one.bytes_a_parameter, color=color, height=0.55)
+        right.text(one.bytes_a_parameter + 0.15, height, f"{one.bytes_a_parameter:.1f}", va="center",
+                   fontsize=8, color="#555555")  # fmt: skip
+    left.set_yticks(range(len(lines)), [one.method for one in lines])
+    seeds = max((len(one.losses) for one in lines), default=1)
+    unit = "nats a byte" if base.task == "text" else "nats"
+    left.set_xlabel(f"held-out loss ({unit}): dots are seeds, the bar their mean")
+    right.set_xlabel("state, bytes a parameter")
+    for axes in (left, right):
+        finish(axes)
+        axes.grid(axis="y", visible=False)
+    left.margins(x=0.05, y=0.02)
+    right.set_xlim(0, 1.15 * max([8.0, *(one.bytes_a_parameter for one in lines)]))
+    figure.suptitle(
+        f"{len(lines)} optimizers, {base.limit} updates each, {seeds} seeds, "
+        "each at the best learning rate of its ladder",
+        x=0.01, ha="left", fontsize=11,
+    )  # fmt: skip
+    write_whole(path, lambda file: figure.savefig(file, format="png"))

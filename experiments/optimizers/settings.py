@@ -1,0 +1,121 @@
+"""From settings to an optimizer: what of them it takes, and what it does not."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import PyTree
+
+from experiments.optimizers.config import Config
+from experiments.run.errors import UsageError, suggestion
+from experiments.run.optimizers import find_optimizer
+from experiments.run.settings import flag
+
+# A setting of ours and the arguments that it may be called, in optax or in optim.
+ARGUMENTS = {
+    "momentum": ("momentum",),
+    "density": ("density",),
+    "gap": ("update_gap", "switch_every"),
+    "projector": ("projector",),
+    "kappa": ("kappa",),
+}
+
+
+def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTransformation:
+    """The optimizer that the settings name.
+
+    Args:
+        config: with the optimizer's name and its settings.
+        rate: the learning rate, a number or a schedule; it may be traced.
+        stacked: which parameters are stacks of matrices, one a layer: a tree of booleans.
+
+    Raises:
+        UsageError: for a name that is no optimizer, or a setting that it does not have.
+    """
+    make = find_optimizer(config.optimizer)
+    takes = inspect.signature(make).parameters
+    chosen: dict[str, Any] = {}
+    for setting, names in ARGUMENTS.items():
+        value = getattr(config, setting)
+        if value is None:
+            continue
+        name = next((name for name in names if name in takes), None)
+        if name is None:
+            raise UsageError(f"{flag(setting)} {value}: {config.optimizer} has no such setting")
+        make_value = {"kappa": kappa_of, "projector": projector_of}.get(setting)
+        chosen[name] = make_value(value) if make_value else value
+    if "weight_decay" in takes:
+        chosen["weight_decay"] = config.weight_decay
+    elif config.weight_decay:
+        raise UsageError(
+            f"--weight-decay {config.weight_decay}: {config.optimizer} has no weight decay"
+        )
+    if "batch_axes" in takes:
+        chosen["batch_axes"] = jax.tree.map(int, stacked)
+    if "dimension_numbers" in takes:
+        one = optax.contrib.MuonDimensionNumbers(1, 2)
+        chosen["dimension_numbers"] = jax.tree.map(lambda yes: one if yes else None, stacked)
+    if config.also_split:
+        if "split" not in takes:
+            raise UsageError(f"--also-split: {config.optimizer} has no such setting")
+        chosen["split"] = split_of(config.also_split, chosen["dimension_numbers"])
+    return make(rate, **chosen)
+
+
+def kappa_of(words: str) -> Any:
+    """A function of optim.kappa from its name, with its number behind a colon if it has one.
+
+    Raises:
+        UsageError: for a name that there is not, or a number that is none.
+
+    Example:
+        >>> kappa_of("huber:0.5").problem
+        'minimise f + (0.5 wd / 2) |x|^2 subject to max |x| <= 1/wd'
+    """
+    from optim import kappa
+
+    name, colon, number = words.partition(":")
+    known = {n: f for n, f in vars(kappa).items() if inspect.isfunction(f) and n[0] != "_"}
+    if name not in known:
+        raise UsageError(f"--kappa {words}: there is no such function{suggestion(name, known)}")
+    try:
+        numbers = [int(number) if number.isdigit() else float(number)] if colon else []
+        return known[name](*numbers)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--kappa {words}: {error}") from error
+
+
+def projector_of(name: str) -> Any:
+    """A projector of optim.projector from its name."""
+    from optim import projector
+
+    found = getattr(projector, name, None)
+    if found is None:
+        raise UsageError(f"--projector {name}: optim has none of this name")
+    return found()
+
+
+def split_of(also: Sequence[str], dimension_numbers: PyTree) -> Callable[[PyTree], PyTree]:
+    """Parameters -> what FRUGAL splits: its linear weights and the named ones.
+
+    Raises:
+        UsageError: while it works, for a name that no parameter has.
+    """
+    from optim.matrices import linear_weights
+
+    def split(params: PyTree) -> PyTree:
+        leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        for name in also:
+            if name not in paths:
+                raise UsageError(
+                    f"--also-split {name}: there is no such parameter{suggestion(name, paths)}"
+                )
+        usual = jax.tree.leaves(linear_weights(params, dimension_numbers))
+        return structure.unflatten(
+            [one or path in also for one, path in zip(usual, paths, strict=True)]
+        )
+
+    return split

@@ -1,0 +1,183 @@
+"""`eggroll study`: many optimizers on one task, each at the learning rate that suits it.
+
+For every method: a run at three neighbouring rungs of a ladder of learning rates, further up or down the
+ladder while the best is at an end of what was tried; then runs of further seeds at the best. All have the
+same budget of updates, schedule, data and batches. A run is a run folder, and one that is finished is
+never made again, so that the same command continues.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from experiments.optimizers.config import Config
+from experiments.optimizers.methods import (
+    LADDER,
+    STUDIES,
+    StudyName,
+    config_of,
+    methods_of,
+    middle,
+)
+from experiments.optimizers.results import Found, write_results
+from experiments.run.errors import Interrupted, UsageError, suggestion
+from experiments.run.folder import read_result
+from experiments.run.settings import at_least_one, positive
+from experiments.run.stopping import StopRequest, stop_requests
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """Compare optimizers, and write a table and a picture."""
+
+    study: Positional[StudyName]
+    """A language model of bytes, digits, or a tiny language model."""
+    run_dir: Path | None = None
+    """Folder for all runs and the results; runs/study-STUDY by default."""
+    methods: tuple[str, ...] = ()
+    """What to compare; everything by default."""
+    seeds: int = 3
+    """Runs at the best learning rate, whose seeds are not that of the search."""
+    generations: int | None = None
+    """Updates of every run, instead of the study's."""
+    minutes: float | None = None
+    """Begin no further run after so many minutes; the same command again goes on."""
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return self.run_dir or Path(f"runs/study-{self.study}")
+
+    @property
+    def base(self) -> Config:
+        """What all runs have in common."""
+        base = STUDIES[self.study]
+        updates = self.generations or base.max_generations
+        return replace(base, max_generations=updates, schedule=updates)
+
+    def check(self) -> None:
+        """Raises UsageError for the first setting that cannot be right."""
+        at_least_one(self, "seeds", "generations")
+        if self.minutes is not None:
+            positive(self, "minutes")
+        known = methods_of(self.base)
+        for name in self.methods:
+            if name not in known:
+                raise UsageError(
+                    f"--methods {name}: there is no such method{suggestion(name, known)}"
+                )
+
+
+def study(settings: StudySettings) -> list[Path]:
+    """Run what has not been run, and write the results of what has.
+
+    Returns:
+        The files written: results.json, table.md, study.png.
+
+    Raises:
+        UsageError: for settings that cannot be right.
+        Interrupted: after SIGTERM or Ctrl-C, or when the minutes are over; results of the methods that are
+            done are written first.
+    """
+    settings.check()
+    base, folder = settings.base, settings.folder
+    began = time.monotonic()
+    found: dict[str, Found] = {}
+    with stop_requests() as stop:
+
+        def run(config: Config) -> dict[str, Any]:
+            result = _finished(config)
+            if result is None:
+                _go_on(settings, stop, began)
+                result = _train(config)
+            return result
+
+        try:
+            for name in settings.methods or methods_of(base):
+                found[name] = compare(name, settings, run)
+        except Interrupted as reason:
+            if found:
+                write_results(folder, base, found)
+            raise Interrupted(
+                f"{reason} {len(found)} methods are done; the same command again goes on."
+            ) from reason
+    return write_results(folder, base, found)
+
+
+def compare(name: str, settings: StudySettings, run: Callable[[Config], dict[str, Any]]) -> Found:
+    """The best learning rate of a method, and its runs there."""
+    base, folder = settings.base, settings.folder
+    at = lambda rung, seed: config_of(base, name, LADDER[rung], seed, folder)
+    tried = climb(
+        lambda rung: _loss(run(at(rung, base.seed))), middle(methods_of(base)[name], base)
+    )
+    best = min(tried, key=tried.__getitem__)
+    seeds = [base.seed + 1 + i for i in range(settings.seeds)]
+    results = [run(at(best, seed)) for seed in seeds]
+    return Found(LADDER[best], {LADDER[rung]: tried[rung] for rung in sorted(tried)}, results)
+
+
+def climb(loss: Callable[[int], float], start: int) -> dict[int, float]:
+    """The losses of a rung of the ladder and its neighbours, and further on while the best is at an end.
+
+    Example:
+        >>> climb(lambda rung: abs(rung - 9), 6)
+        {5: 4, 6: 3, 7: 2, 8: 1, 9: 0, 10: 1}
+    """
+    tried = {rung: loss(rung) for rung in (start - 1, start, start + 1)}
+    while True:
+        best = min(tried, key=tried.__getitem__)
+        step = {min(tried): -1, max(tried): 1}.get(best, 0)
+        if step == 0 or not 0 <= best + step < len(LADDER) or math.isinf(tried[best]):
+            return tried
+        tried[best + step] = loss(best + step)
+
+
+def _loss(result: dict[str, Any]) -> float:
+    """One that is not finite is worse than any."""
+    loss = result["held_out_loss"]
+    return math.inf if loss is None else loss
+
+
+def _finished(config: Config) -> dict[str, Any] | None:
+    """The result of a run that was made with these settings before.
+
+    Raises:
+        UsageError: where the folder holds a run of other settings.
+    """
+    from experiments.run.folder import read_config
+    from experiments.run.settings import differences, to_json
+
+    result = read_result(config.run_dir)
+    if result is None or result["generations"] != config.limit:
+        return None
+    changed = list(
+        differences(read_config(config.run_dir), {"driver": "optimizers", **to_json(config)})
+    )
+    if changed:
+        raise UsageError(
+            f"{config.run_dir} holds a run of other settings ({', '.join(changed)}): choose another --run-dir"
+        )
+    return result
+
+
+def _train(config: Config) -> dict[str, Any]:
+    from experiments.optimizers.train import train
+
+    result = train(config)
+    print(f"{config.run_dir}: held-out loss {result.held_out_loss}", file=sys.stderr)
+    return result._asdict()
+
+
+def _go_on(settings: StudySettings, stop: StopRequest, began: float) -> None:
+    """Raises Interrupted where no further run may begin."""
+    if stop.reason:
+        raise Interrupted(f"Stopped by {stop.reason}.")
+    if settings.minutes is not None and time.monotonic() - began > 60 * settings.minutes:
+        raise Interrupted(f"Stopped after {settings.minutes:g} minutes.")
