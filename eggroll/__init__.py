@@ -1,6 +1,7 @@
 """Low-rank evolution strategies (EGGROLL, arXiv 2511.16652) for any JAX model, unchanged."""
 
 from eggroll import estimator as estimator
+from eggroll import integer as integer
 from eggroll import noise as noise
 from eggroll import plan as plan
 from eggroll import shaping as shaping
@@ -23,6 +24,7 @@ __all__ = [
     "Metrics",
     "State",
     "estimator",
+    "integer",
     "noise",
     "plan",
     "shaping",

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, UInt32
+from jaxtyping import Int, Num, UInt32
 
+from eggroll import fixed_point
 from eggroll.lowrank import accumulator
 from eggroll.noise import Noise
-from eggroll.perturbation import Draw, draw_pairs
+from eggroll.perturbation import Draw, Sigma, draw_pairs
 from eggroll.plan import Leaf, Matrix, Plan
 from eggroll.population import AXIS, devices, split_pairs
 
@@ -25,7 +26,10 @@ CHUNK_BYTES = 64 * 2**20
 
 
 def pairs_at_once(plan: Plan, pairs: int) -> int:
-    return max(1, min(pairs, CHUNK_BYTES // max(1, plan.noise_bytes)))
+    most = CHUNK_BYTES // max(1, plan.noise_bytes)
+    if plan.integer:
+        most = min(most, fixed_point.pairs_in_int32(plan.largest_rank))
+    return max(1, min(pairs, most))
 
 
 def weighted_noise(
@@ -33,18 +37,21 @@ def weighted_noise(
     noise: Noise,
     seed: UInt32[Array, "2"],
     epoch: Int[Array, ""],
-    weights: Float[Array, "pairs"],
+    weights: Num[Array, "pairs"],
     kept: list[Draw] | None = None,
     mesh: Mesh | None = None,
 ) -> list[Array | None]:
     """``sum_p d_p E_p sqrt(rank)`` for every trainable leaf, in float32 (float64 for float64).
+
+    Of an integer plan ``sum_p d_p A_p B_p`` in int32, exact and the same in any order.
 
     Args:
       plan: the treatment of every leaf.
       noise: the source of samples.
       seed: the run's seed.
       epoch: generation // noise_reuse.
-      weights: the difference of the two members' weights, of every pair.
+      weights: the difference of the two members' weights, of every pair; of an integer plan int8 in
+        {-1, 0, 1}.
       kept: the draws of all pairs, leaves ``[pairs, ...]``, where they were kept; else redrawn.
       mesh: each device sums its own pairs, then the sums are added up.
 
@@ -55,6 +62,7 @@ def weighted_noise(
     share = -(-pairs // devices(mesh))
     at_once = pairs_at_once(plan, share)
     share = -(-share // at_once) * at_once
+    limbs = plan.integer and pairs > fixed_point.pairs_in_int32(plan.largest_rank)
 
     def on_device(ids: Any, valid: Any, data: Any) -> list[Array | None]:
         d, kept = data
@@ -66,29 +74,39 @@ def weighted_noise(
             ids, d, draws = chunk
             if draws is None:
                 draws = draw_pairs(plan, noise, seed, epoch, ids)
-            sums = [contract(leaf, x, d) for leaf, x in zip(plan.leaves, draws, strict=True)]
+            sums: Any = [contract(leaf, x, d) for leaf, x in zip(plan.leaves, draws, strict=True)]
+            sums = fixed_point.to_limbs(sums) if limbs else sums
             return jax.tree.map(jnp.add, total, sums), None
 
-        zero = [
+        zero: Any = [
             jnp.zeros(leaf.shape, accumulator(leaf.dtype)) if leaf.trainable else None
             for leaf in plan.leaves
         ]
+        zero = fixed_point.to_limbs(zero) if limbs else zero
         if share == at_once:
             total, _ = add(zero, jax.tree.map(lambda x: x[0], chunks))
         else:
             total, _ = lax.scan(add, zero, chunks)
         return total if mesh is None else lax.psum(total, AXIS)
 
-    return split_pairs(on_device, pairs, (weights, kept), share, mesh, jax.P())
+    total = split_pairs(on_device, pairs, (weights, kept), share, mesh, jax.P())
+    if limbs:
+        return [None if x is None else fixed_point.from_limbs(*x) for x in total]
+    return total
 
 
-def contract(leaf: Leaf, drawn: Draw, d: Float[Array, "pairs"]) -> Array | None:
+def contract(leaf: Leaf, drawn: Draw, d: Num[Array, "pairs"]) -> Array | None:
     """The weighted sum of one leaf's noise over a chunk of pairs, ``[*shape]``."""
     if not drawn:
         return None
-    dtype = accumulator(leaf.dtype)
+    sums = accumulator(leaf.dtype)
+    # A product of int8 is summed in int32 as it stands: in int32 it would be several times as slow.
+    dtype = leaf.dtype if leaf.integer else sums
     d = d.astype(dtype)
     if not isinstance(leaf.treatment, Matrix):
+        if leaf.integer:
+            a, b = (x[:, 0].astype(sums) for x in drawn)
+            return (a * b * d.reshape(-1, *(1,) * (a.ndim - 1))).sum(0, dtype=sums)
         return jnp.tensordot(d, drawn[0].astype(dtype), 1)
     a, b = (x.astype(dtype) for x in drawn)  # [pairs, rank, *axes]
     # Onto B, not A: XLA transposes A for the product, and would work the weights out again at each
@@ -101,20 +119,27 @@ def contract(leaf: Leaf, drawn: Draw, d: Float[Array, "pairs"]) -> Array | None:
     a = a.reshape(*a.shape[:2], *(leaf.shape[x] for x in in_a))
     b = b.reshape(*b.shape[:2], *(leaf.shape[x] for x in in_b))
     n = len(leaf.shape)
-    return jnp.einsum(a, [n, n + 1, *in_a], b, [n, n + 1, *in_b], list(axes))
+    return jnp.einsum(
+        a, [n, n + 1, *in_a], b, [n, n + 1, *in_b], list(axes), preferred_element_type=sums
+    )
 
 
 def gradient(
     plan: Plan,
     sums: list[Array | None],
-    sigma: Float[Array, ""],
+    sigma: Sigma,
     members: Int[Array, ""],
 ) -> list[Array | None]:
-    """The sums of :func:`weighted_noise` as a gradient for a minimiser, ``-(1/N) ... / sigma``."""
+    """The sums of :func:`weighted_noise` as a gradient for a minimiser, ``-(1/N) ... / sigma``.
+
+    Of integers just their negative: what is divided by is the optimizer's to know.
+    """
 
     def of(leaf: Leaf, total: Array | None) -> Array | None:
         if total is None:
             return None
+        if leaf.integer:
+            return -total
         factor = 1 / (leaf.root_rank * leaf.sigma * sigma * jnp.maximum(members, 1))
         return -total * factor.astype(total.dtype)
 

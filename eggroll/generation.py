@@ -31,6 +31,11 @@ def typed_key(words: UInt32[Array, "2"]) -> Array:
     return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
+def sign_type(plan: Plan) -> Any:
+    """The type of the sign that a member sees its pair's noise with."""
+    return jnp.int32 if plan.integer else jnp.float32
+
+
 def map_members(
     es: Any,
     state: State,
@@ -40,7 +45,7 @@ def map_members(
     draws: Any,
 ) -> Any:
     """``fn`` of every member; ``draws`` of all pairs, or None to draw them as they are used."""
-    plan, epoch, sigma = es.plan_of(state.params), es.epoch(state), es.sigma_of(state)
+    plan, epoch, sigma = es.plan_of(state.params), es.epoch(state), es.noise_sigma(state)
     pairs = es.population // 2
     for keys, leaf in jax.tree_util.tree_flatten_with_path(members)[0]:
         if jnp.shape(leaf)[:1] != (es.population,):
@@ -50,7 +55,8 @@ def map_members(
             )
     by_pair = jax.tree.map(lambda x: x.reshape(pairs, 2, *x.shape[1:]), members)
     # One interpretation reports a built matrix once, however often it is traced.
-    context = Context(on_dense=es.on_dense)
+    # A perturbed integer matrix is defined by its operations alone, and never built.
+    context = Context(on_dense="error" if plan.integer else es.on_dense)
     lazy_fn = interpret(fn, context)
 
     def of_pair(pair: Array, drawn: Any, own: Any) -> Any:
@@ -64,7 +70,7 @@ def map_members(
             extra = () if members is None else (own,)
             return lazy_fn(lazy, key, *extra, *args)
 
-        signs = jnp.array([1.0, -1.0], jnp.float32)
+        signs = jnp.array([1, -1], sign_type(plan))
         return jax.vmap(of_member)(signs, jnp.arange(2), own)
 
     def of_chunk(ids: Array, data: Any) -> Any:
@@ -96,7 +102,7 @@ def scores_of(es: Any, out: Any) -> tuple[Array, Any, bool]:
             f"the fitness returned scores of the type {values.dtype}; a number is right"
         )
     if not jnp.issubdtype(values.dtype, jnp.floating):
-        values = values.astype(jnp.float32)
+        values = values.astype(jnp.int32 if es.noise.integer else jnp.float32)
     return values, aux, with_aux
 
 
@@ -140,8 +146,13 @@ def weigh(es: Any, values: Array, groups: Any) -> tuple[Array, Array, Statistics
     shaped = clean if es.shaping is None else es.shaping(clean, valid, groups)
     weights = jnp.where(valid, shaped, 0).mean(1)
     d = weights[0::2] - weights[1::2]
+    return d, 2 * paired.any(1).sum(dtype=jnp.int32), statistics(table)
 
-    # Statistics are over each member's own finite scores, pairs or not.
+
+def statistics(table: Array) -> Statistics:
+    """Of scores ``[population, tasks]`` in floats; over each member's own finite ones, pairs or not."""
+    finite = jnp.isfinite(table)
+    paired = finite.reshape(-1, 2, table.shape[1]).all(1)
     counts = finite.sum(1)
     score = jnp.where(finite, table, 0).sum(1) / jnp.maximum(counts, 1)
     has = counts > 0
@@ -150,14 +161,12 @@ def weigh(es: Any, values: Array, groups: Any) -> tuple[Array, Array, Statistics
     std = jnp.sqrt(jnp.where(has, (score - mean) ** 2, 0).sum() / n)
     best = jnp.where(n > 0, jnp.where(has, score, -jnp.inf).max(), jnp.nan)
     worst = jnp.where(n > 0, jnp.where(has, score, jnp.inf).min(), jnp.nan)
-    pair_valid = paired.any(1)
-    same = jnp.where(paired, clean[0::2] == clean[1::2], True).all(1) & pair_valid
+    same = jnp.where(paired, table[0::2] == table[1::2], True).all(1) & paired.any(1)
     f32 = lambda x: x.astype(jnp.float32)
-    stats = Statistics(
+    return Statistics(
         f32(mean), f32(best), f32(worst), f32(std),
         (~finite.all(1)).sum(dtype=jnp.int32), same.sum(dtype=jnp.int32),
     )  # fmt: skip
-    return d, 2 * pair_valid.sum(dtype=jnp.int32), stats
 
 
 def estimate(
@@ -216,8 +225,12 @@ def apply(
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(moved, new, old))
     new, optimizer = keep(new, old), keep(optimizer, state.optimizer)
     change = jax.tree.map(lambda a, b: (a - b).astype(jnp.float32), new, old)
-    norm = optax.tree.norm(change)
+    return advance(plan, state, new, optimizer), optax.tree.norm(change)
 
+
+def advance(plan: Plan, state: State, new: Any, optimizer: Any) -> State:
+    """The state of the next generation, from the tree that the optimizer saw and its own state."""
+    tree: Any = jax.tree.structure(state.params)
     master, params = {}, []
     for leaf, value, before in zip(
         plan.leaves,
@@ -228,9 +241,6 @@ def apply(
         if leaf.path in state.master:
             master[leaf.path] = value
         params.append(before if value is None else value.astype(leaf.dtype))
-    return (
-        State(
-            jax.tree.unflatten(tree, params), master, optimizer, state.generation + 1, state.seed
-        ),
-        norm,
+    return State(
+        jax.tree.unflatten(tree, params), master, optimizer, state.generation + 1, state.seed
     )

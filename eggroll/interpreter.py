@@ -30,7 +30,7 @@ from eggroll.lowrank import (
     materialize,
     narrow,
 )
-from eggroll.rules import RULES, TAKE_SPREAD, UNHANDLED, bind, dims
+from eggroll.rules import NOT_OF_INTEGERS, RULES, TAKE_SPREAD, UNHANDLED, bind, dims
 
 OnDense = Literal["error", "warn", "ignore"]
 
@@ -173,7 +173,7 @@ def step(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     if any(isinstance(v, LowRank | Wide) for v in values) and name in CONTROL_FLOW:
         return CONTROL_FLOW[name](context, eqn, values)
     if any(isinstance(v, LowRank) for v in values):
-        out = RULES[name](context, eqn, *values) if name in RULES else UNHANDLED
+        out = rule_of(name, values)(context, eqn, *values)
         if out is not UNHANDLED:
             outs = out if isinstance(out, list) else [out]
             return [v.w if isinstance(v, LowRank) and v.w.size == 0 else v for v in outs]
@@ -181,6 +181,13 @@ def step(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     if any(isinstance(v, Wide) for v in values):
         return in_float32(eqn, values)
     return results(eqn, values)
+
+
+def rule_of(name: str, values: list[Value]) -> Callable[..., Any]:
+    integer = any(isinstance(v, LowRank) and v.integer for v in values)
+    if name not in RULES or (integer and name in NOT_OF_INTEGERS):
+        return lambda *_: UNHANDLED
+    return RULES[name]
 
 
 def results(eqn: Any, values: Sequence[Value], **params: Any) -> list[Value]:

@@ -38,6 +38,8 @@ class Noise:
         name: what configurations and reports call it.
         sample: ``(words, shape, dtype) -> samples`` for the uint32 ``words`` ``[2]`` of ``stream``, a
             static ``shape`` and a floating ``dtype``.
+        integer: whether it is for int8 parameters: ``dtype`` is int8 then, ``shape`` begins with the
+            rank, and samples are as :func:`eggroll.integer.normal` has them.
 
     Example:
         >>> words = stream(seed_words(jax.random.key(0)), "layer/kernel", epoch=0, pair=3, role=0)
@@ -47,6 +49,7 @@ class Noise:
 
     name: str
     sample: Callable[[UInt32[Array, "2"], tuple[int, ...], DTypeLike], Array]
+    integer: bool = False
 
 
 def counter() -> Noise:
@@ -179,6 +182,13 @@ def stream(
     words = _permute(seed ^ jnp.array(path_words(path), jnp.uint32))
     words = _permute(words ^ _words(epoch, role))
     return _permute(words ^ _words(pair, 0))
+
+
+def bits_at(
+    word0: UInt32[Array, "..."], word1: UInt32[Array, "..."], index: UInt32[Array, "..."]
+) -> UInt32[Array, "..."]:
+    """The 32 random bits at given positions of an array with this key: what samples are made of."""
+    return _hash(word0, word1, index)
 
 
 def counter_at(

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt32
 
+from eggroll import fixed_point
 from eggroll.lowrank import LowRank, Wide, accumulator, build, is_narrow
 from eggroll.noise import Noise, stream
 from eggroll.plan import Leaf, Matrix, Plan
 
 # Of each leaf what a pair draws: the factors (A, B), dense noise (E,), or nothing.
 Draw = tuple[Array, ...]
+Sigma = float | Float[Array, ""]
 
 
 def draw(
@@ -28,7 +30,8 @@ def draw(
       pair: which pair; may be traced.
 
     Returns:
-      For each leaf ``(A [rank, *axes], B [rank, *axes])``, ``(E [*shape],)`` or ``()``.
+      For each leaf ``(A [rank, *axes], B [rank, *axes])``, ``(E [*shape],)`` (of integers two factors
+      of it, ``[1, *shape]``) or ``()``.
     """
 
     def of(leaf: Leaf) -> Draw:
@@ -84,15 +87,25 @@ def scale_of(leaf: Leaf, sigma: Float[Array, ""]) -> Array:
     return sigma * (leaf.sigma / leaf.root_rank)
 
 
-def perturb(
-    plan: Plan, params: Any, draws: list[Draw], sigma: Float[Array, ""], sign: Float[Array, ""]
-) -> Any:
-    """A member's parameters, with low-rank leaves as LowRank values that are not built."""
+def perturb(plan: Plan, params: Any, draws: list[Draw], sigma: Sigma, sign: Array) -> Any:
+    """A member's parameters, with low-rank leaves as LowRank values that are not built.
+
+    Args:
+      plan: the treatment of every leaf.
+      params: the mean.
+      draws: of the member's pair.
+      sigma: of an integer plan a Python number, since shifts are part of the program.
+      sign: 1 or -1, float32; of an integer plan int32.
+    """
     leaves, tree = jax.tree.flatten(params)
     out = []
     for leaf, w, drawn in zip(plan.leaves, leaves, draws, strict=True):
         if not drawn:
             out.append(w)
+        elif leaf.integer:
+            shift = fixed_point.shift_of(float(sigma) * leaf.sigma)
+            value = LowRank(w, drawn, sign, (leaf.path,), shift=shift)
+            out.append(value if isinstance(leaf.treatment, Matrix) else build(value))
         elif isinstance(leaf.treatment, Matrix):
             out.append(LowRank(w, drawn, sign * scale_of(leaf, sigma), (leaf.path,)))
         else:
@@ -102,10 +115,8 @@ def perturb(
     return jax.tree.unflatten(tree, out)
 
 
-def built_member(
-    plan: Plan, params: Any, draws: list[Draw], sigma: Float[Array, ""], sign: Float[Array, ""]
-) -> Any:
-    """The same as ordinary arrays; perturbed leaves of a narrow type come in float32."""
+def built_member(plan: Plan, params: Any, draws: list[Draw], sigma: Sigma, sign: Array) -> Any:
+    """The same as ordinary arrays; perturbed leaves of a narrow float type come in float32."""
     lazy = perturb(plan, params, draws, sigma, sign)
 
     def dense(value: Any) -> Array:

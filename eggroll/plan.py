@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from eggroll.fixed_point import is_integer
 from eggroll.interpreter import Context, interpret
 from eggroll.lowrank import LowRank, accumulator
 
@@ -86,6 +87,10 @@ class Leaf:
         return not isinstance(self.treatment, Frozen)
 
     @property
+    def integer(self) -> bool:
+        return is_integer(self.dtype)
+
+    @property
     def sigma(self) -> float:
         """The factor on the strategy's sigma."""
         return 0.0 if isinstance(self.treatment, Frozen) else self.treatment.sigma
@@ -96,12 +101,15 @@ class Leaf:
         return math.sqrt(getattr(self.treatment, "rank", None) or 1)
 
     def noise_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of what one pair draws: the factors ``[rank, *axes]``, or ``[*shape]``."""
+        """Shapes of what one pair draws: the factors ``[rank, *axes]``, or ``[*shape]``.
+
+        Dense integer noise is a product of two factors too: the law is then that of rank 1 everywhere.
+        """
         t = self.treatment
         if isinstance(t, Frozen):
             return ()
         if isinstance(t, Dense):
-            return (self.shape,)
+            return ((1, *self.shape),) * 2 if self.integer else (self.shape,)
         a = [1 if axis in t.columns else n for axis, n in enumerate(self.shape)]
         b = [1 if axis in t.rows else n for axis, n in enumerate(self.shape)]
         assert t.rank is not None
@@ -110,7 +118,7 @@ class Leaf:
     @property
     def noise_dtype(self) -> Any:
         """Factors are drawn in the parameter's type; dense noise is never narrower than float32."""
-        if isinstance(self.treatment, Matrix):
+        if isinstance(self.treatment, Matrix) or self.integer:
             return self.dtype
         return accumulator(self.dtype)
 
@@ -130,6 +138,15 @@ class Plan:
     @property
     def noise_bytes(self) -> int:
         return sum(leaf.noise_bytes for leaf in self.leaves)
+
+    @property
+    def largest_rank(self) -> int:
+        return max(getattr(leaf.treatment, "rank", 1) for leaf in self.leaves)
+
+    @property
+    def integer(self) -> bool:
+        """Whether int8 parameters are trained (then no float ones are there)."""
+        return any(leaf.trainable and leaf.integer for leaf in self.leaves)
 
     def __getitem__(self, path: str) -> Leaf:
         for leaf in self.leaves:
@@ -256,13 +273,20 @@ def is_float(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
+def trained_type(params: Any) -> Callable[[Any], bool]:
+    """Which leaves are trained: the float ones; of a tree without any, those in int8."""
+    if any(is_float(leaf) for _, leaf in leaf_paths(params)):
+        return is_float
+    return lambda leaf: leaf.dtype == jnp.int8
+
+
 def _settle(
     params: Any,
     rank: int | Literal["full"],
     propose: Callable[[str, tuple[int, ...]], tuple[Treatment, str]],
     overrides: Overrides,
 ) -> Plan:
-    leaves = leaf_paths(params)
+    leaves, is_trained = leaf_paths(params), trained_type(params)
     for pattern in overrides:
         if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in leaves):
             raise ValueError(
@@ -272,7 +296,7 @@ def _settle(
     for path, leaf in leaves:
         shape = tuple(leaf.shape)
         treatment: Treatment
-        if not is_float(leaf):
+        if not is_trained(leaf):
             treatment, reason = Frozen(), f"{leaf.dtype}: passes through"
         else:
             treatment, reason = propose(path, shape)
@@ -285,7 +309,8 @@ def _settle(
     if not any(leaf.trainable for leaf in plan):
         kinds = {leaf.path: str(leaf.dtype) for leaf in plan}
         raise ValueError(
-            f"params hold no float array to train: every leaf is frozen or no float ({kinds})"
+            "params hold no float array to train, nor one in int8: every leaf is frozen or of another "
+            f"type ({kinds})"
         )
     return Plan(tuple(plan))
 
@@ -339,9 +364,9 @@ def _trace_roles(
 ) -> dict[str, Roles]:
     roles: dict[str, Roles] = {}
     leaves = leaf_paths(params)
-    treedef = jax.tree.structure(params)
+    treedef, is_trained = jax.tree.structure(params), trained_type(params)
     for path, leaf in leaves:
-        if is_float(leaf):
+        if is_trained(leaf):
             roles[path] = {axis: set() for axis in range(len(leaf.shape))}
 
     def record(role: str, path: str, axis: int) -> None:
@@ -351,7 +376,7 @@ def _trace_roles(
         probes = []
         for (path, leaf), array in zip(leaves, arrays, strict=True):
             varying = [axis for axis, n in enumerate(leaf.shape) if n > 1]
-            if not is_float(leaf) or len(varying) < 2:
+            if not is_trained(leaf) or len(varying) < 2:
                 probes.append(array)
                 continue
             factors = tuple(
@@ -361,7 +386,8 @@ def _trace_roles(
                 for axis in varying
             )
             tags = tuple(frozenset({(path, axis)}) for axis in varying)
-            probes.append(LowRank(array, factors, jnp.float32(1), (path,), tags=tags))
+            one = jnp.ones((), accumulator(leaf.dtype))
+            probes.append(LowRank(array, factors, one, (path,), tags=tags))
         extra = () if members is None else (member,)
         context = Context(on_dense="ignore", recorder=record)
         return interpret(fitness, context)(jax.tree.unflatten(treedef, probes), key, *extra, *args)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from eggroll import fixed_point
 from eggroll.lowrank import (
     Labelled,
     LowRank,
@@ -61,8 +62,11 @@ def dot_general(ctx: Any, eqn: Any, lhs: Value, rhs: Value) -> Any:
         x = (x.astype(acc) * align(gain, x_labels)).astype(x.dtype)
     record_dot(ctx, value, labels, x_labels, out)
     operands = (value.w, x) if isinstance(lhs, LowRank) else (x, value.w)
+    shifts = shifts_of(value, x, x_labels, out)
+    if shifts is None:
+        return UNHANDLED
     main = bind(eqn, *operands, preferred_element_type=acc)
-    y = main + perturbation(x, x_labels, value, labels, out, acc, eqn.params["precision"])
+    y = main + perturbation(x, x_labels, value, labels, out, acc, eqn.params["precision"], shifts)
     for gain in sides[1]:
         y = y * align(gain, out)
     return y.astype(dtype)
@@ -81,6 +85,17 @@ def sides_of_gains(
         else:
             return None
     return before, after
+
+
+def shifts_of(
+    value: LowRank, x: Array, x_labels: Sequence[str], out: Sequence[str]
+) -> tuple[int, int] | None:
+    """The shifts with which integers do not overflow; None where there are none."""
+    if not value.integer:
+        return 0, 0
+    sizes = zip(x_labels, x.shape, strict=True)
+    fan_in = math.prod(n for label, n in sizes if label not in out)
+    return fixed_point.split_shift(fan_in, x.dtype, value.rank, value.shift)
 
 
 def in_one_type(ctx: Any, eqn: Any, value: LowRank, x: Value) -> tuple[LowRank, Array]:
@@ -118,7 +133,8 @@ def product_of_two(ctx: Any, eqn: Any, lhs: LowRank, rhs: LowRank) -> Any:
     """
     left, right, out = dot_labels(eqn, lhs, rhs)
     contracted = [label for label in left if label not in out]
-    if set(left) & set(right) & set(out) or any(v.activation or v.gains for v in (lhs, rhs)):
+    special = lambda v: v.activation or v.gains or v.integer
+    if set(left) & set(right) & set(out) or special(lhs) or special(rhs):
         return UNHANDLED
     of_left = inner_and_outer(lhs, left, contracted)
     of_right = inner_and_outer(rhs, right, contracted)
@@ -169,7 +185,7 @@ def inner_and_outer(
 @rule("conv_general_dilated")
 def conv_general_dilated(ctx: Any, eqn: Any, lhs: Value, rhs: Value) -> Any:
     params = eqn.params
-    if not isinstance(rhs, LowRank) or params["batch_group_count"] != 1:
+    if not isinstance(rhs, LowRank) or params["batch_group_count"] != 1 or rhs.integer:
         return UNHANDLED
     numbers = params["dimension_numbers"]
     out_axis, *inner_axes = numbers.rhs_spec

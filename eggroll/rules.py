@@ -18,6 +18,7 @@ from jax import Array, lax
 from jax.extend import core
 
 from eggroll import compat
+from eggroll.fixed_point import is_integer
 from eggroll.lowrank import (
     LowRank,
     Spread,
@@ -29,6 +30,12 @@ from eggroll.lowrank import (
 UNHANDLED = object()
 Rule = Callable[..., Any]
 RULES: dict[str, Rule] = {}
+
+# Of perturbed integers these are not what they are of the numbers: a scaled weight is not a shifted
+# product any more, and sums of int8 wrap around.
+NOT_OF_INTEGERS = frozenset(
+    {"mul", "div", "add", "sub", "add_any", "reduce_sum", "reduce_precision"}
+)
 
 # The rules of these take broadcasts that have not been carried out.
 TAKE_SPREAD = frozenset({"mul", "div", "add", "sub", "add_any"})
@@ -69,6 +76,10 @@ def same_on_all(ctx: Any, eqn: Any, value: LowRank) -> Any:
 @rule("convert_element_type")
 def convert_element_type(ctx: Any, eqn: Any, value: LowRank) -> Any:
     dtype = eqn.params["new_dtype"]
+    if value.integer:
+        # The factors stay as narrow as they are. To a narrower type numbers might wrap around.
+        wider = is_integer(dtype) and jnp.iinfo(dtype).min <= jnp.iinfo(value.dtype).min
+        return value.replace(w=bind(eqn, value.w)) if wider else UNHANDLED
     if not jnp.issubdtype(dtype, jnp.floating):
         return UNHANDLED
     # A gain keeps its type: like all that multiplies, it is rounded with the result.
@@ -79,6 +90,8 @@ def convert_element_type(ctx: Any, eqn: Any, value: LowRank) -> Any:
 
 @rule("neg")
 def neg(ctx: Any, eqn: Any, value: LowRank) -> Any:
+    if value.integer:
+        return value.replace(w=-value.w, factors=(-value.factors[0], *value.factors[1:]))
     return value.replace(w=-value.w, scale=-value.scale)
 
 
@@ -328,7 +341,7 @@ def join(values: Sequence[Value], axis: int) -> Any:
         return [dims(f)[:axis] + dims(f)[axis + 1 :] for f in v.factors]
 
     parts = matched([v for v in values if isinstance(v, LowRank)], besides_axis)
-    if parts is None:
+    if parts is None or len({v.shift for v in parts}) > 1:
         return UNHANDLED
     w = jnp.concatenate([v.w if isinstance(v, LowRank) else v for v in values], axis)
     own_noise = all(dims(f)[axis] == v.shape[axis] for v in parts for f in v.factors)
@@ -365,17 +378,19 @@ def matched(values: Sequence[LowRank], form: Callable[[LowRank], Any]) -> list[L
 
 def combined(parts: Sequence[LowRank], w: Array, axis: int) -> LowRank:
     """The value ``w`` with the factors of several put together along ``axis`` (0 is the rank's)."""
+    integer = parts[0].integer  # then all have one scale, the member's sign
     folded = []
     for v in parts:  # their scales may differ: each goes into the first factor
         first, *others = v.factors
-        folded.append((first * v.scale.astype(first.dtype), *others))
+        folded.append((first if integer else first * v.scale.astype(first.dtype), *others))
     return LowRank(
         w,
         tuple(jnp.concatenate(factors, axis) for factors in zip(*folded, strict=True)),
-        jnp.ones_like(parts[0].scale),
+        parts[0].scale if integer else jnp.ones_like(parts[0].scale),
         tuple(dict.fromkeys(path for v in parts for path in v.paths)),
         all(v.activation for v in parts),
         tags=tuple(frozenset().union(*tags) for tags in zip(*(v.tags for v in parts), strict=True)),
+        shift=parts[0].shift,
     )
 
 

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from eggroll import generation
+from eggroll import generation, integer_generation
 from eggroll import noise as noises
 from eggroll import plan as plans
 from eggroll import shaping as shapings
@@ -132,6 +132,8 @@ class EvolutionStrategy:
                 field,
                 f"this is the function that makes one; {name}() is right",
             )
+        if self.noise.integer:
+            integer_generation.check_settings(self)
         check_mesh(self.mesh)
 
     # ------------------------------------------------------------ the state and what is in it
@@ -140,26 +142,33 @@ class EvolutionStrategy:
         """The state before the first generation.
 
         Args:
-          params: any tree of arrays; floats are trained, other types pass through.
+          params: any tree of arrays; floats are trained, other types pass through. In a tree without
+            floats those in int8 are trained, by the noise of :mod:`eggroll.integer`.
           key: ``jax.random.key(seed)``, or a seed as a whole number.
 
         Raises:
-          ValueError: for a leaf that is no array, NaN or infinity in a leaf, or nothing to train.
+          ValueError: for a leaf that is no array, NaN or infinity (or -128) in a leaf, or nothing to
+            train.
         """
         plan = self.plan_of(params)
-        floats = {
+        known = {
             leaf.path: value
             for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True)
-            if plans.is_float(value) and not isinstance(value, jax.core.Tracer)
+            if (plans.is_float(value) or (plan.integer and value.dtype == jnp.int8))
+            and not isinstance(value, jax.core.Tracer)
         }
         # Constants are looked at also where init itself is traced.
         with jax.ensure_compile_time_eval():
-            counts = _not_finite(floats)
+            counts = _unfit(known)
         for path, bad in counts.items():
             if bad:
+                what = (
+                    "are -128; start from -127 to 127"
+                    if plan.integer
+                    else ("are not finite; start from finite numbers")
+                )
                 raise ValueError(
-                    f"parameter {path!r} has {bad} of {floats[path].size} entries that are not "
-                    "finite; start from finite numbers"
+                    f"parameter {path!r} has {bad} of {known[path].size} entries that {what}"
                 )
         if isinstance(key, int | np.integer):
             key = jax.random.key(key)
@@ -197,9 +206,9 @@ class EvolutionStrategy:
             )
         i = jnp.asarray(i, jnp.int32)
         plan = self.plan_of(state.params)
-        sign = 1.0 - 2.0 * (i % 2).astype(jnp.float32)
+        sign = (1 - 2 * (i % 2)).astype(generation.sign_type(plan))
         drawn = draw(plan, self.noise, state.seed, self.epoch(state), i // 2)
-        return built_member(plan, state.params, drawn, self.sigma_of(state), sign)
+        return built_member(plan, state.params, drawn, self.noise_sigma(state), sign)
 
     def ask(self, state: State, indices: Sequence[int] | Int[Array, "members"]) -> Any:
         """Parameters of several members, built, each leaf with a leading axis."""
@@ -227,7 +236,7 @@ class EvolutionStrategy:
           groups: int ``[population]``, for shapings that compare members within groups.
         """
         self._note(fitness)
-        return _step(self, state, fitness, args, members, groups)
+        return self._told(_step(self, state, fitness, args, members, groups))
 
     def evaluate(
         self, state: State, fitness: Callable[..., Any], *args: Any, members: Any = None
@@ -257,7 +266,7 @@ class EvolutionStrategy:
             not finite, or None, drops its pair (for that task) and is counted.
           groups: as in :meth:`step`.
         """
-        return _update(self, state, self._values(values), groups)
+        return self._told(_update(self, state, self._values(values), groups))
 
     tell = update
 
@@ -265,9 +274,18 @@ class EvolutionStrategy:
         """The gradient estimate alone: the tree of the parameters, None where nothing is trained."""
         return _gradient(self, state, self._values(values), groups)
 
-    def apply_gradient(self, state: State, grads: Any) -> tuple[State, Metrics]:
-        """The rest of :meth:`update`; its metrics know no fitness (NaN)."""
-        return _apply_gradient(self, state, grads)
+    def apply_gradient(
+        self, state: State, grads: Any, pairs: int | Int[Array, ""] | None = None
+    ) -> tuple[State, Metrics]:
+        """The rest of :meth:`update`; its metrics know no fitness (NaN).
+
+        Args:
+          state: the state that the gradient is of.
+          grads: of :meth:`gradient`, or from elsewhere.
+          pairs: for int8 parameters, how many pairs did not end in a tie; all of them by default.
+        """
+        pairs = jnp.asarray(self.population // 2 if pairs is None else pairs, jnp.int32)
+        return self._told(_apply_gradient(self, state, grads, pairs))
 
     def optimize(
         self,
@@ -303,19 +321,22 @@ class EvolutionStrategy:
             def trace(params: Any, member: Any, args: tuple) -> Any:
                 words = jnp.zeros(2, jnp.uint32)
                 drawn = draw(plan, self.noise, words, jnp.int32(0), jnp.int32(0))
-                lazy = perturb(plan, params, drawn, jnp.float32(1), jnp.float32(1))
+                one = jnp.ones((), generation.sign_type(plan))
+                lazy = perturb(plan, params, drawn, 1.0 if plan.integer else one, one)
                 extra = () if members is None else (member,)
                 return interpret(fitness, context)(lazy, generation.typed_key(words), *extra, *args)
 
-            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), members)
-            jax.eval_shape(trace, params, one, args)
+            member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), members)
+            jax.eval_shape(trace, params, member, args)
         return plans.describe(plan, context.built)
 
     # ------------------------------------------------------------ parts
 
     def plan_of(self, params: Any) -> plans.Plan:
         """The treatment of every parameter."""
-        return self.plan(params, self.rank)
+        plan = self.plan(params, self.rank)
+        integer_generation.check_plan(plan, self.noise.integer)
+        return plan
 
     def epoch(self, state: State) -> Int[Array, ""]:
         """What noise is keyed by: the generation, unless noise is reused."""
@@ -326,6 +347,17 @@ class EvolutionStrategy:
         sigma = self.sigma(state.generation) if callable(self.sigma) else self.sigma
         return jnp.asarray(sigma, jnp.float32)
 
+    def noise_sigma(self, state: State) -> Any:
+        """The same for the arithmetic of a generation: that of integers has no float in it."""
+        return self.sigma if self.noise.integer else self.sigma_of(state)
+
+    def _told(self, done: tuple[State, Any]) -> tuple[State, Metrics]:
+        """Metrics of integers are floats, and so computed outside the program of the update."""
+        state, told = done
+        if isinstance(told, integer_generation.Outcome):
+            told = _report(self, told)
+        return state, told
+
     def _values(self, values: Any) -> Array:
         if isinstance(values, list | tuple):
             rows = [[v] if v is None or np.ndim(v) == 0 else list(v) for v in values]
@@ -334,8 +366,10 @@ class EvolutionStrategy:
                 raise ValueError(
                     f"values hold rows of lengths {sorted(width)}; one score a task for every member is right"
                 )
+            whole = all(isinstance(v, int | np.integer) for row in rows for v in row)
             table = np.array(
-                [[np.nan if v is None else float(v) for v in row] for row in rows], np.float32
+                [[np.nan if v is None else v for v in row] for row in rows],
+                np.int32 if whole and self.noise.integer else np.float32,
             )
             flat = all(v is None or np.ndim(v) == 0 for v in values)
             values = table[:, 0] if flat else table
@@ -371,8 +405,9 @@ class EvolutionStrategy:
 
 
 @jax.jit
-def _not_finite(leaves: dict[str, Array]) -> dict[str, Array]:
-    return {path: jnp.sum(~jnp.isfinite(value)) for path, value in leaves.items()}
+def _unfit(leaves: dict[str, Array]) -> dict[str, Array]:
+    bad = lambda x: ~jnp.isfinite(x) if plans.is_float(x) else x == -128
+    return {path: jnp.sum(bad(value)) for path, value in leaves.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -393,33 +428,50 @@ def _evaluate(
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _step(
     es: EvolutionStrategy, state: State, fitness: Callable, args: tuple, members: Any, groups: Any
-) -> tuple[State, Metrics]:
+) -> tuple[State, Any]:
     plan, pairs = es.plan_of(state.params), es.population // 2
     draws = None
     if plan.noise_bytes * -(-pairs // devices(es.mesh)) <= es.factor_memory:
         draws = generation.all_draws(es, plan, state)
     out = generation.map_members(es, state, fitness, args, members, draws)
     values, _, _ = generation.scores_of(es, out)
+    return _finish(es, state, values, groups, draws)
+
+
+def _finish(
+    es: EvolutionStrategy, state: State, values: Array, groups: Any, draws: Any
+) -> tuple[State, Any]:
+    if es.noise.integer:
+        return integer_generation.finish(es, state, values, draws)
     return generation.finish(es, state, values, groups, draws)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
-def _update(
-    es: EvolutionStrategy, state: State, values: Array, groups: Any
-) -> tuple[State, Metrics]:
-    return generation.finish(es, state, values, groups, None)
+def _update(es: EvolutionStrategy, state: State, values: Array, groups: Any) -> tuple[State, Any]:
+    return _finish(es, state, values, groups, None)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
+def _report(es: EvolutionStrategy, outcome: integer_generation.Outcome) -> Metrics:
+    return integer_generation.report(es, outcome)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
 def _gradient(es: EvolutionStrategy, state: State, values: Array, groups: Any) -> Any:
     plan = es.plan_of(state.params)
-    weights, members, _ = generation.weigh(es, values, groups)
-    grads, _ = generation.estimate(es, plan, state, weights, members, None)
+    if es.noise.integer:
+        signs = integer_generation.pair_signs(values)
+        grads = integer_generation.gradient(es, plan, state, signs, None)
+    else:
+        weights, members, _ = generation.weigh(es, values, groups)
+        grads, _ = generation.estimate(es, plan, state, weights, members, None)
     return jax.tree.unflatten(jax.tree.structure(state.params), grads)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
-def _apply_gradient(es: EvolutionStrategy, state: State, grads: Any) -> tuple[State, Metrics]:
+def _apply_gradient(
+    es: EvolutionStrategy, state: State, grads: Any, pairs: Array
+) -> tuple[State, Any]:
     plan = es.plan_of(state.params)
     found: Any = jax.tree.structure(grads)
     expected: Any = jax.tree.structure(trainable_of(plan, state.params, state.master))
@@ -440,6 +492,9 @@ def _apply_gradient(es: EvolutionStrategy, state: State, grads: Any) -> tuple[St
     tree: Any = jax.tree.structure(state.params)
     flat = tree.flatten_up_to(grads)
     moved = functools.reduce(jnp.logical_or, [jnp.any(g != 0) for g in jax.tree.leaves(grads)])
+    if es.noise.integer:
+        new, squares = integer_generation.apply(es, plan, state, flat, moved, pairs)
+        return new, integer_generation.Outcome(state.generation, None, moved, squares)
     state, norm = generation.apply(es, plan, state, flat, moved)
     nan, zero = jnp.float32(jnp.nan), jnp.int32(0)
     before = state.generation - 1

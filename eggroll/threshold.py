@@ -1,0 +1,274 @@
+"""Optax transforms for int8 parameters: the threshold step, error feedback and momentum.
+
+The "gradient" of an integer strategy is ``-Z``, ``Z = sum_p F_p A_p B_p`` over pairs with F in {-1, 0, 1}
+(int32). Where the scores know nothing of the noise, an entry of ``Z`` has mean 0 and standard deviation
+``16 * 16 * sqrt(P')``, P' the pairs with F not 0, which the strategy passes on as ``pairs``. All three
+transforms keep to that scale, so that they chain in any order with the threshold last.
+"""
+
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.typing import DTypeLike
+from jaxtyping import Int32
+
+from eggroll.fixed_point import isqrt, shift_round
+
+# Integers a standard deviation of Z is counted in where it is kept from step to step.
+UNITS = {jnp.dtype(jnp.int16): 64, jnp.dtype(jnp.int8): 8}
+
+
+class ThresholdState(NamedTuple):
+    """Steps taken."""
+
+    count: Int32[Array, ""]
+
+
+class TraceState(NamedTuple):
+    """What is kept of the steps before, in 1/64 (int16) or 1/8 (int8) of a standard deviation."""
+
+    trace: Any
+
+
+class FeedbackState(NamedTuple):
+    """What has not yet led to a step, in the same units, and the state of the rule inside."""
+
+    residual: Any
+    inner: Any
+
+
+def inverse_decay(rate: float = 0.015) -> Callable[[Any], Any]:
+    """The schedule ``1 / (rate t + 1)``, the paper's for the fraction of weights that move.
+
+    Example:
+      >>> inverse_decay()(200)
+      0.25
+    """
+    return lambda t: 1 / (rate * t + 1)
+
+
+def threshold(
+    alpha: float | optax.Schedule, steps: int = 2**14
+) -> optax.GradientTransformationExtraArgs:
+    """Moves by one unit each weight whose ``Z`` is significant (integer EGGROLL, arXiv 2511.16652).
+
+    A weight moves one unit along ``Z`` where ``|Z| >= floor(16 Phi^-1(1 - alpha / 2)) * 16 sqrt(P')``, a
+    two-sided z-test that a fraction ``alpha`` of weights passes by chance, and stays in [-127, 127]. There
+    is no memory but the number of steps. The first factor is a table made in advance, so that the
+    program has integers alone.
+
+    Args:
+      alpha: the fraction of weights that move, in (0, 1], or a schedule over steps.
+      steps: for how many steps the schedule is tabulated; it stays as it is from then on.
+
+    Returns:
+      An optax transform that takes int32 and gives int8; ``update`` wants ``params`` and ``pairs``.
+
+    Raises:
+      ValueError: for an alpha outside (0, 1].
+
+    Example:
+      Three pairs of four decided, of which all agree on the first weight only.
+
+      >>> rule = threshold(0.2)
+      >>> params = jnp.array([5, 5, 127], jnp.int8)
+      >>> z = jnp.array([3 * 256, 256, 3 * 256])
+      >>> rule.update(-z, rule.init(params), params, pairs=3)[0].tolist()
+      [1, 0, 0]
+    """
+    table = jnp.asarray(_levels(alpha, steps))
+
+    def init_fn(params: Any) -> ThresholdState:
+        return ThresholdState(jnp.zeros((), jnp.int32))
+
+    def update_fn(
+        updates: Any, state: ThresholdState, params: Any = None, *, pairs: Any = None, **extra: Any
+    ) -> tuple[Any, ThresholdState]:
+        root = _root(pairs, params)
+        # At most 2^11 (16 Phi^-1 * 16 for alpha above 1e-15) times 2^15.5.
+        least = (table[jnp.minimum(state.count, table.size - 1)] * root) >> 4
+
+        def step(g: Array, w: Array) -> Array:
+            move = jnp.where(jnp.abs(g) >= least, -jnp.sign(g), 0)
+            return jnp.where(jnp.abs(w + move) > 127, 0, move).astype(jnp.int8)
+
+        return jax.tree.map(step, updates, params), ThresholdState(state.count + 1)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def error_feedback(
+    rule: optax.GradientTransformation, dtype: DTypeLike = jnp.int16
+) -> optax.GradientTransformationExtraArgs:
+    """Adds what did not suffice for a step to the next ones, until it does.
+
+    The threshold by itself forgets all that stays below it. Here every weight keeps its sum of
+    ``Z / sqrt(P')`` since it last moved, and starts again from 0 when it moves (accumulated error
+    feedback, as QES, arXiv 2602.03120, has it for quantised models). Beyond the paper of integer
+    EGGROLL. A sum passes a threshold of q standard deviations after about q^2 steps without any signal,
+    so that the same alpha moves more weights than without: about ``1 / q^2`` of them.
+
+    Args:
+      rule: what the sums go through: :func:`threshold`, or a chain that ends with it.
+      dtype: of the sums, one a weight: int16 or int8. They saturate at 512 or 16 standard deviations.
+
+    Returns:
+      An optax transform, in the place of ``rule``.
+
+    Raises:
+      ValueError: for another dtype.
+
+    Example:
+      >>> rule = error_feedback(threshold(0.05))  # 1.9 standard deviations
+      >>> params = jnp.zeros(2, jnp.int8)
+      >>> state, z = rule.init(params), jnp.array([256, -16])
+      >>> for _ in range(4):
+      ...     step, state = rule.update(-z, state, params, pairs=1)
+      ...     print(step.tolist())
+      [0, 0]
+      [1, 0]
+      [0, 0]
+      [1, 0]
+    """
+    unit, inner = _unit("error_feedback", dtype), optax.with_extra_args_support(rule)
+
+    def init_fn(params: Any) -> FeedbackState:
+        zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, dtype), params)
+        return FeedbackState(zeros, inner.init(params))
+
+    def update_fn(
+        updates: Any, state: FeedbackState, params: Any = None, *, pairs: Any = None, **extra: Any
+    ) -> tuple[Any, FeedbackState]:
+        root = _root(pairs, params)
+        add = lambda g, e: e + _to_units(g, root, unit)
+        sums = jax.tree.map(add, updates, state.residual)
+        scaled = jax.tree.map(lambda x: _from_units(x, root, unit), sums)
+        moves, held = inner.update(scaled, state.inner, params, pairs=pairs, **extra)
+
+        def left(x: Array, move: Array, w: Array) -> Array:
+            # At the end of the range a weight does not wait for what it cannot do.
+            stuck = jnp.sign(x) * w == -127
+            return _saturate(jnp.where((move != 0) | stuck, 0, x), dtype)
+
+        return moves, FeedbackState(jax.tree.map(left, sums, moves, params), held)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def momentum(shift: int = 3, dtype: DTypeLike = jnp.int16) -> optax.GradientTransformationExtraArgs:
+    """Replaces ``Z`` by a decaying sum of it, ``m <- m - m / 2^shift + Z / sqrt(P')``, scaled as ``Z`` is.
+
+    Of noise alone the sum has the spread of one ``Z``, so that a threshold after it passes the same
+    fraction; of a steady signal it has up to ``sqrt(2^(shift + 1))`` times as much. Integers round halves
+    away from zero, so that signs do not matter. Beyond the paper, which calls it future work.
+
+    Args:
+      shift: the decay a step is ``1 - 2^-shift``; 1 to 8.
+      dtype: of the sums, one a weight: int16, or int8, which saturates at 16 standard deviations of ``Z``.
+
+    Returns:
+      An optax transform of int32 to int32, for ``optax.chain(momentum(), threshold(...))``.
+
+    Raises:
+      ValueError: for another shift or dtype.
+
+    Example:
+      >>> rule = optax.chain(momentum(shift=2), threshold(0.05))
+      >>> params = jnp.zeros(2, jnp.int8)
+      >>> state, z = rule.init(params), jnp.array([256, 16])
+      >>> for _ in range(4):
+      ...     step, state = rule.update(-z, state, params, pairs=1)
+      ...     print(step.tolist())
+      [0, 0]
+      [0, 0]
+      [0, 0]
+      [1, 0]
+    """
+    if not 1 <= shift <= 8:
+        raise ValueError(
+            f"momentum: shift={shift!r}; a whole number from 1 (decay 1/2) to 8 is right"
+        )
+    unit = _unit("momentum", dtype)
+    decay = 1 - 2.0**-shift
+    gain = round(2**8 * (1 - decay**2) ** 0.5)
+
+    def init_fn(params: Any) -> TraceState:
+        return TraceState(jax.tree.map(lambda w: jnp.zeros(w.shape, dtype), params))
+
+    def update_fn(
+        updates: Any, state: TraceState, params: Any = None, *, pairs: Any = None, **extra: Any
+    ) -> tuple[Any, TraceState]:
+        root = _root(pairs, params)
+
+        def add(g: Array, m: Array) -> Array:
+            m = m.astype(jnp.int32)
+            return _saturate(m - shift_round(m, shift) + _to_units(g, root, unit), dtype)
+
+        trace = jax.tree.map(add, updates, state.trace)
+        # At most 2^15 * 2^8 before the shift.
+        scaled = lambda m: _from_units(shift_round(m.astype(jnp.int32) * gain, 8), root, unit)
+        return jax.tree.map(scaled, trace), TraceState(trace)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def _levels(alpha: float | optax.Schedule, steps: int) -> np.ndarray:
+    """``floor(16 Phi^-1(1 - alpha_t / 2)) * 16`` for every step, int32."""
+    if callable(alpha):
+        rates = np.broadcast_to(np.asarray(alpha(np.arange(steps)), np.float64), steps)
+    else:
+        rates = np.array([alpha], np.float64)
+    distinct, where = np.unique(rates, return_inverse=True)
+    if not (distinct.min() > 0 and distinct.max() <= 1):
+        wrong = distinct[0] if not distinct[0] > 0 else distinct[-1]
+        raise ValueError(
+            f"threshold: alpha={float(wrong):g}; a fraction of weights above 0 and up to 1 is right"
+        )
+    normal = NormalDist()
+    levels = [int(-16 * normal.inv_cdf(rate / 2)) * 16 for rate in distinct]
+    return np.array(levels, np.int32)[where]
+
+
+def _root(pairs: Any, params: Any) -> Int32[Array, ""]:
+    """``floor(16 sqrt(P'))``, for up to 2^23 pairs."""
+    if pairs is None or params is None:
+        raise ValueError(
+            "an integer transform wants params and pairs (how many did not end in a tie); "
+            "an EvolutionStrategy passes both, and rule.update(grads, state, params, pairs=...) is right"
+        )
+    return isqrt(jnp.asarray(pairs, jnp.int32) << 8)
+
+
+def _unit(name: str, dtype: DTypeLike) -> int:
+    if jnp.dtype(dtype) not in UNITS:
+        raise ValueError(f"{name}: dtype={jnp.dtype(dtype).name}; int16 or int8 is right")
+    return UNITS[jnp.dtype(dtype)]
+
+
+def _to_units(z: Int32[Array, "*shape"], root: Array, unit: int) -> Int32[Array, "*shape"]:
+    """``Z`` in units of ``16 root / unit``, rounded to the nearest, halves away from zero."""
+    top, bottom = (unit // 16, 1) if unit >= 16 else (1, 16 // unit)
+    # 2^28 is more than 2^12 standard deviations of a million pairs.
+    size = jnp.minimum(jnp.abs(z), 2**28) * top
+    by = jnp.maximum(root * bottom, 1)
+    return jnp.sign(z) * lax.div(size + by // 2, jnp.broadcast_to(by, size.shape))
+
+
+def _from_units(x: Int32[Array, "*shape"], root: Array, unit: int) -> Int32[Array, "*shape"]:
+    """The inverse. Of sums that have not been saturated yet at most ``2^15 * 2^15.5``."""
+    x = jnp.clip(x, -(2**15), 2**15)
+    return shift_round(x * root, 2) if unit == 64 else 2 * x * root
+
+
+def _saturate(x: Int32[Array, "*shape"], dtype: DTypeLike) -> Array:
+    largest = jnp.iinfo(dtype).max
+    return jnp.clip(x, -largest, largest).astype(dtype)
