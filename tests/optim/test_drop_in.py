@@ -105,12 +105,15 @@ def test_types_shapes_and_structure_stay(name: str, dtype: Any) -> None:
     params = {**jax.tree.map(lambda x: x.astype(dtype), PARAMS), "nothing": None}
     grads = jax.tree.map(lambda x: 0.1 * x, params)
     solver = make(name)
-    state = solver.init(params)
-    updates, after = solver.update(grads, state, params)
+    state = jax.eval_shape(solver.init, params)
+    updates, after = jax.eval_shape(solver.update, grads, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
     # As a branch of a condition, which asks for the same types on both sides.
-    jax.lax.cond(True, lambda s: solver.update(grads, s, params)[1], lambda s: s, state)
+    branch = lambda s: jax.lax.cond(
+        True, lambda s: solver.update(grads, s, params)[1], lambda s: s, s
+    )
+    jax.eval_shape(branch, state)
 
 
 @each
@@ -152,10 +155,10 @@ def test_vmap_is_one_by_one(name: str) -> None:
     solver = make(name)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x + 0.1]), PARAMS)
     states = jax.vmap(solver.init)(stacked)
-    updates, _ = jax.vmap(solver.update)(stacked, states, stacked)
+    updates, _ = jax.jit(jax.vmap(solver.update))(stacked, states, stacked)
+    alone = jax.jit(lambda x: solver.update(x, solver.init(x), x)[0])
     for i in range(2):
-        own = jax.tree.map(lambda x, i=i: x[i], stacked)
-        right, _ = solver.update(own, solver.init(own), own)
+        right = alone(jax.tree.map(lambda x, i=i: x[i], stacked))
         jax.tree.map(
             lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-7),
             updates,
@@ -209,13 +212,19 @@ def test_flax_and_nnx_take_it(name: str) -> None:
     params = model.init(jax.random.key(0), x)["params"]
     state = TrainState.create(apply_fn=model.apply, params=params, tx=make(name))
     before = loss(state.params)
+    step = jax.jit(lambda state: state.apply_gradients(grads=jax.grad(loss)(state.params)))
     for _ in range(20):
-        state = state.apply_gradients(grads=jax.grad(loss)(state.params))
+        state = step(state)
     assert loss(state.params) < before
     linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(linear, make(name), wrt=nnx.Param)
     kernel = linear.kernel[...]
-    optimizer.update(linear, nnx.grad(lambda m: jnp.sum(m(x) ** 2))(linear))
+
+    @nnx.jit
+    def update(linear: nnx.Linear, optimizer: nnx.Optimizer) -> None:
+        optimizer.update(linear, nnx.grad(lambda m: jnp.sum(m(x) ** 2))(linear))
+
+    update(linear, optimizer)
     assert (linear.kernel[...] != kernel).any()
 
 
