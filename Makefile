@@ -14,7 +14,7 @@ help:
 	@echo "make setup   fill $(VENV) with the project and all that it needs"
 	@echo "make demo    train a CartPole policy without backpropagation; about a minute, most of it setup"
 	@echo "make test    all tests, doctests and notebooks (ARGS='-k noise' to choose)"
-	@echo "make oracles packages that some tests need (torch, adamp, wandb) and are skipped without"
+	@echo "make oracles packages that some tests need (torch and its optimizers, wandb) and are skipped without"
 	@echo "make lint    ruff            make types   mypy"
 	@echo "make bench   ratios of speed, in one run on this machine"
 	@echo "make soak    many more examples of every property, and what make test leaves out for its length"
@@ -39,10 +39,11 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) -rs $(ARGS)
 
-# What some tests compare with or log to, where it is installed: other people's optimizers, W&B.
+# What some tests compare with or log to, where it is installed: other people's optimizers, W&B. PyTorch
+# first, by itself: what needs any PyTorch then finds this one.
 oracles: setup
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt adamp==0.3.0 wandb
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[oracles]' wandb
 
 lint: setup
 	$(BIN)/ruff check .
