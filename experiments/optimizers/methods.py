@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
     "adamw": Method({"optimizer": "adamw"}, 3e-3, 1e-2),
     "optax-lion": Method({"optimizer": "lion"}, 1e-3, 1e-3),
     "lion": Method({"optimizer": "optim.lion"}, 1e-3, 1e-3),
-    "lion-k-huber": Method({"optimizer": "optim.lion_k", "kappa": "huber:0.001"}, 1e-3, 1e-3),
+    "lion-k-huber": Method({"optimizer": "optim.lion_k", "kappa": "huber:0.0003"}, 1e-3, 1e-3),
     "lion-k-l2": Method({"optimizer": "optim.lion_k", "kappa": "l2"}, 1e-1, 1e-1),
     "lion-k-nuclear": Method({"optimizer": "optim.lion_k", "kappa": "nuclear"}, 1e-2, 1e-2),
     "sgd": Method({"optimizer": "sgd", "momentum": 0.9}, 1e-1, 1e-1),
@@ -61,7 +61,7 @@ METHODS: dict[str, Method] = {
 GAP = 25
 
 STUDIES: dict[str, Config] = {
-    "lm": PRESETS["lm"],
+    "lm": replace(PRESETS["lm"], max_generations=250, schedule=250, evaluate_every=250),
     "digits": replace(PRESETS["digits"], max_generations=200, schedule=200, evaluate_every=50),
     "tiny": PRESETS["tiny"],
 }

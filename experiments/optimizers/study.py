@@ -43,7 +43,7 @@ class StudySettings:
     methods: tuple[str, ...] = ()
     """What to compare; everything by default."""
     seeds: int = 3
-    """Runs at the best learning rate, whose seeds are not that of the search."""
+    """Runs at the best learning rate; the first is that of the search."""
     generations: int | None = None
     """Updates of every run, instead of the study's."""
     minutes: float | None = None
@@ -118,7 +118,7 @@ def compare(name: str, settings: StudySettings, run: Callable[[Config], dict[str
         lambda rung: _loss(run(at(rung, base.seed))), middle(methods_of(base)[name], base)
     )
     best = min(tried, key=tried.__getitem__)
-    seeds = [base.seed + 1 + i for i in range(settings.seeds)]
+    seeds = range(base.seed, base.seed + settings.seeds)
     results = [run(at(best, seed)) for seed in seeds]
     return Found(LADDER[best], {LADDER[rung]: tried[rung] for rung in sorted(tried)}, results)
 

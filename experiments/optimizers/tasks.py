@@ -16,7 +16,7 @@ from experiments.run.errors import UsageError
 from experiments.supervised import data as digits_data
 
 # Sequences or images that are measured at once, so that the memory does not grow with what is held out.
-AT_ONCE = 32
+AT_ONCE = 8
 
 
 class Task(NamedTuple):
@@ -26,7 +26,7 @@ class Task(NamedTuple):
         init: key -> parameters.
         batch: (key, generation) -> a batch: a function of both.
         loss: (parameters, a batch) -> its mean cross-entropy in nats.
-        measure: parameters -> held-out figures, of all that is held out.
+        measure: parameters -> held-out figures.
         measured: their names.
         stacked: parameters -> which of their leaves are stacks of matrices, one a layer.
     """
@@ -54,7 +54,10 @@ def text_task(config: Config) -> Task:
         text.documents(config.data), config.held_out, at_least=config.length + 1
     )
     joined = [np.frombuffer(b"\n\n".join(documents), np.uint8) for documents in (train, held_out)]
-    seen, unseen = jnp.asarray(joined[0]), windows(joined[1], config.length)
+    seen, unseen = (
+        jnp.asarray(joined[0]),
+        windows(joined[1], config.length, config.held_out_sequences),
+    )
     shape = transformer.TransformerConfig(
         vocab_size=256,
         hidden_size=config.width,
@@ -71,7 +74,7 @@ def text_task(config: Config) -> Task:
 
     def losses(params: PyTree, tokens: UInt8[Array, "batch length"]) -> Float[Array, "batch rest"]:
         tokens = tokens.astype(jnp.int32)
-        logits = transformer.apply(params, tokens[:, :-1], shape)
+        logits = transformer.apply(params, tokens[:, :-1], shape, unroll=config.depth)
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
     def measure(params: PyTree) -> dict[str, Array]:
@@ -88,11 +91,14 @@ def text_task(config: Config) -> Task:
     )
 
 
-def windows(text: UInt8[np.ndarray, "bytes"], length: int) -> UInt8[Array, "windows reach"]:
-    """Stretches of text whose bytes, but for the first of each, are all bytes once; a last one that is
-    too short is left out."""
+def windows(
+    text: UInt8[np.ndarray, "bytes"], length: int, most: int
+) -> UInt8[Array, "windows reach"]:
+    """Stretches of a text, evenly spread over it, of `length` bytes and the one after them; at most so many,
+    and so that no byte is predicted twice."""
     count = (len(text) - 1) // length
-    return jnp.asarray(text[np.arange(count)[:, None] * length + np.arange(length + 1)])
+    chosen = np.linspace(0, count - 1, min(count, most)).round().astype(int)
+    return jnp.asarray(text[chosen[:, None] * length + np.arange(length + 1)])
 
 
 def digits_task(config: Config) -> Task:
