@@ -40,10 +40,11 @@ test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) -rs $(ARGS)
 
 # What some tests compare with or log to, where it is installed: other people's optimizers, W&B. PyTorch
-# first, by itself: what needs any PyTorch then finds this one.
+# first, by itself: what needs any PyTorch then finds this one. It asks for a newer setuptools than the pinned.
 oracles: setup
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[oracles]' wandb
+	grep -v '^setuptools==' constraints.txt > $(VENV)/constraints
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(VENV)/constraints -e '.[oracles]' wandb
 
 lint: setup
 	$(BIN)/ruff check .
