@@ -63,8 +63,8 @@ class Config(RunSettings):
     kappa: str | None = None
     """As `momentum`: Lion-K's function by its name in optim.kappa, with its number behind a colon:
     l2, nuclear, huber:0.001, ..."""
-    also_split: tuple[str, ...] = ()
-    """Parameters beside linear weights that FRUGAL splits too, such as lm_head."""
+    also_split: str | None = None
+    """A parameter beside linear weights that FRUGAL splits too, such as lm_head."""
 
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""

@@ -53,8 +53,8 @@ METHODS: dict[str, Method] = {
     "frugal-0.5": Method(_frugal(0.5), 1e-3, 1e-3),
     "frugal-1": Method(_frugal(1.0), 3e-3, 1e-2),
     "sign-sgd": Method({"optimizer": "sign_sgd"}, 1e-3, 1e-3),
-    "frugal-0-head": Method(_frugal(0.0, also_split=("lm_head",)), 1e-3, 1e-3, "text"),
-    "frugal-0-embedding": Method(_frugal(0.0, also_split=("embed_tokens",)), 1e-3, 1e-3, "text"),
+    "frugal-0-head": Method(_frugal(0.0, also_split="lm_head"), 1e-3, 1e-3, "text"),
+    "frugal-0-embedding": Method(_frugal(0.0, also_split="embed_tokens"), 1e-3, 1e-3, "text"),
 }  # fmt: skip
 
 # Updates from one split of FRUGAL and GaLore, or block of BAdam, to the next.

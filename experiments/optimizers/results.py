@@ -49,7 +49,7 @@ class Line(NamedTuple):
         norm: mean norm of the weights at the end, which began at 1; None for text.
         state_bytes: size of its state.
         bytes_a_parameter: that over the number of parameters.
-        step_seconds: median over its runs of the median time of an update.
+        step_seconds: time of an update, timed in turns with the others; None where that is not done yet.
     """
 
     method: str
@@ -61,10 +61,10 @@ class Line(NamedTuple):
     norm: float | None
     state_bytes: int
     bytes_a_parameter: float
-    step_seconds: float
+    step_seconds: float | None
 
 
-def line(method: str, found: Found) -> Line:
+def line(method: str, found: Found, step_seconds: float | None) -> Line:
     """The row of a method."""
 
     def mean(name: str) -> float | None:
@@ -87,7 +87,7 @@ def line(method: str, found: Found) -> Line:
         norm=mean("weight_norm"),
         state_bytes=size,
         bytes_a_parameter=size / numbers,
-        step_seconds=statistics.median(one["step_seconds"] for one in found.results),
+        step_seconds=step_seconds,
     )
 
 
@@ -113,16 +113,19 @@ def table(lines: list[Line]) -> str:
             row += ["" if one.accuracy is None else f"{one.accuracy:.2%}"]
             row += ["" if one.norm is None else f"{one.norm:.2f}"]
         row += [f"{one.state_bytes:,}", f"{one.bytes_a_parameter:.2f}"]
-        rows.append([*row, f"{1000 * one.step_seconds:.1f} ms"])
+        seconds = one.step_seconds
+        rows.append([*row, "" if seconds is None else f"{1000 * seconds:.1f} ms"])
     # Without spaces around the dashes, as people write it.
     return "\n".join(
         "|" + "|".join(r) + "|" if r[0] == "---" else f"| {' | '.join(r)} |" for r in rows
     )
 
 
-def write_results(folder: Path, base: Config, found: Mapping[str, Found]) -> list[Path]:
+def write_results(
+    folder: Path, base: Config, found: Mapping[str, Found], step_seconds: Mapping[str, float]
+) -> list[Path]:
     """Write results.json, table.md and study.png; returns their paths."""
-    lines = [line(name, one) for name, one in found.items()]
+    lines = [line(name, one, step_seconds.get(name)) for name, one in found.items()]
     paths = [folder / name for name in ("results.json", "table.md", "study.png")]
     with full_disk_in_one_sentence(folder):
         content = {

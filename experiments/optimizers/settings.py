@@ -1,7 +1,7 @@
 """From settings to an optimizer: what of them it takes, and what it does not."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,9 +57,11 @@ def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTr
     if "dimension_numbers" in takes:
         one = optax.contrib.MuonDimensionNumbers(1, 2)
         chosen["dimension_numbers"] = jax.tree.map(lambda yes: one if yes else None, stacked)
-    if config.also_split:
+    if config.also_split is not None:
         if "split" not in takes:
-            raise UsageError(f"--also-split: {config.optimizer} has no such setting")
+            raise UsageError(
+                f"--also-split {config.also_split}: {config.optimizer} has no such setting"
+            )
         chosen["split"] = split_of(config.also_split, chosen["dimension_numbers"])
     return make(rate, **chosen)
 
@@ -97,25 +99,23 @@ def projector_of(name: str) -> Any:
     return found()
 
 
-def split_of(also: Sequence[str], dimension_numbers: PyTree) -> Callable[[PyTree], PyTree]:
-    """Parameters -> what FRUGAL splits: its linear weights and the named ones.
+def split_of(also: str, dimension_numbers: PyTree) -> Callable[[PyTree], PyTree]:
+    """Parameters -> what FRUGAL splits: its linear weights and the one at this path.
 
     Raises:
-        UsageError: while it works, for a name that no parameter has.
+        UsageError: while it works, for a path that no parameter has.
     """
     from optim.matrices import linear_weights
 
     def split(params: PyTree) -> PyTree:
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
         paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-        for name in also:
-            if name not in paths:
-                raise UsageError(
-                    f"--also-split {name}: there is no such parameter{suggestion(name, paths)}"
-                )
+        if also not in paths:
+            raise UsageError(
+                f"--also-split {also}: there is no such parameter{suggestion(also, paths)}"
+            )
         usual = jax.tree.leaves(linear_weights(params, dimension_numbers))
-        return structure.unflatten(
-            [one or path in also for one, path in zip(usual, paths, strict=True)]
-        )
+        flags = [one or path == also for one, path in zip(usual, paths, strict=True)]
+        return structure.unflatten(flags)
 
     return split

@@ -3,13 +3,14 @@
 For every method: a run at three neighbouring rungs of a ladder of learning rates, further up or down the
 ladder while the best is at an end of what was tried; then runs of further seeds at the best. All have the
 same budget of updates, schedule, data and batches. A run is a run folder, and one that is finished is
-never made again, so that the same command continues.
+never made again, so that the same command continues. At the end the updates of all are timed in turns.
 """
 
 import math
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from experiments.optimizers.methods import (
 )
 from experiments.optimizers.results import Found, write_results
 from experiments.run.errors import Interrupted, UsageError, suggestion
-from experiments.run.folder import read_result
-from experiments.run.settings import at_least_one, positive
+from experiments.run.folder import read_config, read_result
+from experiments.run.settings import at_least_one, differences, positive, to_json
 from experiments.run.stopping import StopRequest, stop_requests
 
 
@@ -101,13 +102,15 @@ def study(settings: StudySettings) -> list[Path]:
         try:
             for name in settings.methods or methods_of(base):
                 found[name] = compare(name, settings, run)
+            _go_on(settings, stop, began)
         except Interrupted as reason:
             if found:
-                write_results(folder, base, found)
+                write_results(folder, base, found, {})
             raise Interrupted(
                 f"{reason} {len(found)} methods are done; the same command again goes on."
             ) from reason
-    return write_results(folder, base, found)
+    configs = [config_of(base, name, one.rate, base.seed, folder) for name, one in found.items()]
+    return write_results(folder, base, found, dict(zip(found, step_seconds(configs), strict=True)))
 
 
 def compare(name: str, settings: StudySettings, run: Callable[[Config], dict[str, Any]]) -> Found:
@@ -139,6 +142,30 @@ def climb(loss: Callable[[int], float], start: int) -> dict[int, float]:
         tried[best + step] = loss(best + step)
 
 
+def step_seconds(configs: Sequence[Config], rounds: int = 15) -> list[float]:
+    """The median time of an update of each run, with its forward and backward pass, in seconds.
+
+    Each round makes one update of each, so that whatever slows the machine down for a while slows all.
+    """
+    import jax
+
+    from experiments.optimizers.train import job
+
+    generations, states = [], []
+    for config in configs:
+        task = job(config)
+        state, _ = task.generation(task.start())  # compiles
+        generations.append(task.generation)
+        states.append(jax.block_until_ready(state))
+    times: list[list[float]] = [[] for _ in configs]
+    for _ in range(rounds):
+        for i, generation in enumerate(generations):
+            began = time.perf_counter()
+            states[i], _ = jax.block_until_ready(generation(states[i]))
+            times[i].append(time.perf_counter() - began)
+    return [statistics.median(one) for one in times]
+
+
 def _loss(result: dict[str, Any]) -> float:
     """One that is not finite is worse than any."""
     loss = result["held_out_loss"]
@@ -151,9 +178,6 @@ def _finished(config: Config) -> dict[str, Any] | None:
     Raises:
         UsageError: where the folder holds a run of other settings.
     """
-    from experiments.run.folder import read_config
-    from experiments.run.settings import differences, to_json
-
     result = read_result(config.run_dir)
     if result is None or result["generations"] != config.limit:
         return None

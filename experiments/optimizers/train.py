@@ -1,6 +1,5 @@
 """`eggroll optimizers`: from settings to a trained model, its curve and a sentence about it."""
 
-import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,7 +48,6 @@ class Result(NamedTuple):
         generations: updates made.
         parameters: numbers that were trained.
         state_bytes: size of the optimizer's state.
-        step_seconds: median time of an update, with forward and backward pass.
         sentence: the result in words.
         timing: seconds of every phase.
     """
@@ -60,7 +58,6 @@ class Result(NamedTuple):
     generations: int
     parameters: int
     state_bytes: int
-    step_seconds: float
     sentence: str
     timing: dict[str, float]
 
@@ -179,7 +176,6 @@ def train(config: Config, started: float | None = None) -> Result:
             who="model",
         )
         watch.finish("results")
-        seconds = [row["timing"]["seconds"] for row in outcome.rows if row["held_out_loss"] is None]
         carry = outcome.state
         state = optim.state_bytes(
             optimizer_at(config, make_task(config), config.learning_rate), carry.params
@@ -191,9 +187,6 @@ def train(config: Config, started: float | None = None) -> Result:
             generations=n,
             parameters=sum(x.size for x in jax.tree.leaves(carry.params)),
             state_bytes=state.total,
-            step_seconds=statistics.median(
-                seconds or [row["timing"]["seconds"] for row in outcome.rows]
-            ),
             sentence=f"{lesson}, after {n} updates by {config.optimizer}, {watch.total():.1f} s from start.",
             timing=watch.phases,
         )

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from experiments.optimizers.train import curve, evaluate, job, train
 from experiments.run.cli import main
 from experiments.run.errors import UsageError
 from experiments.run.metrics import read_metrics
+from experiments.run.settings import from_json, to_json
 
 TINY = PRESETS["tiny"]
 FRUGAL: dict[str, Any] = dict(optimizer="optim.frugal", density=0.5, gap=3)
@@ -159,7 +159,7 @@ STACKED = jax.tree.map(lambda x: x.ndim == 3, PARAMS)
         # The layers of a stack are decided and split one by one.
         (dict(optimizer="optim.adamp"), optim.adamp(0.1, batch_axes=jax.tree.map(int, STACKED))),
         (
-            dict(optimizer="optim.frugal", density=0.25, projector="rows", also_split=("lm_head",)),
+            dict(optimizer="optim.frugal", density=0.25, projector="rows", also_split="lm_head"),
             optim.frugal(
                 0.1, 0.25, optim.projector.rows(),
                 split={"layers": {"w": True, "norm": False}, "lm_head": True},
@@ -215,6 +215,7 @@ def test_presets_are_right(name: str) -> None:
     PRESETS[name].check()
     assert PRESETS[name].preset == name
     assert PRESETS[name].schedule == PRESETS[name].max_generations
+    assert from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -265,7 +266,7 @@ def test_the_table_is_what_the_runs_came_to(tmp_path: Path) -> None:
     assert f"| adamw | {row['rate']:g} | {loss:.4f} ± {spread:.4f} | " in paths[1].read_text()
     # Two moments of float32, and the counts of Adam and of the schedule.
     assert row["state_bytes"] == 8 * last[0]["parameters"] + 8
-    assert row["step_seconds"] == statistics.median(one["step_seconds"] for one in last)
+    assert 0 < row["step_seconds"] < 10
 
     # The same command again makes no run, but for one that is missing.
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
@@ -282,7 +283,7 @@ def test_the_table_is_what_the_runs_came_to(tmp_path: Path) -> None:
 
 
 def fake(loss: float | None, **others: Any) -> dict[str, Any]:
-    return dict(held_out_loss=loss, measured={"held_out_loss": loss}, state_bytes=80, parameters=10, step_seconds=0.5, generations=30, **others)  # fmt: skip
+    return dict(held_out_loss=loss, measured={"held_out_loss": loss}, state_bytes=80, parameters=10, generations=30, **others)  # fmt: skip
 
 
 def test_a_study_stops_between_runs_and_goes_on(
@@ -298,6 +299,7 @@ def test_a_study_stops_between_runs_and_goes_on(
 
     monkeypatch.setattr(studies, "_finished", lambda config: done.get(config.run_dir))
     monkeypatch.setattr(studies, "_train", run)
+    monkeypatch.setattr(studies, "step_seconds", lambda configs: [0.5] * len(configs))
     words = [
         "study",
         "tiny",
@@ -326,7 +328,7 @@ def test_a_study_stops_between_runs_and_goes_on(
 
 def test_a_table_of_digits_has_their_columns() -> None:
     measured = {"held_out_accuracy": 0.5, "weight_norm": 2.0}
-    one = line("adamp", Found(0.1, {}, [{**fake(1.0), "measured": measured}]))
+    one = line("adamp", Found(0.1, {}, [{**fake(1.0), "measured": measured}]), 0.5)
     assert "| adamp | 0.1 | 1.0000 | 50.00% | 2.00 | 80 | 8.00 | 500.0 ms |" in table([one])
 
 
