@@ -59,6 +59,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.forward
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.optim
+	$(BIN)/python -m benchmarks.memory
 
 soak: setup
 	$(BIN)/python -m pytest -m 'soak or hypothesis' --hypothesis-profile=soak $(ARGS)

@@ -28,7 +28,8 @@ import numpy as np
 import optax
 
 import optim
-from benchmarks import common
+from benchmarks import common, llama
+from optim.matrices import linear_weights
 
 TRIAD = "triad"
 # A row faster than this takes several steps a round, since timers are not exact.
@@ -44,18 +45,25 @@ class Optimizer:
       make: gives the transform; None for what is no optax transform.
       matrix_bytes: the same for leaves of two and more axes, where that is more: sums over the leaf come
         before the step, so that it is gone over twice.
+      linear_bytes: the same for weights of linear layers, where those have another optimizer.
       counterpart: the row of optax that it replaces.
     """
 
     bytes: float
     make: Callable[[], optax.GradientTransformation] | None = None
     matrix_bytes: float | None = None
+    linear_bytes: float | None = None
     counterpart: str | None = None
 
-    def floor(self, shapes: Sequence[tuple[int, ...]]) -> float:
-        """Bytes of a step over leaves of these shapes."""
+    def floor(self, shapes: Any) -> float:
+        """Bytes of a step over a tree of these shapes."""
         matrix = self.bytes if self.matrix_bytes is None else self.matrix_bytes
-        return sum(float(np.prod(s)) * (matrix if len(s) > 1 else self.bytes) for s in shapes)
+        linear = matrix if self.linear_bytes is None else self.linear_bytes
+        leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(linear_weights(shapes)), strict=True)
+        return sum(
+            float(x.size) * (linear if is_linear else matrix if x.ndim > 1 else self.bytes)
+            for x, is_linear in leaves
+        )
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
@@ -75,32 +83,28 @@ OPTIMIZERS: dict[str, Optimizer] = {
     ),
     "adamp": Optimizer(28, lambda: optim.adamp(1e-4), matrix_bytes=40, counterpart="optax.adamw"),
 }  # fmt: skip
-if hasattr(optim, "frugal"):
-    for name in ("columns", "rows"):
-        projector = getattr(getattr(optim, "projector"), name)  # noqa: B009
-        OPTIMIZERS[f"frugal .25 {name}"] = Optimizer(
-            28,
-            lambda projector=projector: optim.frugal(1e-4, density=0.25, projector=projector()),  # type: ignore[misc]
-            matrix_bytes=16,
-            counterpart="optax.adamw",
-        )
+for name, projector in (("columns", optim.projector.columns), ("rows", optim.projector.rows)):
+    OPTIMIZERS[f"frugal .25 {name}"] = Optimizer(
+        28,
+        lambda projector=projector: optim.frugal(1e-4, density=0.25, projector=projector()),  # type: ignore[misc]
+        linear_bytes=16,
+        counterpart="optax.adamw",
+    )
 if importlib.util.find_spec("torch") is not None:
     OPTIMIZERS["torch SGD, fused"] = Optimizer(12, counterpart="optax.sgd")
     OPTIMIZERS["torch AdamW, fused"] = Optimizer(28, counterpart="optax.adamw")
 
 
-def llama(vocabulary: int, width: int, hidden: int, layers: int) -> list[tuple[int, ...]]:
-    """The leaves of a Llama with untied embeddings."""
-    layer = [(width, width)] * 4 + [(width, hidden)] * 2 + [(hidden, width)] + [(width,)] * 2
-    return [(vocabulary, width), *layer * layers, (width,), (width, vocabulary)]
+def _leaves(*shapes: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
 
-SHAPES: dict[str, list[tuple[int, ...]]] = {
-    "flat": [(16_000_000,)],
-    "matrix": [(4000, 4000)],
-    "llama-60m": llama(32000, 512, 1376, 8),
-    "leaves": [(32, 32), (32,)] * 500,
-    "tiny": [(64, 64), (64,)],
+SHAPES: dict[str, Any] = {
+    "flat": _leaves((16_000_000,)),
+    "matrix": _leaves((4000, 4000)),
+    "llama-60m": llama.shapes("60M"),
+    "leaves": _leaves(*[(32, 32), (32,)] * 500),
+    "tiny": _leaves((64, 64), (64,)),
 }
 
 
@@ -127,9 +131,10 @@ class Call:
     compile_seconds: float | None = None
 
 
-def _arrays(shapes: Sequence[tuple[int, ...]], scale: float) -> list[jax.Array]:
+def _arrays(shapes: Any, scale: float) -> Any:
     chance = np.random.default_rng(0)
-    return [jnp.asarray(scale * chance.standard_normal(s, dtype=np.float32)) for s in shapes]
+    draw = lambda x: jnp.asarray(scale * chance.standard_normal(x.shape, dtype=np.float32))
+    return jax.tree.map(draw, shapes)
 
 
 def jax_call(update: Callable[..., Any], params: Any, state: Any, grads: Any) -> Call:
@@ -147,12 +152,15 @@ def jax_call(update: Callable[..., Any], params: Any, state: Any, grads: Any) ->
     return Call(step, None if analysis is None else int(analysis.temp_size_in_bytes), seconds)
 
 
-def torch_call(name: str, shapes: Sequence[tuple[int, ...]]) -> Call:
+def torch_call(name: str, shapes: Any) -> Call:
     """Steps of PyTorch's fused optimizer of that name, on the device that JAX uses too."""
     import torch
 
     device = "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
-    params = [torch.nn.Parameter(0.02 * torch.randn(s, device=device)) for s in shapes]
+    params = [
+        torch.nn.Parameter(0.02 * torch.randn(x.shape, device=device))
+        for x in jax.tree.leaves(shapes)
+    ]
     for x in params:
         x.grad = 1e-3 * torch.randn_like(x)
     solver = getattr(torch.optim, name)(params, lr=1e-4, fused=True)
@@ -165,7 +173,7 @@ def torch_call(name: str, shapes: Sequence[tuple[int, ...]]) -> Call:
     return Call(step)
 
 
-def calls_of(shapes: Sequence[tuple[int, ...]], names: Sequence[str]) -> dict[str, Call]:
+def calls_of(shapes: Any, names: Sequence[str]) -> dict[str, Call]:
     """The triad and the named optimizers on leaves of these shapes."""
     grads = _arrays(shapes, 1e-3)
 
@@ -236,8 +244,8 @@ def measure(shape: str, names: Sequence[str], rounds: int) -> list[Row]:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    shapes = SHAPES[rows[0].shape]
-    size = sum(float(np.prod(s)) for s in shapes)
+    shapes = jax.tree.leaves(SHAPES[rows[0].shape])
+    size = sum(x.size for x in shapes)
     print(f"\n{rows[0].shape}: {size / 1e6:.1f}M parameters in {len(shapes)} leaves")
     head = (
         f"{'row':<24} {'ms':>8} {'x floor':>8} {'quartiles':>12} {'x optax':>8} {'quartiles':>12}"

@@ -133,7 +133,7 @@ def linear_weights(params: Any, dimension_numbers: Any = None) -> Any:
       {'block_0': {'attn': True, 'bias': False}, 'lm_head': False, 'ln_1': False, 'wte': False}
     """
 
-    def is_one(x: Array, spec: Any, path: str) -> bool:
+    def is_one(x: Any, spec: Any, path: str) -> bool:
         names = [re.sub(r"_?\d+$", "", name) for name in path.lower().split("/")]
         named = any(name in NAMES or any(mark in name for mark in MARKS) for name in names)
         return (x.ndim == 2 or spec is not None) and not named

@@ -1,10 +1,13 @@
-"""The benchmark of the optimizers on a tiny tree: its rows, its floors and its JSON file, no timings."""
+"""The benchmarks of the optimizers: rows, floors and file of step times on a tiny tree; memory of Llamas."""
 
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from benchmarks import memory
 from benchmarks import optim as benchmark
 
 
@@ -29,18 +32,38 @@ def test_rows_table_and_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 
 
 def test_floors_count_every_array_once_a_pass() -> None:
-    shapes = [(10, 10), (10,)]
+    shapes = {"w": jnp.zeros((10, 10)), "b": jnp.zeros(10)}
     floor = lambda name: benchmark.OPTIMIZERS[name].floor(shapes)
     assert floor("optax.adamw") == 110 * 28
     assert floor("adamp") == 100 * 40 + 10 * 28
     assert floor("lion") == 110 * 20
+    assert floor("frugal .25 columns") == 100 * 16 + 10 * 28
+    # Embeddings have Adam.
+    embedding = {"embed": jnp.zeros((10, 10))}
+    assert benchmark.OPTIMIZERS["frugal .25 columns"].floor(embedding) == 100 * 28
 
 
-def test_the_llama_has_58_million_parameters() -> None:
-    sizes = [
-        shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in benchmark.SHAPES["llama-60m"]
-    ]
-    assert sum(sizes) == 58_073_600
+# GiB of AdamW, Lion, GaLore .25, FRUGAL .25, FRUGAL 0, from the configurations of FRUGAL's authors; their
+# paper's AdamW and FRUGAL columns agree.
+MEMORY = {
+    "60M": (58.1, [0.43, 0.22, 0.30, 0.29, 0.24]),
+    "130M": (134.1, [1.00, 0.50, 0.57, 0.52, 0.37]),
+    "350M": (368.0, [2.74, 1.37, 1.22, 1.05, 0.49]),
+    "1B": (1339.1, [9.98, 4.99, 3.88, 3.23, 0.98]),
+    "7B": (6738.4, [50.21, 25.10, 17.52, 14.02, 1.96]),
+}
+
+
+@pytest.mark.parametrize("model", list(MEMORY))
+def test_memory_of_llamas(model: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "table.json"
+    table = memory.main(["--models", model, "--fields", "--json", str(path)])
+    millions, right = MEMORY[model]
+    # The indices of columns, which the figures leave out, are less than a hundredth of a GiB.
+    np.testing.assert_allclose(list(table[model].values()), right, atol=0.01)
+    printed = capsys.readouterr().out
+    assert f"{millions}M" in printed and "Lion: count 0.000, mu" in printed
+    assert json.loads(path.read_text()) == table
 
 
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture) -> None:
