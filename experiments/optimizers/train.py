@@ -1,6 +1,9 @@
 """`eggroll optimizers`: from settings to a trained model, its curve and a sentence about it."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-import optim
 from experiments.optimizers.config import Config
 from experiments.optimizers.settings import optimizer_of
 from experiments.optimizers.tasks import Task, make_task
@@ -26,7 +28,7 @@ class Carry(NamedTuple):
     Attributes:
         params: the model's.
         state: the optimizer's.
-        rate: the highest learning rate. It stands here so that runs at all rates are one program.
+        rate: the highest learning rate; here, so that runs at all rates are one program.
         generation: updates done.
         seed: what everything random comes from.
     """
@@ -89,18 +91,30 @@ def check_optimizer(config: Config, task: Task) -> None:
         raise UsageError(f"--optimizer {config.optimizer}: {error}") from error
 
 
-def job(config: Config) -> Job:
-    """The run as the loop takes it.
+class Programs(NamedTuple):
+    """Compiled functions of the runs of all seeds and learning rates.
 
-    Raises:
-        UsageError: for data, an optimizer or a setting of it that there is not.
+    Attributes:
+        start: (seed, rate) -> Carry.
+        generation: Carry -> (Carry, row).
+        measure: Carry -> held-out figures.
+        measured: their names.
     """
+
+    start: Callable[[int, float], Carry]
+    generation: Callable[[Carry], tuple[Carry, dict[str, Array]]]
+    measure: Callable[[Carry], dict[str, Array]]
+    measured: tuple[str, ...]
+
+
+# One, since a comparison makes all runs of an optimizer one after the other.
+@functools.lru_cache(maxsize=1)
+def programs(config: Config) -> Programs:
+    """What :func:`job` runs; seed, learning rate and run folder of the settings do not count."""
     task = make_task(config)
     check_optimizer(config, task)
 
-    def start() -> Carry:
-        seed = jnp.int32(config.seed)
-        rate = jnp.float32(config.learning_rate)
+    def start(seed: Int[Array, ""], rate: Float[Array, ""]) -> Carry:
         params = task.init(jax.random.key(seed))
         state = optimizer_at(config, task, rate).init(params)
         return Carry(params, state, rate, jnp.int32(0), seed)
@@ -115,13 +129,29 @@ def job(config: Config) -> Job:
         after = carry._replace(params=params, state=state, generation=carry.generation + 1)
         return after, {"loss": loss}
 
-    return Job(
-        start=jax.jit(start),
+    compiled = jax.jit(start)
+    return Programs(
+        start=lambda seed, rate: compiled(jnp.int32(seed), jnp.float32(rate)),
         generation=jax.jit(generation, donate_argnums=0),
         measure=jax.jit(lambda carry: task.measure(carry.params)),
+        measured=task.measured,
+    )
+
+
+def job(config: Config) -> Job:
+    """The run as the loop takes it.
+
+    Raises:
+        UsageError: for data, an optimizer or a setting of it that there is not.
+    """
+    shared = programs(replace(config, run_dir=Path(), seed=0, learning_rate=1.0))
+    return Job(
+        start=lambda: shared.start(config.seed, config.learning_rate),
+        generation=shared.generation,
+        measure=shared.measure,
         reached=lambda row: False,
         tell=tell,
-        measured=task.measured,
+        measured=shared.measured,
     )
 
 
@@ -177,16 +207,13 @@ def train(config: Config, started: float | None = None) -> Result:
         )
         watch.finish("results")
         carry = outcome.state
-        state = optim.state_bytes(
-            optimizer_at(config, make_task(config), config.learning_rate), carry.params
-        )
         result = Result(
             held_out_loss=after["held_out_loss"],
             held_out_loss_before=outcome.before["held_out_loss"],
             measured=after,
             generations=n,
             parameters=sum(x.size for x in jax.tree.leaves(carry.params)),
-            state_bytes=state.total,
+            state_bytes=sum(x.nbytes for x in jax.tree.leaves(carry.state)),
             sentence=f"{lesson}, after {n} updates by {config.optimizer}, {watch.total():.1f} s from start.",
             timing=watch.phases,
         )

@@ -90,13 +90,12 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert [row["loss"] for row in rows] == [row["loss"] for row in right]
 
 
-def test_all_learning_rates_are_one_program() -> None:
-    texts = []
-    for rate in (0.01, 0.03):
-        task = job(replace(TINY, learning_rate=rate))
-        state = jax.eval_shape(task.start)
-        texts.append(task.generation.lower(state).as_text())  # type: ignore[attr-defined]
-    assert texts[0] == texts[1]
+def test_all_learning_rates_and_seeds_are_one_program() -> None:
+    one, other = (job(replace(TINY, learning_rate=rate, seed=seed)) for rate, seed in ((0.01, 0), (0.03, 7)))  # fmt: skip
+    assert one.generation is other.generation
+    state, _ = other.generation(other.start())
+    assert (float(state.rate), int(state.seed)) == (pytest.approx(0.03), 7)
+    assert job(replace(TINY, batch=4)).generation is not one.generation
 
 
 def test_digits_are_learned_by_weights_without_scale(tmp_path: Path) -> None:
