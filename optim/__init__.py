@@ -1,12 +1,14 @@
 """Optimizers that optax lacks, as optax transforms: they drop into any chain.
 
-Lion and Lion-K, SGDP and AdamP, FRUGAL.
+Lion and Lion-K, SGDP and AdamP, FRUGAL, GaLore and BAdam.
 """
 
 from optim import dual, kappa
 from optim.adamp import adamp, scale_by_adamp
+from optim.badam import badam
 from optim.diagnostics import constraint_violation, kkt_score, lyapunov
 from optim.frugal import FrugalState, frugal, scale_by_frugal
+from optim.galore import galore
 from optim.lion import ScaleByLionState, lion, scale_by_lion
 from optim.lion_k import lion_k, scale_by_lion_k
 from optim.memory import StateBytes, state_bytes
@@ -18,9 +20,11 @@ __all__ = [
     "ScaleBySgdpState",
     "StateBytes",
     "adamp",
+    "badam",
     "constraint_violation",
     "dual",
     "frugal",
+    "galore",
     "kappa",
     "kkt_score",
     "lion",

@@ -142,10 +142,11 @@ def scale_by_frugal(
     free = _checked(density, update_gap, on_refresh, state_free)
 
     def init_fn(params: Any) -> FrugalState:
-        zero = jnp.zeros([], jnp.int32)
+        # Two arrays, since a buffer cannot be donated twice.
+        count, turn = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         if isinstance(params, _ParamsPlaceholder):
             # Asked by optax.tree.map_params where the parameters' likes are: the projection has none.
-            return FrugalState(zero, zero, zero, zero, full.init(params), full.init(params))
+            return FrugalState(count, turn, count, count, full.init(params), full.init(params))
         parts = cut(params, split, dimension_numbers)
         matrices = jax.eval_shape(parts.split, params)
         projection = projector.init(matrices, density)
@@ -153,7 +154,7 @@ def scale_by_frugal(
         if free is not None and jax.tree.leaves(free.init(_zeros(rest))):
             raise ValueError(f"state_free={free}: a transform without state is right")
         part, whole = full.init(_zeros(compact)), full.init(parts.whole(params))
-        return FrugalState(zero, zero, _words(key), projection, part, whole)
+        return FrugalState(count, turn, _words(key), projection, part, whole)
 
     def update_fn(
         updates: Any, state: FrugalState, params: Any = None, *, refresh: Any = None, **extra: Any

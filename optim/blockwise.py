@@ -1,0 +1,219 @@
+"""Splits by blocks: whole layers or leaves, some at a time."""
+
+import math
+import re
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from optim.matrices import paths
+from optim.splits import Projector
+
+Order = Literal["random", "shuffled", "ascending", "descending", "mirror"]
+Unit = Literal["leaf", "layer"]
+
+
+class Blocks(NamedTuple):
+    """Which blocks are active.
+
+    Attributes:
+      active: their numbers, in the order that they have in the compact vector.
+      offset: for every block where it begins in that vector; -1 for those that are not in it.
+    """
+
+    active: Int[Array, " active"]
+    offset: Int[Array, " blocks"]
+
+
+class _Piece(NamedTuple):
+    """A leaf, or one layer of a stack: its number of entries, its block and where it begins there."""
+
+    size: int
+    block: int
+    start: int
+
+
+class _Layout(NamedTuple):
+    """The pieces of every leaf, and the sizes of the blocks that they make up."""
+
+    pieces: list[list[_Piece]]
+    sizes: list[int]
+
+
+def natural(name: str) -> list[Any]:
+    """A key to sort names by, in which numbers count as numbers.
+
+    Example:
+      >>> sorted(["layer_10", "layer_9", "head"], key=natural)
+      ['head', 'layer_9', 'layer_10']
+    """
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def block_names(path: str, layers: int | None, unit: Unit) -> list[str]:
+    """The block of a leaf, or of each layer of a stack.
+
+    Example:
+      >>> block_names("params/layers_3/mlp/kernel", None, "layer"), block_names("embed", None, "layer")
+      (['params/layers_3'], ['embed'])
+      >>> block_names("mlp", 2, "layer"), block_names("mlp", 2, "leaf")
+      (['of 2 layers, 0', 'of 2 layers, 1'], ['mlp 0', 'mlp 1'])
+    """
+    if layers is not None:
+        of = path if unit == "leaf" else f"of {layers} layers,"
+        return [f"{of} {i}" for i in range(layers)]
+    if unit == "layer":
+        names = path.split("/")
+        numbered = [i for i, name in enumerate(names) if re.search(r"\d$", name)]
+        if numbered:
+            return ["/".join(names[: numbered[0] + 1])]
+    return [path]
+
+
+def _layout(matrices: Any, unit: Unit) -> _Layout:
+    leaves = jax.tree.leaves(matrices)
+    names = [
+        block_names(path, x.shape[0] if len(x.shape) == 3 else None, unit)
+        for x, path in zip(leaves, paths(matrices), strict=True)
+    ]
+    numbers = {
+        name: i for i, name in enumerate(sorted({n for of in names for n in of}, key=natural))
+    }
+    sizes = [0] * len(numbers)
+    pieces = []
+    for x, of in zip(leaves, names, strict=True):
+        pieces.append([])
+        for name in of:
+            block, size = numbers[name], math.prod(x.shape) // len(of)
+            pieces[-1].append(_Piece(size, block, sizes[block]))
+            sizes[block] += size
+    return _Layout(pieces, sizes)
+
+
+def _sequence(order: Order, blocks: int) -> list[int]:
+    """The blocks in the order that they take turns in, where that is not random."""
+    ascending = list(range(blocks))
+    if order == "mirror":
+        return [i for pair in zip(ascending, ascending[::-1], strict=True) for i in pair][:blocks]
+    return ascending[::-1] if order == "descending" else ascending
+
+
+def _capacity(sizes: list[int], order: Order, number: int) -> int:
+    """Entries of the largest set of blocks that is ever active."""
+    if order in ("random", "shuffled"):
+        return sum(sorted(sizes)[len(sizes) - number :])
+    ordered = [sizes[i] for i in _sequence(order, len(sizes))]
+    turns = len(sizes) // math.gcd(number, len(sizes)) if number else 0
+    starts = [t * number for t in range(turns)]
+    return max(
+        (sum(ordered[(s + j) % len(sizes)] for j in range(number)) for s in starts), default=0
+    )
+
+
+def blockwise(
+    order: Order = "random", unit: Unit = "layer", active: int | None = None
+) -> Projector:
+    """Whole blocks: the full optimizer works on some layers at a time, the other on the rest.
+
+    The active blocks lie one after the other in one vector, which is all that the full optimizer sees: so it
+    has to work entry by entry, as Adam, Lion and SGD do. The vector has room for the largest set of blocks
+    that is ever active; where blocks are of one size, none of it is wasted. Use it with
+    ``on_refresh="reset"``: with ``"keep"`` a block would inherit the moments of another.
+
+    Args:
+      order: ``"random"``, drawn anew each time (FRUGAL); ``"shuffled"``, all in turn in a random order, and
+        then in another (BAdam); ``"ascending"``, ``"descending"``, all in turn by the numbers in their names;
+        ``"mirror"``, first, last, second, last but one, and so on.
+      unit: ``"leaf"``: every leaf is a block; ``"layer"``: all leaves whose path begins alike up to its first
+        name that ends in a number (``layers_3``, ``layers/3``); a leaf without one is a block of its own. The
+        layers of a stack (leaves whose dimension numbers leave an axis) are as many blocks, of a leaf or of
+        all such leaves.
+      active: how many are active at a time; by default ``round(density * blocks)``, at least one.
+
+    State: 4 bytes a block.
+    """
+    if order not in ("random", "shuffled", "ascending", "descending", "mirror"):
+        raise ValueError(
+            f"order={order!r}: random, shuffled, ascending, descending or mirror is right"
+        )
+    if unit not in ("leaf", "layer"):
+        raise ValueError(f"unit={unit!r}: leaf or layer is right")
+    if active is not None and (not isinstance(active, int) or active < 1):
+        raise ValueError(
+            f"active={active}: a whole number from 1 on is right, or None for the density"
+        )
+
+    def number_of(blocks: int, density: float) -> int:
+        number = max(round(density * blocks), 1 if density > 0 else 0) if active is None else active
+        return min(number, blocks)
+
+    def placed(chosen: Array, sizes: list[int]) -> Blocks:
+        lengths = jnp.asarray(sizes, jnp.int32)[chosen]
+        none = jnp.full(len(sizes), -1, jnp.int32)
+        ends = jnp.cumsum(lengths, dtype=jnp.int32)
+        return Blocks(chosen, none.at[chosen].set(ends - lengths))
+
+    def init(matrices: Any, density: float) -> Blocks:
+        sizes = _layout(matrices, unit).sizes
+        number = number_of(len(sizes), density)
+        room = _capacity(sizes, order, number)
+        if room >= 2**31:
+            raise ValueError(f"the active blocks have {room} entries: fewer than 2**31 is right")
+        return placed(jnp.asarray(_sequence(order, len(sizes))[:number], jnp.int32), sizes)
+
+    def refresh(key: Array, turn: Array, grads: Any, blocks: Blocks) -> Blocks:
+        sizes = _layout(grads, unit).sizes
+        number = blocks.active.size
+        if number == 0:
+            return blocks
+        at = jnp.arange(number, dtype=jnp.int32)
+        sequence = jnp.asarray(_sequence(order, len(sizes)), jnp.int32)
+        if order == "random":
+            sequence = jax.random.permutation(jax.random.fold_in(key, turn), sequence)
+        elif order == "shuffled":
+            turns = -(-len(sizes) // number)
+            sequence = jax.random.permutation(jax.random.fold_in(key, turn // turns), sequence)
+            at = (turn % turns * number + at) % len(sizes)
+        else:
+            # Taken modulo first, so that no number of turns is too large.
+            at = (turn % len(sizes) * number + at) % len(sizes)
+        return placed(sequence[at], sizes)
+
+    def down(grads: Any, blocks: Blocks) -> tuple[Array, Any]:
+        layout = _layout(grads, unit)
+        leaves, structure = jax.tree.flatten(grads)
+        room = _capacity(layout.sizes, order, blocks.active.size)
+        # What is not active is written behind what is, each over the other: without a condition, which would
+        # copy the vector.
+        largest = max((p.size for of in layout.pieces for p in of), default=0)
+        pool = jnp.zeros(room + largest, jnp.result_type(*leaves) if leaves else jnp.float32)
+        rest = []
+        for g, pieces in zip(leaves, layout.pieces, strict=True):
+            parts = g.reshape(len(pieces), -1)
+            offsets = blocks.offset[jnp.array([p.block for p in pieces])]
+            for i, p in enumerate(pieces):
+                where = jnp.where(offsets[i] < 0, room, offsets[i] + p.start)
+                pool = jax.lax.dynamic_update_slice(pool, parts[i].astype(pool.dtype), (where,))
+            rest.append(jnp.where((offsets < 0)[:, None], parts, 0).reshape(g.shape))
+        return pool[:room], structure.unflatten(rest)
+
+    def up(compact: Array, blocks: Blocks, grads: Any) -> Any:
+        layout = _layout(grads, unit)
+        leaves, structure = jax.tree.flatten(grads)
+        found = []
+        for g, pieces in zip(leaves, layout.pieces, strict=True):
+            parts = []
+            for p in pieces:
+                offset = blocks.offset[p.block]
+                if compact.size == 0:
+                    parts.append(jnp.zeros(p.size, compact.dtype))
+                    continue
+                here = jax.lax.dynamic_slice(compact, (offset + p.start,), (p.size,))
+                parts.append(jnp.where(offset < 0, 0, here))
+            whole = parts[0] if len(parts) == 1 else jnp.stack(parts)
+            found.append(whole.reshape(g.shape))
+        return structure.unflatten(found)
+
+    return Projector(init, refresh, down, up)
