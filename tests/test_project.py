@@ -79,6 +79,16 @@ def test_the_constraints_pin_what_is_declared():
     assert declared - {"pip"} <= {pin[1].replace("_", "-") for pin in pins}
 
 
+def test_the_page_of_the_optimizers_names_them_all():
+    import optim
+
+    page = (ROOT / "docs" / "optimizers.md").read_text()
+    names = [n for n in optim.__all__ if callable(getattr(optim, n)) and n[0].islower()]
+    assert {"lion", "state_bytes"} <= set(names)
+    for name in names:
+        assert f"`{name.removeprefix('scale_by_')}" in page or f"{name}(" in page, name
+
+
 def tracked_files():
     done = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False

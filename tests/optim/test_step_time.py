@@ -64,6 +64,9 @@ def test_memory_of_llamas(model: str, tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert f"{millions}M" in printed and "Lion: count 0.000, mu" in printed
     assert json.loads(path.read_text()) == table
+    # The page shows the same row.
+    page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
+    assert printed.splitlines()[1] in page.splitlines()
 
 
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture) -> None:
