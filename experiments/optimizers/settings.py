@@ -116,6 +116,6 @@ def split_of(also: str, dimension_numbers: PyTree) -> Callable[[PyTree], PyTree]
             )
         usual = jax.tree.leaves(linear_weights(params, dimension_numbers))
         flags = [one or path == also for one, path in zip(usual, paths, strict=True)]
-        return structure.unflatten(flags)
+        return jax.tree.unflatten(structure, flags)
 
     return split

@@ -36,7 +36,7 @@ class Carry(NamedTuple):
     params: Any
     state: Any
     rate: Float[Array, ""]
-    generation: Int[Array, ""]  # type: ignore[assignment]  # as the loop calls it
+    generation: Int[Array, ""]
     seed: Int[Array, ""]
 
 
@@ -223,12 +223,10 @@ def train(config: Config, started: float | None = None) -> Result:
 
 def in_words(config: Config, after: Row, before: Row) -> str:
     """What was learned, from the held-out figures."""
-    loss = after["held_out_loss"]
-    if loss is None or loss >= before["held_out_loss"]:
+    first, loss = before["held_out_loss"], after["held_out_loss"]
+    if loss is None or loss >= first:
         end = "is no longer finite" if loss is None else f"ends at {loss:.3f}"
-        return (
-            f"Not learned: the held-out loss began at {before['held_out_loss']:.3f} nats and {end}"
-        )
+        return f"Not learned: the held-out loss began at {first:.3f} nats and {end}"
     if config.task == "digits":
         right = after["held_out_accuracy"]
         return f"Learned to tell digits apart: {right:.1%} of held-out images are right, loss {loss:.3f}"
