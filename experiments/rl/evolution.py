@@ -1,6 +1,5 @@
 """Evolution strategies on a gymnax environment, low-rank or dense, as a job for the loop."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ import eggroll
 from experiments.rl.config import Config
 from experiments.rl.environments import Task
 from experiments.rl.policy import Policy
-from experiments.rl.rollout import run_episode
+from experiments.rl.rollout import run_episodes
 from experiments.rl.statistics import Statistics, merge, nothing_seen
 from experiments.run.optimizers import make_optimizer
 
@@ -63,15 +62,11 @@ def make_generation(config: Config, policy: Policy, task: Task) -> Any:
     def fitness(
         params: PyTree, key: Key[Array, ""], statistics: Statistics
     ) -> tuple[Float[Array, ""], Any]:
-        play = functools.partial(
-            run_episode, task, policy, params, statistics,
-            deterministic=config.deterministic, watch=config.normalise,
-        )  # fmt: skip
-        if config.episodes == 1:
-            episode = play(key)
-            return episode.score, (episode.steps, episode.seen)
-        episodes = jax.vmap(play)(jax.random.split(key, config.episodes))
-        return episodes.score.mean(), (episodes.steps.sum(), episodes.seen)
+        keys = key[None] if config.episodes == 1 else jax.random.split(key, config.episodes)
+        played = run_episodes(
+            task, policy, params, statistics, keys, config.deterministic, watch=config.normalise
+        )
+        return played.score / config.episodes, (played.steps, played.seen)
 
     # In halves, because `es.step` gives back neither lengths nor observations.
     def generation(carry: Carry) -> tuple[Carry, dict[str, Array]]:

@@ -198,7 +198,7 @@ def train(config: Config, started: float | None = None) -> Result:
         watch.finish("training")
 
         # ------------------------------------------------------------ what was learned
-        lesson = put_in_words(config, average(outcome.after["held_out_return"]))
+        lesson = put_in_words(config, each(outcome.after["held_out_return"]))
         draw(config, folder, outcome, lesson)
         watch.finish("results")
         result = summarise(config, outcome, lesson, watch)
@@ -239,16 +239,24 @@ def summarise(config: Config, outcome: Outcome, lesson: str, watch: Stopwatch) -
     )
 
 
-def put_in_words(config: Config, score: float) -> str:
-    """The outcome as the beginning of a sentence, plain about a target that was missed."""
+def put_in_words(config: Config, scores: list[float]) -> str:
+    """The outcome as the beginning of a sentence, plain about a target that was missed.
+
+    Args:
+        config: the settings.
+        scores: the held-out return of every seed.
+    """
     name = config.env.removeprefix(GYMNASIUM)
     skill, measure = SKILLS.get(name, name), MEASURES.get(name, PLAIN_MEASURE)
+    good = sum(config.target is not None and score >= config.target for score in scores)
     if config.target is None:
         verdict = f"Trained on {name}"
-    elif score >= config.target:
+    elif good == len(scores):
         verdict = f"Learned {skill}"
+    elif good:
+        verdict = f"{good} of {len(scores)} seeds learned {skill} (target {config.target:g})"
     else:
         verdict = f"Not yet learned {skill} (target {config.target:g})"
     # Cut, not rounded: 499.97 is not 500.
-    shown = math.floor(score * 10) / 10
+    shown = math.floor(average(scores) * 10) / 10
     return f"{verdict}: {measure.format(score=shown)}"

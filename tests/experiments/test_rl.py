@@ -13,7 +13,7 @@ import pytest
 from experiments.rl.config import PRESETS
 from experiments.rl.environments import Task, make_task
 from experiments.rl.policy import Policy, make_policy
-from experiments.rl.rollout import run_episode
+from experiments.rl.rollout import run_episode, run_episodes
 from experiments.rl.statistics import Statistics, add, merge, no_sums, nothing_seen
 from experiments.rl.train import Result, job, put_in_words, train
 from experiments.run.metrics import read_metrics
@@ -118,6 +118,24 @@ def test_episode_is_cut_at_the_time_limit(cartpole: Task) -> None:
     episodes = jax.vmap(play)(KEYS)
     assert set(episodes.steps.tolist()) == {7}
     assert set(episodes.score.tolist()) == {7.0}
+
+
+def test_episodes_one_after_the_other_are_the_episodes_alone(cartpole: Task) -> None:
+    policy, params = linear_policy(cartpole)
+    seen = merge(nothing_seen(4), no_sums(4))
+
+    @jax.jit
+    def both(keys: Any) -> Any:
+        several = lambda keys: run_episodes(cartpole, policy, params, seen, keys, False, True)
+        alone = lambda key: run_episode(cartpole, policy, params, seen, key, False, True)
+        return jax.vmap(several)(keys), jax.vmap(jax.vmap(alone))(keys)
+
+    found, right = both(KEYS.reshape(2, 3))
+    assert len(set(right.steps.ravel().tolist())) > 3
+    np.testing.assert_array_equal(found.steps, right.steps.sum(1))
+    np.testing.assert_array_equal(found.score, right.score.sum(1))
+    for a, b in zip(found.seen, right.seen, strict=True):
+        np.testing.assert_allclose(a, b.sum(1), rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------- a generation
@@ -238,7 +256,16 @@ def test_a_missed_target_is_admitted(run: tuple[Path, Result]) -> None:
 )
 def test_results_in_words(target: float | None, score: float, words: str) -> None:
     config = dataclasses.replace(SMALL, target=target)
-    assert put_in_words(config, score).startswith(words)
+    assert put_in_words(config, [score]).startswith(words)
+
+
+def test_seeds_that_learned_are_counted() -> None:
+    words = (
+        "2 of 3 seeds learned to balance the pole (target 450): the mean policy holds it for 454.0"
+    )
+    assert put_in_words(dataclasses.replace(SMALL, target=450.0), [500.0, 462.0, 400.0]).startswith(
+        words
+    )
 
 
 def test_a_reached_target_stops_early(tmp_path: Path) -> None:
