@@ -19,7 +19,7 @@ class Workers:
     Args:
         name: of a Gymnasium environment.
         environments: how many.
-        processes: over how many processes.
+        processes: over how many processes; no more than there are environments.
 
     Attributes:
         environments: how many.
@@ -35,6 +35,7 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self._name = name
         self.environments = environments
+        processes = min(processes, environments)
         self._sizes = [len(part) for part in np.array_split(range(environments), processes)]
         self._pipes: list[Connection] = []
         self.processes: list[Any] = []
@@ -169,6 +170,10 @@ def spaces_of(name: str) -> tuple[Any, Any, int]:
     if not isinstance(takes, discrete) and not (isinstance(takes, box) and len(takes.shape) == 1):
         raise UsageError(
             f"gymnasium:{name} takes actions of {takes}; a vector or Discrete is right"
+        )
+    if isinstance(takes, box) and not takes.is_bounded():
+        raise UsageError(
+            f"gymnasium:{name} takes actions from {takes.low} to {takes.high}; finite bounds are right"
         )
     if spec is None or spec.max_episode_steps is None:
         raise UsageError(f"gymnasium:{name} has no time limit, so an episode may never end")

@@ -116,15 +116,46 @@ def test_an_environment_that_fails_is_told() -> None:
     workers.close()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "observations"),
+    # Vectors of numbers as actions; whole numbers as observations.
+    [("gymnasium:Pendulum-v1", 3), ("gymnasium:FrozenLake-v1", 16)],
+)
+def test_other_kinds_of_spaces_are_trained(name: str, observations: int) -> None:
+    # More processes than members: one each.
+    config = dataclasses.replace(CONFIG, env=name, population=2, held_out_episodes=2, workers=3)
+    found = Outside(config)
+    after, row = found.generation(found.start())
+    assert found._workers is not None
+    assert len(found._workers.processes) == 2
+    assert after.statistics.mean.shape == (observations,)
+    assert float(after.statistics.seen) == row["environment_steps"] > 2
+    if name == "gymnasium:Pendulum-v1":
+        assert row["environment_steps"] == 400
+        assert -4000 < float(row["fitness_mean"]) < 0
+    found._workers.close()
+
+
+class Unbounded(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("gymnasium:CartPole-v9", "Gymnasium cannot make 'CartPole-v9'"),
         ("gymnasium:Blackjack-v1", "gives observations of Tuple"),
+        (
+            "gymnasium:Unbounded-v0",
+            r"actions from \[-inf -inf\] to \[inf inf\]; finite bounds are right",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_other_environments_are_refused_in_a_sentence(name: str, words: str) -> None:
+def test_environments_that_do_not_fit_are_refused_in_a_sentence(name: str, words: str) -> None:
+    gymnasium.register("Unbounded-v0", Unbounded, max_episode_steps=5)
     with pytest.raises(UsageError, match=words):
         Outside(dataclasses.replace(CONFIG, env=name))
 
