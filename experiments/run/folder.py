@@ -117,13 +117,19 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that it is never seen half-written: a neighbour first, then a rename."""
+    """Write a file so that it is never seen half-written: a neighbour first, then a rename.
+
+    Raises:
+        RunError: if it cannot be written; nothing of it is left then.
+    """
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with full_disk_in_one_sentence(path), contextlib.ExitStack() as stack:
+        with part.open("wb") as file:
+            stack.callback(part.unlink, missing_ok=True)
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -140,7 +146,7 @@ def full_disk_in_one_sentence(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(
             f"{error.filename or path} could not be written: {error.strerror or error}; "
-            "make room and run the same command again to continue"
+            "make room, or let it be written, and run the same command again to continue"
         ) from error
 
 

@@ -100,7 +100,7 @@ def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outc
             Progress(settings.limit) as progress,
         ):
             g, saved, useless, after = begun, time.monotonic(), 0, None
-            progress.update(g, "")
+            progress.update(g, "compiling")
             latest: Row = {}  # the last measured values, for the progress bar
 
             def save() -> None:
@@ -145,7 +145,7 @@ def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outc
                 save()
     if after is None:
         raise Interrupted(
-            f"Stopped by {stop.reason} after {g} generations; everything is saved. "
+            f"Stopped by {stop.reason} after {g} generation{'s' * (g != 1)}; everything is saved. "
             "Run the same command again to continue."
         )
     before = {name: metrics.rows[0][name] for name in after} if metrics.rows else after
