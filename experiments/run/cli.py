@@ -81,14 +81,20 @@ def parse(
     """Settings from a command line: the preset's, with the given flags in their place.
 
     Raises:
+        UsageError: for a preset that there is not.
         SystemExit: with code 2 for an unknown flag or a value of the wrong type (the message names
             the nearest flags), with code 0 after `--help`.
     """
     import tyro
 
     words = [word for arg in args for word in arg.split("=", 1)]
-    name = words[words.index("--preset") + 1] if "--preset" in words[:-1] else ""
-    default = presets.get(name, next(iter(presets.values())))
+    default = next(iter(presets.values()))
+    if "--preset" in words[:-1]:
+        name = words[words.index("--preset") + 1]
+        if name not in presets:
+            known = suggestion(name, presets) or f"; there are {', '.join(presets)}"
+            raise UsageError(f"--preset {name}: there is no such preset{known}")
+        default = presets[name]
     return tyro.cli(kind, prog=prog, default=default, args=args)
 
 

@@ -49,6 +49,11 @@ def test_help_and_mistakes_load_nothing_heavy(args: list[str]) -> None:
         (["rl", "--checkpoint-seconds", "-1"], "--checkpoint-seconds -1.0: choose 0 or a positive"),
         (["rl", "--optimizer", "optim.lyon"], "optim has no such optimizer"),
         (["rl", "--env", "gymnasium:CartPole-v1", "--seeds", "2"], "--seeds 1"),
+        (["rl", "--preset", "cartpol"], "no such preset; did you mean 'cartpole'"),
+        (
+            ["rl", "--preset=xyz"],
+            "--preset xyz: there is no such preset; there are cartpole, pendulum,",
+        ),
         (["doctor", "--fast"], "takes no options"),
     ],
 )
@@ -67,7 +72,6 @@ def test_a_mistake_gets_one_sentence(
     ("args", "words"),
     [
         (["--populaton", "8"], "--population"),
-        (["--preset", "cartpol"], "cartpole"),
         (["--population", "many"], "--population"),
     ],
 )
