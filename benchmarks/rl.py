@@ -35,7 +35,8 @@ def main() -> None:
             run(name, METHODS[how], folder, options.seeds)
         results = [json.loads((folder / "result.json").read_text()) for folder in folders.values()]
         print(line(name, results, options.seeds), flush=True)
-        report(Settings(runs=tuple(folders.values()), out=options.out / name, x="seconds"))
+        runs, names = tuple(folders.values()), tuple(folders)
+        report(Settings(runs=runs, names=names, out=options.out / name, x="seconds"))
 
 
 def run(name: str, how: list[str], folder: Path, seeds: int) -> None:

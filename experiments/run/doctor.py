@@ -20,7 +20,7 @@ def doctor() -> int:
     found = versions()
     print(f"Python {found['python']} on {found['platform']}, {found['cpus']} CPUs")
     for name, version in found["packages"].items():
-        print(f"  {name:12} {version or 'not installed'}")
+        print(f"  {name:17} {version or 'not installed'}")
     print(f"JAX devices: {', '.join(found['devices'])} (backend {jax.default_backend()})")
 
     broken = [problem for problem in map(import_problem, NEEDED) if problem]

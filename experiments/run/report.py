@@ -40,9 +40,13 @@ class Settings:
     """Metric to draw; the held-out one by default."""
     x: Literal["generation", "environment_steps", "seconds"] = "generation"
     """What to draw it against."""
+    names: tuple[str, ...] = ()
+    """What the runs are called, in their order; by default what tells their settings apart."""
 
 
-LONGEST_LABEL = 50
+# A label of settings that is longer gives way to the name of the folder; two columns of a legend hold
+# labels of so many letters side by side.
+LONGEST_LABEL, SIDE_BY_SIDE = 50, 40
 
 
 class Run(NamedTuple):
@@ -72,14 +76,19 @@ def report(settings: Settings) -> list[Path]:
     """
     if not settings.runs:
         raise UsageError("name at least one run folder")
+    if settings.names and len(settings.names) != len(settings.runs):
+        raise UsageError(
+            f"--names gives {len(settings.names)} names for {len(settings.runs)} runs: give one for each"
+        )
     y = settings.y or held_out_name(settings.runs[0])
-    groups = group([read_run(path, settings.x, y) for path in settings.runs])
+    runs = [read_run(path, settings.x, y) for path in settings.runs]
+    groups = group(runs, settings.names)
     out = settings.out or settings.runs[0]
     png, page = out / "report.png", out / "report.html"
     with full_disk_in_one_sentence(out):
         out.mkdir(parents=True, exist_ok=True)
         draw(groups, settings.x, y, png)
-        text = as_html(groups, y, png.read_bytes())
+        text = as_html(groups, settings.x, y, png.read_bytes())
         write_whole(page, lambda file: file.write(text.encode()))
     return [png, page]
 
@@ -127,11 +136,17 @@ def positions(rows: Sequence[Row], x: str) -> np.ndarray:
     return np.array([0, *after], float)
 
 
-def group(runs: Sequence[Run]) -> list[Group]:
-    """Runs by their settings without the seed, named by the settings that tell them apart."""
+def group(runs: Sequence[Run], names: Sequence[str] = ()) -> list[Group]:
+    """Runs by their settings without the seed, named by the settings that tell them apart.
+
+    Args:
+        runs: in any order.
+        names: what they are called instead; runs of one name are one group.
+    """
     found: dict[str, list[Run]] = {}
-    for run in runs:
-        found.setdefault(repr(sorted(essence(run.config).items())), []).append(run)
+    for number, run in enumerate(runs):
+        key = names[number] if names else repr(sorted(essence(run.config).items()))
+        found.setdefault(key, []).append(run)
     essences = [essence(runs[0].config) for runs in found.values()]
     telling = [
         name
@@ -139,14 +154,15 @@ def group(runs: Sequence[Run]) -> list[Group]:
         if len({repr(one.get(name)) for one in essences}) > 1
     ]
     groups = []
-    for runs, settings in zip(found.values(), essences, strict=True):
-        names = (f"{name}={settings[name]}" for name in telling if name in settings)
+    for (key, runs), settings in zip(found.items(), essences, strict=True):
         x = np.unique(np.concatenate([run.x for run in runs]))
         # A run that ended early stays at its last value.
         y = np.stack([np.interp(x, run.x, one) for run in runs for one in run.y.T], axis=1)
         # The settings that tell it apart where they are few enough to read, its folder otherwise.
-        label = ", ".join(names)
-        if not 0 < len(label) <= LONGEST_LABEL:
+        label = ", ".join(f"{name}={settings[name]}" for name in telling if name in settings)
+        if names:
+            label = key
+        elif not 0 < len(label) <= LONGEST_LABEL:
             label = runs[0].path.name
         groups.append(Group(label, runs, x, y))
     return groups
@@ -181,9 +197,11 @@ def draw(groups: Sequence[Group], x: str, y: str, path: Path) -> None:
             continue
         axes.axhline(target, color="#8A8A8A", lw=1, ls="--", zorder=0, label=f"target, {target:g}")
     axes.set_xlabel(X_LABELS[x])
-    axes.set_ylabel(y.replace("_", " "))
+    axes.set_ylabel(in_words(y))
     finish(axes)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
+    columns = 2 if longest <= SIDE_BY_SIDE else 1
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -195,9 +213,9 @@ td, th { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px soli
 """
 
 
-def as_html(groups: Sequence[Group], y: str, png: bytes) -> str:
+def as_html(groups: Sequence[Group], x: str, y: str, png: bytes) -> str:
     """The page: the picture, a table of the groups, and the settings of each run."""
-    head = ("runs", "seeds", f"last {y}, mean", "lowest to highest", "up to")
+    head = ("runs", "seeds", f"last {in_words(y)}, mean", "lowest to highest", X_LABELS[x])
     rows = [
         (
             one.label,
@@ -211,7 +229,7 @@ def as_html(groups: Sequence[Group], y: str, png: bytes) -> str:
     parts = [
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Runs compared</title>',
         f"<style>{STYLE}</style></head><body>\n<h1>Runs compared</h1>",
-        f'<img alt="curves of {html.escape(y)}"',
+        f'<img alt="curves of {html.escape(in_words(y))}"',
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}">',
         table(rows, head),
     ]
@@ -231,7 +249,18 @@ def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
         return "".join(f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in cells)
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f"<table><tr>{line(head, 'th')}</tr>{body}</table>"
+    top = f"<tr>{line(head, 'th')}</tr>" if head else ""
+    return f"<table>{top}{body}</table>"
+
+
+def in_words(metric: str) -> str:
+    """The name of a metric for people.
+
+    Example:
+        >>> in_words("held_out_return")
+        'held-out return'
+    """
+    return metric.replace("held_out", "held-out").replace("_", " ")
 
 
 def sentence(run: Run) -> str:

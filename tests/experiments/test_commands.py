@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -15,7 +16,7 @@ from experiments.rl.config import PRESETS
 from experiments.rl.train import train
 from experiments.run.cli import main
 from experiments.run.metrics import read_metrics
-from experiments.run.report import group, read_run
+from experiments.run.report import Group, draw, group, read_run
 
 SMALL = dataclasses.replace(
     PRESETS["cartpole"],
@@ -47,6 +48,39 @@ def test_runs_that_differ_in_their_seed_are_one_curve(runs: Path) -> None:
     assert one.y.shape == (3, 2)
     rows = [read_metrics(runs / name / "metrics.jsonl") for name in ("a", "b")]
     assert one.y[1].tolist() == [r[2]["held_out_return"] for r in rows]
+
+
+def test_runs_can_be_named(runs: Path, tmp_path: Path) -> None:
+    names = ["a", "wide", "seeds"]
+    found = [read_run(runs / name, "generation", "held_out_return") for name in names]
+    one, other = group(found, ["EGGROLL", "another", "EGGROLL"])
+    assert (one.label, other.label) == ("EGGROLL", "another")
+    assert one.y.shape == (3, 3)
+    words = ["report", *(str(runs / name) for name in names), "--out", str(tmp_path), "--names"]
+    assert main([*words, "EGGROLL", "<another>", "EGGROLL"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>EGGROLL</td><td>3</td>" in page
+    assert "<td>&lt;another&gt;</td><td>1</td>" in page
+
+
+@pytest.mark.parametrize("label", ["short", "x" * 60])
+def test_no_label_is_cut_off(label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    save = Figure.savefig
+
+    def savefig(figure: Figure, *args: Any, **settings: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    x = np.arange(3.0)
+    groups = [Group(f"{label}{i}", [], x, np.stack([x, x + i], axis=1)) for i in range(3)]
+    draw(groups, "seconds", "held_out_return", tmp_path / "r.png")
+    (figure,) = figures
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert figure.axes[0].get_ylabel() == "held-out return"
 
 
 def test_several_seeds_of_one_run_are_a_band(runs: Path) -> None:
@@ -127,6 +161,7 @@ def test_export_writes_every_leaf(
     ("words", "message"),
     [
         (["report"], "name at least one run folder"),
+        (["report", "{root}/a", "--names", "b", "c"], "--names gives 2 names for 1 runs: give one for each"),
         (["report", "{root}/nothing"], "not a run folder: it has no config.json"),
         (["report", "{root}/a", "--y", "fitnes_mean"], "no metric 'fitnes_mean'; did you mean 'fitness_mean'"),
         (["eval", "{root}/nothing"], "not a run folder"),
