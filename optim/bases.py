@@ -24,7 +24,7 @@ class Bases(NamedTuple):
     right: Float[Array, "*layers columns rank"] | None
 
 
-def sides(shape: tuple[int, int], side: Side) -> tuple[bool, bool]:
+def sides(shape: tuple[int, int], side: str) -> tuple[bool, bool]:
     """Whether a matrix of this shape is projected from the left, and from the right.
 
     Example:
@@ -40,7 +40,7 @@ def sides(shape: tuple[int, int], side: Side) -> tuple[bool, bool]:
 def _of_bases(
     bases: Callable[[Array, Array, int, bool, bool], tuple[Array | None, Array | None]],
     rank: int | None,
-    side: Side,
+    side: str,
 ) -> Projector:
     """A projector whose bases are ``bases(key, gradient, rank, whether left, whether right)``."""
     if side not in ("std", "reverse_std", "left", "right", "full"):
