@@ -175,5 +175,5 @@ PRESETS: dict[str, Config] = {
     "transformer-adamw": preset(
         "transformer-adamw", model="transformer", algorithm="backprop", learning_rate=0.003
     ),
-    "float-es": preset("float-es", model="float-egg", optimizer="sgd", learning_rate=1.0),
+    "float-es": preset("float-es", model="float-egg", optimizer="sgd", learning_rate=0.03),
 }

@@ -180,6 +180,14 @@ COMMANDS = {
     "rl": Command(
         "train a policy in a gymnax or Gymnasium environment", functools.partial(_train, "rl")
     ),
+    "pretrain": Command(
+        "pretrain a language model of bytes, in int8 or in floats",
+        functools.partial(_train, "pretrain"),
+    ),
+    "pretrain": Command(
+        "pretrain a language model of bytes, in int8 or in floats",
+        functools.partial(_train, "pretrain"),
+    ),
     "supervised": Command("train a classifier of digits", functools.partial(_train, "supervised")),
     "optimizers": Command(
         "train by backpropagation, by any optimizer", functools.partial(_train, "optimizers")

@@ -28,6 +28,11 @@ DRIVERS: Mapping[str, Driver] = {
         "experiments.rl.config",
         "experiments.rl.train",
     ),
+    "pretrain": Driver(
+        "pretrain a language model of bytes, in int8 or in floats",
+        "experiments.pretrain.config",
+        "experiments.pretrain.train",
+    ),
     "supervised": Driver(
         "train a classifier of digits",
         "experiments.supervised.config",

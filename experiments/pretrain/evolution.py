@@ -1,0 +1,110 @@
+"""Evolution strategies over streams of text, in int8 or in float32, as a job's generation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key, PyTree, UInt8
+
+import eggroll
+from eggroll import integer
+from experiments.pretrain.backprop import repeat
+from experiments.pretrain.carry import Carry
+from experiments.pretrain.config import Config
+from experiments.pretrain.models import Model
+from experiments.run.optimizers import make_optimizer
+
+
+class Evolution:
+    """A population that reads streams of text; each member keeps its hidden state between generations.
+
+    Args:
+        config: the settings.
+        model: what is trained.
+    """
+
+    def __init__(self, config: Config, model: Model) -> None:
+        self._config, self._model = config, model
+        self._es = integers(config) if config.model == "egg" else floats(config)
+        # One object for all generations, which compiles once.
+        self._fitness = make_fitness(model)
+
+    def start(self, seed: Array) -> Carry:
+        """The state before generation 0."""
+        init_key, search_key = jax.random.split(jax.random.key(seed))
+        state = self._es.init(self._model.init(init_key), search_key)
+        hidden = repeat(self._model.state, self._config.population)
+        return Carry(state, hidden, jnp.int32(0), seed)
+
+    def generation(
+        self, carry: Carry, tokens: UInt8[Array, "streams tokens"]
+    ) -> tuple[Carry, dict[str, Array]]:
+        """Every member reads its stream's next bytes; members of a group read the same."""
+        group = self._config.group
+        members = (carry.hidden, jnp.repeat(tokens, group, axis=0))
+        scores, hidden = self._es.evaluate(carry.training, self._fitness, members=members)
+        # Float scores are compared within the members of a stream; of integers only pairs are.
+        floats = self._config.model != "egg"
+        groups = jnp.arange(self._config.population) // group if floats else None
+        state, metrics = self._es.update(carry.training, scores, groups)
+        row = metrics._asdict()
+        del row["generation"]  # the loop's own
+        per_byte = self._model.unit * self._config.tokens
+        row["train_bits_per_byte"] = -metrics.fitness_mean / per_byte
+        row["weights_moved"] = moved(carry.training.params, state.params)
+        return Carry(state, hidden, carry.cursor + 1, carry.seed), row
+
+    def params(self, carry: Carry) -> PyTree:
+        """The trained parameters."""
+        return carry.training.params
+
+
+def make_fitness(model: Model) -> Any:
+    """What a member is scored by: minus the loss on what it reads, beside its next hidden state."""
+
+    def fitness(params: PyTree, key: Key[Array, ""], member: Any) -> tuple[Array, PyTree]:
+        hidden, loss = model.loss(params, *member)
+        return -loss, hidden
+
+    return fitness
+
+
+def integers(config: Config) -> eggroll.EvolutionStrategy:
+    """The strategy for int8 models, whose generations have not one float in them."""
+    rule: Any = integer.threshold(lambda t: config.alpha / (1 + config.alpha_decay * t))
+    if config.update == "error_feedback":
+        rule = integer.error_feedback(rule)
+    elif config.update == "momentum":
+        rule = optax.chain(integer.momentum(), rule)
+    return integer.strategy(
+        population=config.population,
+        optimizer=rule,
+        shift=config.shift,
+        rank=config.rank,
+        chunk=config.chunk,
+    )
+
+
+def floats(config: Config) -> eggroll.EvolutionStrategy:
+    """The strategy for float32 models."""
+    rate, decay = config.learning_rate, config.learning_rate_decay
+    return eggroll.EvolutionStrategy(
+        optimizer=make_optimizer(
+            config.optimizer, rate if decay == 1 else lambda count: rate * decay**count
+        ),
+        population=config.population,
+        sigma=config.sigma,
+        rank=config.rank,
+        # Streams differ in how hard they are to predict: members are compared with those of their own.
+        shaping=eggroll.shaping.per_task(),
+        chunk=config.chunk,
+        on_dense="error",
+    )
+
+
+def moved(before: PyTree, after: PyTree) -> Array:
+    """The share of the parameters that are not what they were."""
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    count = sum(jnp.sum(a != b) for a, b in pairs)
+    return count / sum(leaf.size for leaf in jax.tree.leaves(before))
