@@ -125,7 +125,7 @@ def split_shift(fan_in: int, dtype: DTypeLike, rank: int, shift: int) -> tuple[i
 
     Example:
       >>> split_shift(1024, jnp.int8, 1, 8), split_shift(4096, jnp.int8, 1, 8)
-      ((0, 8), (3, 5))
+      ((0, 8), (2, 6))
     """
     largest = INT32_MAX
     if jnp.iinfo(dtype).bits < 32:
