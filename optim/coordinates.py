@@ -109,6 +109,9 @@ def _lines(axis: int) -> Projector:
             return jnp.zeros(shape, compact.dtype)
         # Read by its inverse and not scattered, so that it is one loop with what is done to the result.
         place = jnp.where(lines.place < 0, -1 - lines.place, lines.place)
+        # No place is below 0: this changes none, but is a second reader of the compact part, which XLA
+        # therefore keeps in memory. For a single one it would work each entry out anew wherever it is read.
+        place = jnp.maximum(place, jnp.minimum(compact[0, 0].astype(jnp.int32), 0))
         full = _take(compact, place, axis)
         return jnp.where(jnp.expand_dims(lines.place >= 0, 1 - axis), full, 0)
 

@@ -192,7 +192,9 @@ def scale_by_frugal(
         steps = jax.tree.map(lambda a, g: (proj_lr_scale * a).astype(g.dtype), steps, grads)
         count = optax.safe_increment(state.count)
         turn = state.turn + jnp.asarray(due, jnp.int32)
-        return parts.join(steps, whole), FrugalState(count, turn, state.key, projection, part, kept)
+        return parts.join(steps, whole, updates), FrugalState(
+            count, turn, state.key, projection, part, kept
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -155,10 +155,18 @@ class Cut(NamedTuple):
     views: list[View | None]
 
     def split(self, tree: Any) -> Any:
-        """The leaves that are split, as matrices; masked nodes in place of the others."""
+        """The leaves that are split, as matrices; masked nodes in place of the others.
+
+        Those that are sharded explicitly are gathered: lines, entries and blocks go across shards.
+        """
+
+        def gathered(x: Array) -> Array:
+            is_spread = any(axis is not None for axis in jax.typeof(x).sharding.spec)
+            return jax.sharding.reshard(x, jax.P()) if is_spread else x
+
         leaves = zip(self.views, self.structure.flatten_up_to(tree), strict=True)
         return self.structure.unflatten(
-            [optax.MaskedNode() if v is None else v.to(x) for v, x in leaves]
+            [optax.MaskedNode() if v is None else v.to(gathered(x)) for v, x in leaves]
         )
 
     def whole(self, tree: Any) -> Any:
@@ -166,11 +174,22 @@ class Cut(NamedTuple):
         leaves = zip(self.views, self.structure.flatten_up_to(tree), strict=True)
         return self.structure.unflatten([x if v is None else optax.MaskedNode() for v, x in leaves])
 
-    def join(self, split: Any, whole: Any) -> Any:
-        """The tree again."""
-        sides = (self.structure.flatten_up_to(side) for side in (split, whole))
+    def join(self, split: Any, whole: Any, like: Any) -> Any:
+        """The tree again, sharded as ``like``."""
+
+        def back(v: View, matrix: Array, x: Array) -> Array:
+            sharding, leaf = jax.typeof(x).sharding, v.back(matrix)
+            return (
+                leaf
+                if jax.typeof(leaf).sharding == sharding
+                else jax.sharding.reshard(leaf, sharding)
+            )
+
+        sides = (self.structure.flatten_up_to(side) for side in (split, whole, like))
         leaves = zip(self.views, *sides, strict=True)
-        return self.structure.unflatten([b if v is None else v.back(a) for v, a, b in leaves])
+        return self.structure.unflatten(
+            [b if v is None else back(v, a, x) for v, a, b, x in leaves]
+        )
 
 
 def cut(params: Any, which: Any = None, dimension_numbers: Any = None) -> Cut:

@@ -371,3 +371,21 @@ def test_against_the_authors_classes(
         theirs.step()
         np.testing.assert_allclose(after, x.detach().numpy(), rtol=1e-9, atol=1e-11)
     sys.modules.pop("frugal", None)
+
+
+@pytest.mark.parametrize("name", ["columns", "rows", "randk", "svd", "blockwise"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_explicitly_sharded_matrices(name: str, axis: int) -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    solver = optim.frugal(0.1, 0.5, getattr(projector, name)(), 1)
+    right, _ = solver.update(
+        {"w": normal(8, 16)}, solver.init({"w": normal(8, 16)}), {"w": normal(8, 16)}
+    )
+    with jax.set_mesh(mesh):
+        spec = jax.P("x", None) if axis == 0 else jax.P(None, "x")
+        params = {"w": jax.device_put(normal(8, 16), jax.NamedSharding(mesh, spec))}
+        state = solver.init(params)
+        updates, after = jax.jit(solver.update)(params, state, params)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+        assert jax.typeof(updates["w"]) == jax.typeof(params["w"])
+        np.testing.assert_allclose(updates["w"], right["w"], rtol=1e-4, atol=1e-6)

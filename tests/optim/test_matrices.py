@@ -71,5 +71,5 @@ def test_a_cut_tree_is_joined_again() -> None:
     tree = {"a": jnp.ones((2, 3)), "b": jnp.ones(3), "c": (jnp.zeros((4, 2)), None)}
     for which in (None, True, False, {"a": False, "b": True, "c": True}):
         parts = cut(tree, which)
-        chex.assert_trees_all_equal(parts.join(parts.split(tree), parts.whole(tree)), tree)
+        chex.assert_trees_all_equal(parts.join(parts.split(tree), parts.whole(tree), tree), tree)
     assert len(jax.tree.leaves(cut(tree).split(tree))) == 2
