@@ -55,7 +55,8 @@ class Config(RunSettings):
     momentum: float | None = None
     """Momentum, of optimizers that have a setting of this name; their default where not given."""
     density: float | None = None
-    """As `momentum`: share of every matrix that has an optimizer's state."""
+    """As `momentum`: share of linear weights that has a state, by FRUGAL in every matrix; by GaLore the rank
+    over the width, by BAdam the layers over the depth."""
     gap: int | None = None
     """As `momentum`: updates from one choice of that share to the next."""
     projector: str | None = None
@@ -64,7 +65,8 @@ class Config(RunSettings):
     """As `momentum`: Lion-K's function by its name in optim.kappa, with its number behind a colon:
     l2, nuclear, huber:0.001, ..."""
     also_split: str | None = None
-    """A parameter beside linear weights that FRUGAL splits too, such as lm_head."""
+    """A parameter beside linear weights that FRUGAL, GaLore or BAdam treats as it does them, such as
+    lm_head; the others are left to Adam."""
 
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""

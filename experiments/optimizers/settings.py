@@ -13,13 +13,13 @@ from experiments.run.errors import UsageError, suggestion
 from experiments.run.optimizers import find_optimizer
 from experiments.run.settings import flag
 
-# A setting of ours and the arguments that it may be called, in optax or in optim.
+# A setting of ours, and what it is called in optax or in optim.
 ARGUMENTS = {
-    "momentum": ("momentum",),
-    "density": ("density",),
-    "gap": ("update_gap", "switch_every"),
-    "projector": ("projector",),
-    "kappa": ("kappa",),
+    "momentum": "momentum",
+    "density": "density",
+    "gap": "update_gap",
+    "projector": "projector",
+    "kappa": "kappa",
 }
 
 
@@ -37,12 +37,17 @@ def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTr
     make = find_optimizer(config.optimizer)
     takes = inspect.signature(make).parameters
     chosen: dict[str, Any] = {}
-    for setting, names in ARGUMENTS.items():
+    for setting, name in ARGUMENTS.items():
         value = getattr(config, setting)
         if value is None:
             continue
-        name = next((name for name in names if name in takes), None)
-        if name is None:
+        if setting == "density" and name not in takes:
+            # GaLore counts dimensions, and BAdam blocks: layers.
+            for name, whole in (("rank", config.width), ("active", config.depth)):
+                if name in takes:
+                    value = max(round(value * whole), 1)
+                    break
+        if name not in takes:
             raise UsageError(f"{flag(setting)} {value}: {config.optimizer} has no such setting")
         make_value = {"kappa": kappa_of, "projector": projector_of}.get(setting)
         chosen[name] = make_value(value) if make_value else value
@@ -57,12 +62,12 @@ def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTr
     if "dimension_numbers" in takes:
         one = optax.contrib.MuonDimensionNumbers(1, 2)
         chosen["dimension_numbers"] = jax.tree.map(lambda yes: one if yes else None, stacked)
-    if config.also_split is not None:
-        if "split" not in takes:
-            raise UsageError(
-                f"--also-split {config.also_split}: {config.optimizer} has no such setting"
-            )
+    if "split" in takes:
         chosen["split"] = split_of(config.also_split, chosen["dimension_numbers"])
+    elif config.also_split is not None:
+        raise UsageError(
+            f"--also-split {config.also_split}: {config.optimizer} has no such setting"
+        )
     return make(rate, **chosen)
 
 
@@ -99,8 +104,8 @@ def projector_of(name: str) -> Any:
     return found()
 
 
-def split_of(also: str, dimension_numbers: PyTree) -> Callable[[PyTree], PyTree]:
-    """Parameters -> what FRUGAL splits: its linear weights and the one at this path.
+def split_of(also: str | None, dimension_numbers: PyTree) -> Callable[[PyTree], PyTree]:
+    """Parameters -> what is split: their linear weights, and the one at this path.
 
     Raises:
         UsageError: while it works, for a path that no parameter has.
@@ -110,7 +115,7 @@ def split_of(also: str, dimension_numbers: PyTree) -> Callable[[PyTree], PyTree]
     def split(params: PyTree) -> PyTree:
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
         paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-        if also not in paths:
+        if also is not None and also not in paths:
             raise UsageError(
                 f"--also-split {also}: there is no such parameter{suggestion(also, paths)}"
             )

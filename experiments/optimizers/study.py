@@ -116,13 +116,15 @@ def study(settings: StudySettings) -> list[Path]:
 def compare(name: str, settings: StudySettings, run: Callable[[Config], dict[str, Any]]) -> Found:
     """The best learning rate of a method, and its runs there."""
     base, folder = settings.base, settings.folder
-    at = lambda rung, seed: config_of(base, name, LADDER[rung], seed, folder)
+    searched = methods_of(base)[name].rate_of or name
+    at = lambda name, rung, seed: config_of(base, name, LADDER[rung], seed, folder)
     tried = climb(
-        lambda rung: _loss(run(at(rung, base.seed))), middle(methods_of(base)[name], base)
+        lambda rung: _loss(run(at(searched, rung, base.seed))),
+        middle(methods_of(base)[searched], base),
     )
     best = min(tried, key=tried.__getitem__)
     seeds = range(base.seed, base.seed + settings.seeds)
-    results = [run(at(best, seed)) for seed in seeds]
+    results = [run(at(name, best, seed)) for seed in seeds]
     return Found(LADDER[best], {LADDER[rung]: tried[rung] for rung in sorted(tried)}, results)
 
 

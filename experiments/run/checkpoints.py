@@ -108,7 +108,8 @@ class Checkpoints:
             return None
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), jax.eval_shape(start)
+            lambda x: jax.ShapeDtypeStruct(_stored(x.shape), x.dtype, sharding=place),
+            jax.eval_shape(start),
         )
         damaged: dict[int, str] = {}
         for generation in sorted(self._open().all_steps(), reverse=True):
@@ -126,7 +127,12 @@ class Checkpoints:
                     f"WARNING: the checkpoint of generation {other} cannot be read ({reason}){where}, "
                     f"and that of generation {generation} is used."
                 )
-            return found
+            generation, state, totals = found
+            wanted = jax.eval_shape(start)
+            state = jax.tree.map(
+                lambda x, w: x if w.size else jnp.zeros(w.shape, w.dtype), state, wanted
+            )
+            return generation, state, totals
         if damaged:
             raise RunError(
                 f"none of the checkpoints in {self._path} can be read (the newest: "
@@ -193,9 +199,14 @@ class Checkpoints:
             manager.close()
 
 
+def _stored(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that an array is stored in: orbax takes none without entries, so one stands for them."""
+    return (1,) if 0 in shape else shape
+
+
 @jax.jit
 def _copy(state: Any) -> Any:
-    return jax.tree.map(jnp.copy, state)
+    return jax.tree.map(lambda x: jnp.copy(x) if x.size else jnp.zeros(1, x.dtype), state)
 
 
 def _by_path(tree: Any) -> dict[str, str]:

@@ -31,6 +31,7 @@ def start(width: int = 4) -> Any:
     return {
         "es": es.init({**PARAMS, "w": jnp.ones((3, width))}, 7),
         "seen": jnp.float32(0),
+        "empty": jnp.zeros((2, 0), jnp.int32),
         "none": None,
     }
 

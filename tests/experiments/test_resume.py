@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments.run import report
 from experiments.run.cli import main
+from experiments.run.drivers import read_run
 from experiments.run.metrics import read_metrics
 
 GENERATIONS = 8
@@ -25,6 +28,8 @@ COMMANDS = {
     "ppo": "rl --preset cartpole --algorithm ppo --ppo.environments 4 --ppo.steps 8 --ppo.minibatches 2".split(),
     "seeds": "rl --preset pendulum --population 16 --width 8 --seeds 2".split(),
     "gymnasium": "rl --preset gymnasium-cartpole --population 8 --width 8".split(),
+    "pretrain": ["pretrain", "--preset", "tiny", "--sample-every", "3", "--data", report.__file__],
+    "optimizers": "optimizers --preset tiny --optimizer optim.frugal --density 0.5 --gap 3".split(),
 }
 ENVIRONMENT = {
     **os.environ,
@@ -80,6 +85,14 @@ def assert_same(folder: Path, whole: Path) -> None:
     assert params.keys() == right_params.keys()
     for name in params:
         np.testing.assert_array_equal(params[name], right_params[name])
+    # All of the state: optimizers, statistics, every member's hidden state, the place in the text.
+    states = (jax.tree.leaves(read_run(path).state) for path in (folder, whole))
+    for leaf, right in zip(*states, strict=True):
+        np.testing.assert_array_equal(leaf, right)
+    samples, right_samples = (path / "samples.txt" for path in (folder, whole))
+    assert samples.exists() == right_samples.exists()
+    if samples.exists():
+        assert samples.read_text() == right_samples.read_text()
 
 
 def kill_and_compare(driver: str, tmp_path: Path, kills: list[int]) -> None:
@@ -95,7 +108,9 @@ def kill_and_compare(driver: str, tmp_path: Path, kills: list[int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("driver", "kills"), [("rl", [1, 5]), ("supervised", [4])])
+@pytest.mark.parametrize(
+    ("driver", "kills"), [("rl", [1, 5]), ("supervised", [4]), ("pretrain", [3])]
+)
 def test_killed_runs_are_continued_bit_for_bit(
     driver: str, kills: list[int], tmp_path: Path
 ) -> None:
