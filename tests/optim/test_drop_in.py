@@ -1,5 +1,6 @@
 """Every transform of optim in every place where optax's own would stand."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType
-from transforms import TRANSFORMS
+from transforms import STATIC, TRANSFORMS
 
 import eggroll
 
@@ -90,7 +91,8 @@ def test_wrappers_of_optax(name: str) -> None:
 def test_hyperparameters_are_injected(name: str) -> None:
     factory, settings = TRANSFORMS[name]
     rates = {k: v for k, v in settings.items() if isinstance(v, float)}
-    static = {k: v for k, v in settings.items() if k not in rates}
+    static = {k for k in settings if k not in rates or k in STATIC}
+    static |= set(STATIC) & set(inspect.signature(factory).parameters)
     injected = optax.inject_hyperparams(factory, static_args=tuple(static))(**settings)
     a, b = train(injected, steps=5)[0], train(make(name), steps=5)[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), a, b)
