@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import UInt32
 
 from eggroll import estimator
@@ -23,8 +24,17 @@ from eggroll.plan import Plan
 from eggroll.population import AXIS, devices, map_pairs, split_pairs
 from eggroll.state import Metrics, State, trainable_of
 
+# Even the square of a gradient's entry, which optimizers form, is then a finite float32.
+LARGEST_SUM = 1e17
+
 # Roles 0 to 2 of the noise streams are factors and dense noise.
 FITNESS_KEY_ROLE = 3
+
+
+def is_real(dtype: DTypeLike) -> bool:
+    """Whether arrays of the type hold real numbers or truth values."""
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
 def typed_key(words: UInt32[Array, "2"]) -> Array:
@@ -92,14 +102,14 @@ def scores_of(es: Any, out: Any) -> tuple[Array, Any, bool]:
             f"the fitness returned {jax.tree.structure(values)}; a score [], scores [tasks], or "
             "(scores, aux) is right"
         )
-    if values.ndim > 2:
+    if values.ndim > 2 or values.size == 0:
         raise ValueError(
             f"the fitness returned scores of the shape {list(values.shape[1:])}; "
             "[] or [tasks] is right"
         )
-    if not jnp.issubdtype(values.dtype, jnp.number) and values.dtype != jnp.bool_:
+    if not is_real(values.dtype):
         raise ValueError(
-            f"the fitness returned scores of the type {values.dtype}; a number is right"
+            f"the fitness returned scores of the type {values.dtype}; real numbers are right"
         )
     if not jnp.issubdtype(values.dtype, jnp.floating):
         values = values.astype(jnp.int32 if es.noise.integer else jnp.float32)
@@ -138,12 +148,17 @@ def weigh(es: Any, values: Array, groups: Any) -> tuple[Array, Array, Statistics
     clean = jnp.where(valid, table, 0)
     if groups is not None:
         groups = jnp.asarray(groups)
-        if groups.shape != (es.population,):
+        if groups.shape != (es.population,) or not jnp.issubdtype(groups.dtype, jnp.integer):
             raise ValueError(
-                f"groups have the shape {list(groups.shape)}; one group a member, "
-                f"[{es.population}], is right"
+                f"groups have the shape {list(groups.shape)} and the type {groups.dtype}; a whole "
+                f"number a member, [{es.population}], is right"
             )
     shaped = clean if es.shaping is None else es.shaping(clean, valid, groups)
+    if jnp.shape(shaped) != clean.shape:
+        raise ValueError(
+            f"the shaping returned weights of the shape {list(jnp.shape(shaped))}; that of the scores, "
+            f"{list(clean.shape)}, is right"
+        )
     weights = jnp.where(valid, shaped, 0).mean(1)
     d = weights[0::2] - weights[1::2]
     return d, 2 * paired.any(1).sum(dtype=jnp.int32), statistics(table)
@@ -202,7 +217,10 @@ def finish(es: Any, state: State, values: Array, groups: Any, draws: Any) -> tup
     plan = es.plan_of(state.params)
     d, members, stats = weigh(es, values, groups)
     grads, agreement = estimate(es, plan, state, d, members, draws)
-    moved = jnp.any(d != 0)
+    # Where sums would overflow, as with raw scores near the largest float or a sigma that has come
+    # down to zero, nothing moves either. NaN is not below the limit.
+    size = jnp.abs(d.astype(jnp.float32)).sum() / jnp.abs(es.sigma_of(state))
+    moved = jnp.any(d != 0) & (size < LARGEST_SUM)
     new, norm = apply(es, plan, state, grads, moved)
     return new, Metrics(
         state.generation, stats.mean, stats.best, stats.worst, stats.std, stats.invalid,

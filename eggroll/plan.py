@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from eggroll.fixed_point import is_integer
-from eggroll.interpreter import Context, interpret
-from eggroll.lowrank import LowRank, accumulator
+from eggroll.lowrank import accumulator
+from eggroll.roles import Roles, trace_roles
 
 Axes = int | Sequence[int]
 
@@ -52,7 +52,8 @@ class Matrix:
         sigma: float = 1.0,
     ) -> None:
         for name, axes in (("rows", rows), ("columns", columns), ("batch", batch)):
-            object.__setattr__(self, name, (axes,) if isinstance(axes, int) else tuple(axes))
+            several = axes if isinstance(axes, Sequence) else (axes,)
+            object.__setattr__(self, name, tuple(map(int, several)))
         object.__setattr__(self, "rank", rank)
         object.__setattr__(self, "sigma", sigma)
 
@@ -158,7 +159,8 @@ class Plan:
 # Makes a plan for parameters at a strategy's rank (a whole number, or "full").
 Planner = Callable[[Any, Any], Plan]
 
-Overrides = Mapping[str, Treatment]
+# Treatments by path pattern; of a wider type, since what is no treatment is refused in a sentence.
+Overrides = Mapping[str, Any]
 
 
 def by_shape(overrides: Overrides | None = None) -> Planner:
@@ -226,12 +228,19 @@ def infer(
       >>> infer(fitness, params, jnp.zeros((4, 32)))(params, rank=1)["layers"].treatment
       Matrix(rows=(1,), columns=(2,), batch=(0,), rank=1, sigma=1.0)
     """
-    roles = _trace_roles(fitness, params, args, members)
+    is_trained = trained_type(params)
+    paths = [path if is_trained(leaf) else None for path, leaf in leaf_paths(params)]
+    roles = trace_roles(fitness, params, paths, args, members)
 
     def propose(path: str, shape: tuple[int, ...]) -> tuple[Treatment, str]:
         if path not in roles:
             raise ValueError(
                 f"parameter {path!r} was not there when the plan was inferred; it knows {sorted(roles)}"
+            )
+        if len(roles[path]) != len(shape):
+            raise ValueError(
+                f"parameter {path!r} has {len(shape)} axes {list(shape)}; it had {len(roles[path])} when "
+                "the plan was inferred"
             )
         return _classify(shape, roles[path])
 
@@ -287,11 +296,7 @@ def _settle(
     overrides: Overrides,
 ) -> Plan:
     leaves, is_trained = leaf_paths(params), trained_type(params)
-    for pattern in overrides:
-        if not any(fnmatch.fnmatchcase(path, pattern) for path, _ in leaves):
-            raise ValueError(
-                f"the override {pattern!r} matches no parameter; there are {[p for p, _ in leaves]}"
-            )
+    _check_overrides(overrides, [path for path, _ in leaves])
     plan = []
     for path, leaf in leaves:
         shape = tuple(leaf.shape)
@@ -315,6 +320,25 @@ def _settle(
     return Plan(tuple(plan))
 
 
+def _check_overrides(overrides: Overrides, paths: Sequence[str]) -> None:
+    for pattern, chosen in overrides.items():
+        if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+            raise ValueError(
+                f"the override {pattern!r} matches no parameter; there are {list(paths)}"
+            )
+        if not isinstance(chosen, Treatment):
+            raise ValueError(
+                f"the override {pattern!r} is {chosen!r}; a Matrix, Dense or Frozen of eggroll is right"
+            )
+        if not isinstance(chosen, Frozen) and not (
+            math.isfinite(chosen.sigma) and chosen.sigma > 0
+        ):
+            raise ValueError(
+                f"the override {pattern!r} has sigma={chosen.sigma!r}; a positive number is right, or "
+                "eggroll.Frozen() for no noise"
+            )
+
+
 def _settle_matrix(
     path: str, shape: tuple[int, ...], matrix: Matrix, rank: int | Literal["full"], reason: str
 ) -> tuple[Treatment, str]:
@@ -334,9 +358,9 @@ def _settle_matrix(
     m = math.prod(shape[a] for a in matrix.rows)
     n = math.prod(shape[a] for a in matrix.columns)
     if matrix.rank is not None:
-        if not 1 <= matrix.rank <= min(m, n):
+        if not isinstance(matrix.rank, int) or not 1 <= matrix.rank <= min(m, n):
             raise ValueError(
-                f"rank {matrix.rank} for parameter {path!r} is out of range: its matrix is {m} x {n}, "
+                f"rank {matrix.rank!r} for parameter {path!r} is out of range: its matrix is {m} x {n}, "
                 f"so 1 to {min(m, n)} would be right"
             )
         return matrix, reason
@@ -352,49 +376,6 @@ def _propose_by_shape(path: str, shape: tuple[int, ...]) -> tuple[Treatment, str
         return Dense(), "vector" if shape else "scalar"
     last = len(shape) - 1
     return Matrix(rows=tuple(range(last)), columns=last), "by shape"
-
-
-# ---------------------------------------------------------------- inference
-
-Roles = dict[int, set[str]]
-
-
-def _trace_roles(
-    fitness: Callable[..., Any], params: Any, args: tuple, members: Any
-) -> dict[str, Roles]:
-    roles: dict[str, Roles] = {}
-    leaves = leaf_paths(params)
-    treedef, is_trained = jax.tree.structure(params), trained_type(params)
-    for path, leaf in leaves:
-        if is_trained(leaf):
-            roles[path] = {axis: set() for axis in range(len(leaf.shape))}
-
-    def record(role: str, path: str, axis: int) -> None:
-        roles[path][axis].add(role)
-
-    def run(arrays: list[Any], key: Any, member: Any, args: tuple) -> Any:
-        probes = []
-        for (path, leaf), array in zip(leaves, arrays, strict=True):
-            varying = [axis for axis, n in enumerate(leaf.shape) if n > 1]
-            if not is_trained(leaf) or len(varying) < 2:
-                probes.append(array)
-                continue
-            factors = tuple(
-                jnp.ones(
-                    [1, *(n if a == axis else 1 for a, n in enumerate(leaf.shape))], leaf.dtype
-                )
-                for axis in varying
-            )
-            tags = tuple(frozenset({(path, axis)}) for axis in varying)
-            one = jnp.ones((), accumulator(leaf.dtype))
-            probes.append(LowRank(array, factors, one, (path,), tags=tags))
-        extra = () if members is None else (member,)
-        context = Context(on_dense="ignore", recorder=record)
-        return interpret(fitness, context)(jax.tree.unflatten(treedef, probes), key, *extra, *args)
-
-    member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), members)
-    jax.eval_shape(run, [leaf for _, leaf in leaves], jax.random.key(0), member, args)
-    return roles
 
 
 def _classify(shape: tuple[int, ...], roles: Roles) -> tuple[Treatment, str]:
@@ -425,57 +406,3 @@ def _classify(shape: tuple[int, ...], roles: Roles) -> tuple[Treatment, str]:
     if not any(a in wide for a in rows):
         return Dense(), "never contracted"
     return Matrix(rows, columns, batch), "from the traced fitness"
-
-
-# ---------------------------------------------------------------- the printed table
-
-
-def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:
-    """The plan as a table, a line a parameter, with what would be built for every member and why.
-
-    Args:
-      plan: the plan.
-      built: for each parameter path the primitives that build its matrix, from a trace.
-    """
-    head = ("parameter", "shape", "treatment", "rank", "noise/member", "why")
-    rows = [head]
-    for leaf in plan.leaves:
-        t = leaf.treatment
-        if isinstance(t, Matrix):
-            kind = f"low rank, rows {_listed(t.rows)}, columns {_listed(t.columns)}"
-            kind += f", batch {_listed(t.batch)}" if t.batch else ""
-            if t.sigma != 1:
-                kind += f", sigma x{t.sigma:g}"
-        else:
-            kind = "frozen" if isinstance(t, Frozen) else "dense"
-            kind += f", sigma x{t.sigma:g}" if isinstance(t, Dense) and t.sigma != 1 else ""
-        why = leaf.reason
-        if leaf.path in built:
-            why += f"; BUILT for every member by {', '.join(built[leaf.path])}"
-        rank = str(t.rank) if isinstance(t, Matrix) else "full" if isinstance(t, Dense) else "-"
-        shape = "x".join(map(str, leaf.shape)) or "scalar"
-        rows.append((leaf.path, f"{shape} {leaf.dtype}", kind, rank, _size(leaf.noise_bytes), why))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    dense = sum(
-        math.prod(leaf.shape) * jnp.dtype(leaf.noise_dtype).itemsize
-        for leaf in plan.leaves
-        if leaf.trainable
-    )
-    total = f"noise a pair of members: {_size(plan.noise_bytes)}, where dense noise would take {_size(dense)}"
-    return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:], total])
-
-
-def _listed(axes: tuple[int, ...]) -> str:
-    return ",".join(map(str, axes))
-
-
-def _size(count: int | float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"

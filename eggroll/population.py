@@ -11,15 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 AXIS = "population"
 
 
-def check_mesh(mesh: Mesh | None) -> None:
+def check_mesh(mesh: Any) -> None:
     """Raises ValueError for a mesh that members cannot be divided over."""
     if mesh is None:
         return
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh={mesh!r}: a jax.sharding.Mesh or None is right")
     if AXIS not in mesh.axis_names:
         raise ValueError(
             f"mesh has the axes {mesh.axis_names}; one of them must be called {AXIS!r}"
@@ -33,6 +35,23 @@ def check_mesh(mesh: Mesh | None) -> None:
 
 def devices(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[AXIS]
+
+
+def spread(tree: Any, mesh: Mesh | None) -> Any:
+    """The tree with arrays that lie elsewhere copied to all devices of the mesh.
+
+    A program's outputs lie there, so that a state that starts there too compiles no second program.
+    """
+    if mesh is None:
+        return tree
+    devices = set(mesh.devices.flat)
+
+    def place(x: Any) -> Any:
+        if isinstance(x, jax.core.Tracer) or x.sharding.device_set == devices:
+            return x
+        return jax.device_put(x, NamedSharding(mesh, jax.P()))
+
+    return jax.tree.map(place, tree)
 
 
 def layout(pairs: int, chunk: int | None, mesh: Mesh | None) -> tuple[int, int]:

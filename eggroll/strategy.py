@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import math
-import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,14 +13,14 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from eggroll import generation, integer_generation
+from eggroll import checks, generation, integer_generation, table
 from eggroll import noise as noises
 from eggroll import plan as plans
 from eggroll import shaping as shapings
 from eggroll.interpreter import Context, interpret
 from eggroll.lowrank import is_narrow
 from eggroll.perturbation import built_member, draw, perturb
-from eggroll.population import check_mesh, devices
+from eggroll.population import devices, spread
 from eggroll.state import Metrics, State, trainable_of
 
 
@@ -65,7 +62,7 @@ class EvolutionStrategy:
       True
     """
 
-    # Wider types than the docstring's where __post_init__ says in a sentence what would be right.
+    # Wider types than the docstring's where checks.settings says in a sentence what would be right.
     optimizer: Any
     population: int
     sigma: float | optax.Schedule
@@ -84,57 +81,7 @@ class EvolutionStrategy:
     _seen: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        def require(ok: bool, field: str, right: str) -> None:
-            if not ok:
-                raise ValueError(f"{field}={getattr(self, field)!r}: {right}")
-
-        whole = lambda x: isinstance(x, int | np.integer) and not isinstance(x, bool)
-        require(
-            whole(self.population) and self.population >= 2 and self.population % 2 == 0,
-            "population",
-            "members come in pairs with opposite noise, so an even number of at least 2 is right",
-        )
-        require(
-            callable(self.sigma) or (math.isfinite(self.sigma) and self.sigma > 0),
-            "sigma",
-            "a positive number or a schedule over generations is right",
-        )
-        require(
-            self.rank == "full" or (whole(self.rank) and int(self.rank) >= 1),
-            "rank",
-            "a whole number of at least 1, or 'full' for dense noise, is right",
-        )
-        require(
-            self.chunk is None or (whole(self.chunk) and self.chunk >= 2 and self.chunk % 2 == 0),
-            "chunk",
-            "an even number of members of at least 2, or None for all at once, is right",
-        )
-        require(
-            whole(self.noise_reuse) and self.noise_reuse >= 1,
-            "noise_reuse",
-            "a whole number of generations of at least 1 is right",
-        )
-        require(
-            self.on_dense in ("error", "warn", "ignore"),
-            "on_dense",
-            "'error', 'warn' or 'ignore' is right",
-        )
-        require(
-            isinstance(self.optimizer, optax.GradientTransformation),
-            "optimizer",
-            "an optax transform such as optax.adam(1e-2) is right",
-        )
-        for field, module in (("shaping", shapings), ("plan", plans), ("noise", noises)):
-            value = getattr(self, field)
-            name = getattr(value, "__name__", "")
-            require(
-                not name or getattr(module, name, None) is not value,
-                field,
-                f"this is the function that makes one; {name}() is right",
-            )
-        if self.noise.integer:
-            integer_generation.check_settings(self)
-        check_mesh(self.mesh)
+        checks.settings(self)
 
     # ------------------------------------------------------------ the state and what is in it
 
@@ -151,26 +98,8 @@ class EvolutionStrategy:
             train.
         """
         plan = self.plan_of(params)
-        known = {
-            leaf.path: value
-            for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True)
-            if (plans.is_float(value) or (plan.integer and value.dtype == jnp.int8))
-            and not isinstance(value, jax.core.Tracer)
-        }
-        # Constants are looked at also where init itself is traced.
-        with jax.ensure_compile_time_eval():
-            counts = _unfit(known)
-        for path, bad in counts.items():
-            if bad:
-                what = (
-                    "are -128; start from -127 to 127"
-                    if plan.integer
-                    else ("are not finite; start from finite numbers")
-                )
-                raise ValueError(
-                    f"parameter {path!r} has {bad} of {known[path].size} entries that {what}"
-                )
-        if isinstance(key, int | np.integer):
+        checks.parameters(plan, params)
+        if checks.is_whole(key):
             key = jax.random.key(key)
         # Fresh arrays, so that a donated state never takes the caller's parameters with it.
         params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
@@ -180,13 +109,14 @@ class EvolutionStrategy:
                 if leaf.trainable and is_narrow(leaf.dtype):
                     master[leaf.path] = value.astype(jnp.float32)
         trainable = trainable_of(plan, params, master)
-        return State(
+        state = State(
             params,
             master,
             self.optimizer.init(trainable),
             jnp.zeros((), jnp.int32),
             noises.seed_words(key),
         )
+        return spread(state, self.mesh)
 
     def params(self, state: State) -> Any:
         """The current mean of the population: the trained parameters."""
@@ -200,11 +130,7 @@ class EvolutionStrategy:
         Raises:
           ValueError: for a member that the population does not have.
         """
-        if not isinstance(i, jax.core.Tracer) and not 0 <= int(i) < self.population:
-            raise ValueError(
-                f"member {i} of a population of {self.population}: 0 to {self.population - 1} is right"
-            )
-        i = jnp.asarray(i, jnp.int32)
+        i = checks.members(i, self.population, axes=0)
         plan = self.plan_of(state.params)
         sign = (1 - 2 * (i % 2)).astype(generation.sign_type(plan))
         drawn = draw(plan, self.noise, state.seed, self.epoch(state), i // 2)
@@ -212,7 +138,7 @@ class EvolutionStrategy:
 
     def ask(self, state: State, indices: Sequence[int] | Int[Array, "members"]) -> Any:
         """Parameters of several members, built, each leaf with a leading axis."""
-        return _ask(self, state, jnp.asarray(indices, jnp.int32))
+        return _ask(self, state, checks.members(indices, self.population, axes=1))
 
     # ------------------------------------------------------------ a generation
 
@@ -235,7 +161,7 @@ class EvolutionStrategy:
           members: a tree with leading axis [population]; each member gets its own part.
           groups: int ``[population]``, for shapings that compare members within groups.
         """
-        self._note(fitness)
+        checks.fitness(self._seen, fitness)
         return self._told(_step(self, state, fitness, args, members, groups))
 
     def evaluate(
@@ -246,7 +172,7 @@ class EvolutionStrategy:
         Gives ``(values, aux)``, aux with a leading axis [population], where the fitness gives
         ``(scores, aux)``. Arguments as in :meth:`step`.
         """
-        self._note(fitness)
+        checks.fitness(self._seen, fitness)
         return _evaluate(self, state, fitness, args, members)
 
     def map(self, state: State, fn: Callable[..., Any], *args: Any, members: Any = None) -> Any:
@@ -254,7 +180,7 @@ class EvolutionStrategy:
 
         Returns its outputs, each leaf with a leading axis [population].
         """
-        self._note(fn)
+        checks.fitness(self._seen, fn)
         return _map(self, state, fn, args, members)
 
     def update(self, state: State, values: Any, groups: Any = None) -> tuple[State, Metrics]:
@@ -266,13 +192,15 @@ class EvolutionStrategy:
             not finite, or None, drops its pair (for that task) and is counted.
           groups: as in :meth:`step`.
         """
-        return self._told(_update(self, state, self._values(values), groups))
+        values = checks.scores(values, self.population, self.noise.integer)
+        return self._told(_update(self, state, values, groups))
 
     tell = update
 
     def gradient(self, state: State, values: Any, groups: Any = None) -> Any:
         """The gradient estimate alone: the tree of the parameters, None where nothing is trained."""
-        return _gradient(self, state, self._values(values), groups)
+        values = checks.scores(values, self.population, self.noise.integer)
+        return _gradient(self, state, values, groups)
 
     def apply_gradient(
         self, state: State, grads: Any, pairs: int | Int[Array, ""] | None = None
@@ -294,14 +222,16 @@ class EvolutionStrategy:
         generations: int,
         *args: Any,
         members: Any = None,
+        groups: Any = None,
         callback: Callable[[State, Metrics], Any] | None = None,
     ) -> State:
         """Runs generations; with a callback, one at a time, until it returns something true."""
+        checks.generations(generations)
         if callback is None:
-            self._note(fitness)
-            return _optimize(self, state, fitness, jnp.int32(generations), args, members)
+            checks.fitness(self._seen, fitness)
+            return _optimize(self, state, fitness, jnp.int32(generations), args, members, groups)
         for _ in range(generations):
-            state, metrics = self.step(state, fitness, *args, members=members)
+            state, metrics = self.step(state, fitness, *args, members=members, groups=groups)
             if callback(state, metrics):
                 break
         return state
@@ -328,7 +258,7 @@ class EvolutionStrategy:
 
             member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), members)
             jax.eval_shape(trace, params, member, args)
-        return plans.describe(plan, context.built)
+        return table.describe(plan, context.built)
 
     # ------------------------------------------------------------ parts
 
@@ -345,6 +275,10 @@ class EvolutionStrategy:
     def sigma_of(self, state: State) -> Float[Array, ""]:
         """The standard deviation of the noise in the coming generation."""
         sigma = self.sigma(state.generation) if callable(self.sigma) else self.sigma
+        if np.shape(sigma):
+            raise ValueError(
+                f"sigma's schedule gives the shape {list(np.shape(sigma))}; one number is right"
+            )
         return jnp.asarray(sigma, jnp.float32)
 
     def noise_sigma(self, state: State) -> Any:
@@ -358,56 +292,11 @@ class EvolutionStrategy:
             told = _report(self, told)
         return state, told
 
-    def _values(self, values: Any) -> Array:
-        if isinstance(values, list | tuple):
-            rows = [[v] if v is None or np.ndim(v) == 0 else list(v) for v in values]
-            width = {len(row) for row in rows}
-            if len(width) > 1:
-                raise ValueError(
-                    f"values hold rows of lengths {sorted(width)}; one score a task for every member is right"
-                )
-            whole = all(isinstance(v, int | np.integer) for row in rows for v in row)
-            table = np.array(
-                [[np.nan if v is None else v for v in row] for row in rows],
-                np.int32 if whole and self.noise.integer else np.float32,
-            )
-            flat = all(v is None or np.ndim(v) == 0 for v in values)
-            values = table[:, 0] if flat else table
-        values = jnp.asarray(values)
-        if values.ndim not in (1, 2) or values.shape[0] != self.population:
-            raise ValueError(
-                f"values have the shape {list(values.shape)}; [population] or [population, tasks] with "
-                f"population={self.population} is right"
-            )
-        return values
-
-    def _note(self, fitness: Callable[..., Any]) -> None:
-        """Warns where every generation brings a new fitness object of the same code."""
-        code = getattr(fitness, "__code__", None)
-        if code is None:
-            return
-        last, count = self._seen.get(code, (None, 0))
-        if last is not None and last() is fitness:
-            return
-        self._seen[code] = (weakref.ref(fitness), count + 1)
-        if count + 1 == 4:
-            warnings.warn(
-                f"fitness {getattr(fitness, '__qualname__', fitness)!r} is a new object for the fourth "
-                "time and is compiled anew each time; define it once and pass what changes as arguments",
-                stacklevel=3,
-            )
-
 
 # ---------------------------------------------------------------- what is compiled
 #
 # The strategy and the fitness are static: they are compared by identity, so a loop that passes the
 # same two objects compiles once.
-
-
-@jax.jit
-def _unfit(leaves: dict[str, Array]) -> dict[str, Array]:
-    bad = lambda x: ~jnp.isfinite(x) if plans.is_float(x) else x == -128
-    return {path: jnp.sum(bad(value)) for path, value in leaves.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -473,25 +362,13 @@ def _apply_gradient(
     es: EvolutionStrategy, state: State, grads: Any, pairs: Array
 ) -> tuple[State, Any]:
     plan = es.plan_of(state.params)
-    found: Any = jax.tree.structure(grads)
-    expected: Any = jax.tree.structure(trainable_of(plan, state.params, state.master))
-    if found != expected:
-        raise ValueError(
-            f"grads have the structure {found}; that of es.gradient, {expected}, is right"
-        )
-    for (path, g), w in zip(
-        jax.tree_util.tree_flatten_with_path(grads)[0],
-        jax.tree.leaves(trainable_of(plan, state.params, state.master)),
-        strict=True,
-    ):
-        if g.shape != w.shape:
-            raise ValueError(
-                f"grads{jax.tree_util.keystr(path)} has the shape {list(g.shape)}; {list(w.shape)} is right"
-            )
+    checks.gradients(grads, trainable_of(plan, state.params, state.master))
     # Not jax.tree.leaves: parameters may hold None themselves (as eqx.partition leaves them).
     tree: Any = jax.tree.structure(state.params)
     flat = tree.flatten_up_to(grads)
-    moved = functools.reduce(jnp.logical_or, [jnp.any(g != 0) for g in jax.tree.leaves(grads)])
+    leaves = jax.tree.leaves(grads)
+    moved = jnp.any(jnp.stack([jnp.any(g != 0) for g in leaves]))
+    moved &= jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in leaves]))
     if es.noise.integer:
         new, squares = integer_generation.apply(es, plan, state, flat, moved, pairs)
         return new, integer_generation.Outcome(state.generation, None, moved, squares)
@@ -510,9 +387,10 @@ def _optimize(
     generations: Array,
     args: tuple,
     members: Any,
+    groups: Any,
 ) -> State:
     return lax.fori_loop(
-        0, generations, lambda _, s: _step(es, s, fitness, args, members, None)[0], state
+        0, generations, lambda _, s: _step(es, s, fitness, args, members, groups)[0], state
     )
 
 

@@ -66,6 +66,10 @@ def test_overrides_the_last_match_counts():
     assert set(kinds.values()) == {Frozen()}
 
 
+def test_axes_may_be_any_sequences():
+    assert Matrix(0, [1, 2], range(3, 5)) == Matrix((0,), (1, 2), (3, 4))
+
+
 def test_noise_shapes_and_bytes():
     plan = by_shape({"heads": Matrix(rows=0, columns=2, batch=1, rank=2)})(PARAMS, 1)
     assert plan["heads"].noise_shapes() == ((2, 16, 4, 1), (2, 1, 4, 8))
@@ -166,6 +170,8 @@ def test_an_inferred_plan_refuses_parameters_that_it_has_not_seen():
     planner = infer(lambda p, key: p["w"].sum(), zeros(w=(4, 4)))
     with pytest.raises(ValueError, match="'v' was not there when the plan was inferred"):
         planner(zeros(w=(4, 4), v=(4, 4)), 1)
+    with pytest.raises(ValueError, match=r"'w' has 3 axes \[4, 4, 2\]; it had 2 when"):
+        planner(zeros(w=(4, 4, 2)), 1)
 
 
 # ---------------------------------------------------------------- wrong input, one sentence each
@@ -180,6 +186,10 @@ def test_an_inferred_plan_refuses_parameters_that_it_has_not_seen():
         ({"kernel": Matrix(0, 2)}, "'kernel' has 2 axes"),
         ({"heads": Matrix(0, 1)}, "'heads' has 3 axes"),
         ({"*": Frozen()}, "no float array to train"),
+        ({"kernel": Matrix(0, 1, sigma=0.0)}, "override 'kernel' has sigma=0.0; a positive number"),
+        ({"bias": Dense(sigma=float("nan"))}, "override 'bias' has sigma=nan"),
+        ({"kernel": "dense"}, "override 'kernel' is 'dense'; a Matrix, Dense or Frozen"),
+        ({"kernel": Dense}, "override 'kernel' is <class"),
     ],
 )
 def test_wrong_overrides_are_named(overrides, message):

@@ -1,0 +1,59 @@
+"""A plan as a table that a person can read."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+
+from eggroll.plan import Dense, Frozen, Matrix, Plan
+
+
+def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:
+    """The plan as a table, a line a parameter, with what would be built for every member and why.
+
+    Args:
+      plan: the plan.
+      built: for each parameter path the primitives that build its matrix, from a trace.
+    """
+    head = ("parameter", "shape", "treatment", "rank", "noise/member", "why")
+    rows = [head]
+    for leaf in plan.leaves:
+        t = leaf.treatment
+        if isinstance(t, Matrix):
+            kind = f"low rank, rows {_listed(t.rows)}, columns {_listed(t.columns)}"
+            kind += f", batch {_listed(t.batch)}" if t.batch else ""
+            if t.sigma != 1:
+                kind += f", sigma x{t.sigma:g}"
+        else:
+            kind = "frozen" if isinstance(t, Frozen) else "dense"
+            kind += f", sigma x{t.sigma:g}" if isinstance(t, Dense) and t.sigma != 1 else ""
+        why = leaf.reason
+        if leaf.path in built:
+            why += f"; BUILT for every member by {', '.join(built[leaf.path])}"
+        rank = str(t.rank) if isinstance(t, Matrix) else "full" if isinstance(t, Dense) else "-"
+        shape = "x".join(map(str, leaf.shape)) or "scalar"
+        rows.append((leaf.path, f"{shape} {leaf.dtype}", kind, rank, _size(leaf.noise_bytes), why))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    dense = sum(
+        math.prod(leaf.shape) * jnp.dtype(leaf.noise_dtype).itemsize
+        for leaf in plan.leaves
+        if leaf.trainable
+    )
+    total = f"noise a pair of members: {_size(plan.noise_bytes)}, where dense noise would take {_size(dense)}"
+    return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:], total])
+
+
+def _listed(axes: tuple[int, ...]) -> str:
+    return ",".join(map(str, axes))
+
+
+def _size(count: int | float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

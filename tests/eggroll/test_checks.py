@@ -1,0 +1,111 @@
+"""What is handed in: one sentence for what is wrong, also where its type is that of nothing expected."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from eggroll import EvolutionStrategy, Frozen, checks
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("population", 8.0, "population=8.0: members come in pairs .* even number"),
+        ("population", True, "population=True.*even number"),
+        ("sigma", "0.1", "sigma='0.1'.*positive number or a schedule"),
+        ("sigma", None, "sigma=None.*positive"),
+        ("sigma", jnp.ones(2), "sigma=.*positive"),
+        ("rank", 1.5, "rank=1.5.*whole number"),
+        ("chunk", 2.0, "chunk=2.0.*even number"),
+        ("factor_memory", "1 GiB", "factor_memory='1 GiB'.*bytes"),
+        ("mesh", 8, "mesh=8: a jax.sharding.Mesh or None"),
+        ("shaping", "zscore", r"shaping='zscore'.*such as zscore\(\)"),
+        ("plan", {"w": Frozen()}, r"plan=.*by_shape\(overrides\)"),
+        ("noise", "gaussian", r"noise='gaussian'.*such as counter\(\)"),
+        ("optimizer", optax.adam, "optimizer=.*an optax transform"),
+    ],
+)
+def test_settings_of_any_type(field, value, message):
+    es = EvolutionStrategy(optimizer=optax.sgd(0.1), population=8, sigma=0.1)
+    object.__setattr__(es, field, value)  # the constructor's types would refuse it here
+    with pytest.raises(ValueError, match=message):
+        checks.settings(es)
+
+
+def test_numbers_of_any_type_are_numbers():
+    for number in (1, 0.5, np.float32(0.1), np.array(3), jnp.bfloat16(0.1)):
+        assert checks.is_number(number) and checks.is_positive(number)
+    for other in (0, -1.0, np.inf, jnp.nan, "1", None, [1.0], 1j, jnp.ones(1), jnp.complex64(1)):
+        assert not checks.is_positive(other)
+
+
+@pytest.mark.parametrize(
+    ("given", "axes", "message"),
+    [
+        (8, 0, "member 8 of a population of 8: 0 to 7 is right"),
+        (-1, 0, "member -1 of"),
+        (0.5, 0, "member 0.5 of a population of 8: a whole number is right"),
+        ([1], 0, r"member \[1\] of .*a whole number is right"),
+        (3, 1, "member 3 of .*a list of whole numbers below 8"),
+        ([0, 9, 10], 1, "member 9 of"),
+        ([0.5], 1, r"member \[0.5\] of .*a list of whole numbers"),
+    ],
+)
+def test_members(given, axes, message):
+    with pytest.raises(ValueError, match=message):
+        checks.members(given, 8, axes)
+
+
+def test_members_in_every_form():
+    for given in (range(3), [0, 1, 2], np.arange(3), jnp.arange(3), (np.int8(0), 1, jnp.int32(2))):
+        found = checks.members(given, 8, axes=1)
+        assert found.dtype == jnp.int32 and found.tolist() == [0, 1, 2]
+    assert checks.members([], 8, axes=1).shape == (0,)
+    assert jax.jit(lambda i: checks.members([i, i + 1], 8, axes=1))(3).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (2.5, "2.5"),
+        (-1, "-1"),
+        ("3", "'3'"),
+        (None, "None"),
+        (jnp.ones((3, 6)), r"float32\[3, 6\]"),
+    ],
+)
+def test_generations(given, message):
+    with pytest.raises(ValueError, match=f"generations={message}: a whole number of at least 0"):
+        checks.generations(given)
+
+
+@pytest.mark.parametrize("given", [0, 3, np.int64(3), np.array(3), jnp.int32(3)])
+def test_generations_in_every_form(given):
+    checks.generations(given)
+
+
+def test_a_fitness_that_is_no_function():
+    with pytest.raises(ValueError, match="fitness=3: a function of"):
+        checks.fitness({}, 3)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, None, 3.5, np.float32(4)],
+        (1, np.nan, jnp.float32(3.5), True + 3),
+        np.array([1, None, 3.5, 4], object),
+        jnp.array([1, jnp.nan, 3.5, 4]),
+    ],
+)
+def test_scores_in_every_form(values):
+    found = checks.scores(values, 4, integer=False)
+    np.testing.assert_array_equal(found, np.array([1, np.nan, 3.5, 4], np.float32))
+
+
+def test_whole_scores_stay_integers_for_integer_noise():
+    large = 2**24 + 1  # no float32
+    assert checks.scores([large, 0], 2, integer=True).tolist() == [large, 0]
+    assert checks.scores([large, None], 2, integer=True).dtype == jnp.float32
