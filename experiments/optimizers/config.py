@@ -44,6 +44,8 @@ class Config(RunSettings):
     """An optimizer of optax, or of this project as "optim.NAME"."""
     learning_rate: float = 0.003
     """The highest learning rate."""
+    linear_rate: float = 1.0
+    """Text: factor on the steps of the layers' matrices, whichever optimizer makes them."""
     schedule: int
     """Updates in which the learning rate rises and falls; from then on it stays."""
     warmup: float = 0.1
@@ -61,6 +63,8 @@ class Config(RunSettings):
     """As `momentum`: updates from one choice of that share to the next."""
     projector: str | None = None
     """As `momentum`: how that share is chosen: columns, rows, randk, random, svd or blockwise."""
+    scale: float | None = None
+    """As `momentum`: GaLore's factor on the steps of what it projects."""
     kappa: str | None = None
     """As `momentum`: Lion-K's function by its name in optim.kappa, with its number behind a colon:
     l2, nuclear, huber:0.001, ..."""
@@ -82,7 +86,7 @@ class Config(RunSettings):
             "schedule",
             "held_out_sequences",
         )
-        positive(self, "learning_rate")
+        positive(self, "learning_rate", "linear_rate")
         if self.depth < 1:
             raise UsageError(f"--depth {self.depth}: choose a whole number of at least 1")
         for name in ("warmup", "final"):

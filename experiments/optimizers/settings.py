@@ -19,6 +19,7 @@ ARGUMENTS = {
     "density": "density",
     "gap": "update_gap",
     "projector": "projector",
+    "scale": "scale",
     "kappa": "kappa",
 }
 

@@ -125,6 +125,9 @@ def programs(config: Config) -> Programs:
         loss, grads = jax.value_and_grad(task.loss)(carry.params, batch)
         optimizer = optimizer_at(config, task, carry.rate)
         updates, state = optimizer.update(grads, carry.state, carry.params)
+        if config.linear_rate != 1:
+            scaled = lambda u, linear: config.linear_rate * u if linear else u
+            updates = jax.tree.map(scaled, updates, task.stacked(carry.params))
         params = optax.apply_updates(carry.params, updates)
         after = carry._replace(params=params, state=state, generation=carry.generation + 1)
         return after, {"loss": loss}

@@ -98,6 +98,19 @@ def test_all_learning_rates_and_seeds_are_one_program() -> None:
     assert job(replace(TINY, batch=4)).generation is not one.generation
 
 
+def test_matrices_of_layers_may_take_smaller_steps() -> None:
+    moved = []
+    for rate in (1.0, 0.25):
+        task = job(replace(TINY, optimizer="sgd", linear_rate=rate, depth=1))
+        before = task.start().params
+        after = task.generation(task.start())[0].params
+        moved.append(jax.tree.map(lambda a, b: jnp.abs(a - b).sum(), after, before))
+    share = jax.tree.map(lambda a, b: round(float(a / b), 3), moved[1], moved[0])
+    norms = {name: one for name, one in share["layers"].items() if "norm" in name}
+    assert {share["embed_tokens"], share["lm_head"], *norms.values()} == {1.0}
+    assert {share["layers"][name] for name in share["layers"].keys() - norms.keys()} == {0.25}
+
+
 def test_digits_are_learned_by_weights_without_scale(tmp_path: Path) -> None:
     config = replace(STUDIES["digits"], run_dir=tmp_path, width=32, generations=100)
     result = train(config)
@@ -165,7 +178,7 @@ LAYERS = {"layers": {"w": optax.contrib.MuonDimensionNumbers(1, 2), "norm": None
             optim.frugal(0.1, 0.25, optim.projector.rows(), split=HEAD_TOO, dimension_numbers=LAYERS),
         ),
         # A rank of 4 in a width of 16, one layer of two; by FRUGAL's choice of what is split.
-        (dict(optimizer="optim.galore", density=0.25), optim.galore(0.1, 4, split=LINEAR, dimension_numbers=LAYERS)),
+        (dict(optimizer="optim.galore", density=0.25, scale=0.5), optim.galore(0.1, 4, scale=0.5, split=LINEAR, dimension_numbers=LAYERS)),
         (dict(optimizer="optim.badam", density=0.5, gap=7), optim.badam(0.1, 7, split=LINEAR, active=1, dimension_numbers=LAYERS)),
     ],
 )  # fmt: skip
