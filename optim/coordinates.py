@@ -35,12 +35,13 @@ class Lines(NamedTuple):
 
     Attributes:
       kept: the numbers of those kept, rising: memory is then read in its order.
-      place: for every line its place among those kept; of the others the place of the one kept before it (or
-        0), as -1 less that.
+      place: for every line its place among those kept; for the others that of the one kept before it, or 0.
+      is_kept: whether it is one.
     """
 
     kept: Int[Array, "*layers kept"]
     place: Int[Array, "*layers lines"]
+    is_kept: Bool[Array, "*layers lines"]
 
 
 def draw(key: Array, lines: Sequence[Lines]) -> list[Lines]:
@@ -61,10 +62,9 @@ def draw(key: Array, lines: Sequence[Lines]) -> list[Lines]:
         bits = jax.random.bits(jax.random.fold_in(key, size), (sum(layers), size))
         kept, is_kept = least(bits, number)
         place = jnp.maximum(jnp.cumsum(is_kept, axis=1, dtype=jnp.int32) - 1, 0)
-        place = jnp.where(is_kept, place, -1 - place)
         start = 0
         for i, more in zip(members, layers, strict=True):
-            new = Lines(kept[start : start + more], place[start : start + more])
+            new = Lines(*(x[start : start + more] for x in (kept, place, is_kept)))
             found[i] = jax.tree.map(lambda a, old: a.reshape(old.shape), new, lines[i])
             start += more
     return found
@@ -78,12 +78,16 @@ def _take(x: Array, index: Array, axis: int) -> Array:
     That is for one CPU alone, since matrices that are spread over devices cannot be flat.
     """
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
-    if axis == 1 and alone and x.size < 2**32:
-        start = jax.lax.iota(jnp.uint32, x.shape[0])[:, None] * x.shape[1]
-        x, at = x.reshape(-1), start + index.astype(jnp.uint32)
-    else:
+    if axis == 0 or not alone or x.size >= 2**31:
         at = (slice(None), index) if axis == 1 else index
-    return x.at[at].get(mode="promise_in_bounds")
+        return x.at[at].get(mode="promise_in_bounds")
+    start = jax.lax.iota(jnp.int32, x.shape[0]) * x.shape[1]
+    # No row begins below 0: this changes none, but is a second reader of the matrix, which XLA therefore
+    # keeps in memory. For a single one it would work each entry out anew wherever it is read.
+    start = jnp.maximum(start, jnp.minimum(x[0, 0].astype(jnp.int32), 0))
+    # Unsigned, so that no index is taken to count from the end.
+    at = start.astype(jnp.uint32)[:, None] + index.astype(jnp.uint32)
+    return x.reshape(-1).at[at].get(mode="promise_in_bounds")
 
 
 def _lines(axis: int) -> Projector:
@@ -92,7 +96,7 @@ def _lines(axis: int) -> Projector:
     def init(shape: tuple[int, int], dtype: Any, density: float) -> Lines:
         every = jnp.arange(shape[axis], dtype=jnp.int32)
         number = count(shape[axis], density)
-        return Lines(every[:number], jnp.where(every < number, every, -max(number, 1)))
+        return Lines(every[:number], jnp.minimum(every, max(number - 1, 0)), every < number)
 
     def refresh(key: Array, turn: Array, grads: Any, projection: Any) -> Any:
         leaves, structure = jax.tree.flatten(projection, is_leaf=lambda x: isinstance(x, Lines))
@@ -101,19 +105,15 @@ def _lines(axis: int) -> Projector:
     def down(grad: Array, lines: Lines) -> tuple[Array, Array]:
         if lines.kept.size == 0:
             return jax.lax.slice_in_dim(grad, 0, 0, axis=axis), grad
-        is_kept = jnp.expand_dims(lines.place >= 0, 1 - axis)
+        is_kept = jnp.expand_dims(lines.is_kept, 1 - axis)
         return _take(grad, lines.kept, axis), jnp.where(is_kept, 0, grad)
 
     def up(compact: Array, lines: Lines, shape: tuple[int, int]) -> Array:
         if lines.kept.size == 0:
             return jnp.zeros(shape, compact.dtype)
         # Read by its inverse and not scattered, so that it is one loop with what is done to the result.
-        place = jnp.where(lines.place < 0, -1 - lines.place, lines.place)
-        # No place is below 0: this changes none, but is a second reader of the compact part, which XLA
-        # therefore keeps in memory. For a single one it would work each entry out anew wherever it is read.
-        place = jnp.maximum(place, jnp.minimum(compact[0, 0].astype(jnp.int32), 0))
-        full = _take(compact, place, axis)
-        return jnp.where(jnp.expand_dims(lines.place >= 0, 1 - axis), full, 0)
+        full = _take(compact, lines.place, axis)
+        return jnp.where(jnp.expand_dims(lines.is_kept, 1 - axis), full, 0)
 
     return each_matrix(Split(init, None, down, up))._replace(refresh=refresh)
 
@@ -124,7 +124,7 @@ def columns() -> Projector:
     Columns are those of the array, which in JAX has (rows, columns) = (inputs, outputs): PyTorch keeps the
     transpose and calls them rows.
 
-    State: 4 bytes a column and 4 for each that is kept.
+    State: 5 bytes a column and 4 for each that is kept.
     """
     return _lines(1)
 

@@ -2,10 +2,9 @@
 
 import functools
 import inspect
+import math
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import chex
@@ -241,8 +240,8 @@ def test_reprojected_second_moments_are_not_negative() -> None:
     ("name", "extra"),
     [
         # Of a 64 x 128 matrix at 1/4: what the projector holds, and how many numbers are compact.
-        ("columns", (4 * (32 + 128), 64 * 32)),
-        ("rows", (4 * (16 + 64), 16 * 128)),
+        ("columns", (4 * 32 + 5 * 128, 64 * 32)),
+        ("rows", (4 * 16 + 5 * 64, 16 * 128)),
         ("randk", (4 * 2048, 2048)),
         ("svd", (4 * 16 * 64, 16 * 128)),
         ("random", (4 * 16 * 64, 16 * 128)),
@@ -342,10 +341,10 @@ def test_against_the_authors_classes(
     if path is None:
         pytest.skip("FRUGAL_CHECKOUT names no checkout of the authors' program")
     torch = pytest.importorskip("torch")
-    import math
-
-    monkeypatch.setattr(torch.optim.optimizer, "_dispatch_sqrt", math.sqrt, raising=False)
-    monkeypatch.syspath_prepend(str(Path(path)))
+    # What their program imports and newer PyTorch no longer has.
+    base = pytest.importorskip("torch.optim.optimizer")
+    monkeypatch.setattr(base, "_dispatch_sqrt", math.sqrt, raising=False)
+    monkeypatch.syspath_prepend(path)
     from frugal.adamw import CoordAdamW  # type: ignore[import-not-found]
 
     w = np.random.default_rng(0).normal(size=(6, 8))
@@ -370,7 +369,6 @@ def test_against_the_authors_classes(
         x.grad = torch.cos(3 * x.detach() + step)
         theirs.step()
         np.testing.assert_allclose(after, x.detach().numpy(), rtol=1e-9, atol=1e-11)
-    sys.modules.pop("frugal", None)
 
 
 @pytest.mark.parametrize("name", ["columns", "rows", "randk", "svd", "blockwise"])
