@@ -8,7 +8,7 @@ makes it a perturbation of ``16 sigma``.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,10 +39,10 @@ def shift_of(sigma: float) -> int:
     """
     mantissa, exponent = math.frexp(sigma) if math.isfinite(sigma) and sigma > 0 else (0.0, 0)
     shift = FRACTION - (exponent - 1)
-    # Beyond 31 every product is shifted to nothing, and so is the shift itself.
-    if mantissa != 0.5 or not 0 <= shift <= 31:
+    # At 16 products of two factors are shifted to nothing.
+    if mantissa != 0.5 or not 0 <= shift <= 16:
         raise ValueError(
-            f"sigma={sigma!r}: for int8 parameters a power of two from 2**-27 to 16, such as 2**-4, is right"
+            f"sigma={sigma!r}: for int8 parameters a power of two from 2**-12 to 16, such as 2**-4, is right"
         )
     return shift
 
@@ -111,30 +111,37 @@ def built(w: Array, factors: Sequence[Array], sign: Array, shift: int) -> Array:
     return saturate(w.astype(jnp.int32) + sign * noise).astype(w.dtype)
 
 
-def split_shift(fan_in: int, dtype: DTypeLike, rank: int, shift: int) -> tuple[int, int] | None:
-    """Where ``((x.B) >> first) A >> rest`` stands in for ``((x.B) A) >> shift``, so that it fits.
+def fits(fan_in: int, dtype: DTypeLike, rank: int, shift: int) -> Literal["whole", "split"] | None:
+    """How ``((x A) B) >> shift``, summed over the rank before the shift, is computed in int32.
 
-    ``|x.B| <= M``: fan_in * max|x| * 127 for data of 8 or 16 bits. Wider data has no such bound, but
-    ``|B| <= 127`` as the matrix itself: where the product with the matrix fits into 32 bits whatever
-    the matrix, so does ``x.B``, and M is 2^31 - 1. Then ``|(x.B) >> first| <= (M >> first) + 1``, the
-    product with A at most ``rank * 127`` times that; ``first`` is the least shift with which this
-    fits. It is 0 for int8 data up to ``fan_in * rank = 1040``.
+    With t = x A: ``|t| <= fan_in * max|x| * 127``, and the sum of ``t B`` at most ``rank * 127`` times
+    that. Where it is below 2^31 the sum is taken as it stands ("whole"): for int8 data up to
+    ``fan_in * rank = 1040``. Else ("split") t is taken apart, ``t = 2^shift high + low`` with
+    ``0 <= low < 2^shift``, and
+
+        sum(t B) >> shift  ==  sum(high B) + (sum(low B) >> shift)
+
+    exactly. ``|sum(low B)| < 2^shift * rank * 127``, and the whole is the perturbation itself, which has
+    to fit beside the product with the matrix. Data of 32 bits have no bound of their own, but A and B
+    have that of the matrix: t fits where the model's own product does whatever its matrix.
 
     Returns:
-      ``(first, rest)``, or None where even ``first = shift`` would not do.
+      None where neither is sure to fit.
 
     Example:
-      >>> split_shift(1024, jnp.int8, 1, 8), split_shift(4096, jnp.int8, 1, 8)
-      ((0, 8), (2, 6))
+      >>> fits(1040, jnp.int8, 1, 8), fits(1041, jnp.int8, 1, 8), fits(140_000, jnp.int8, 1, 8)
+      ('whole', 'split', None)
     """
-    largest = INT32_MAX
-    if jnp.iinfo(dtype).bits < 32:
-        largest = min(largest, fan_in * max(-jnp.iinfo(dtype).min, jnp.iinfo(dtype).max) * LARGEST)
-    for first in range(shift + 1):
-        # With nothing shifted away there is no rounding downwards to allow for.
-        if ((largest >> first) + (first > 0)) * rank * LARGEST <= INT32_MAX:
-            return first, shift - first
-    return None
+    narrow = jnp.iinfo(dtype).bits < 32
+    largest = fan_in * max(-jnp.iinfo(dtype).min, jnp.iinfo(dtype).max) * LARGEST
+    if narrow and largest * rank * LARGEST <= INT32_MAX:
+        return "whole"
+    if (1 << shift) * rank * LARGEST > INT32_MAX:
+        return None
+    # With the product with the matrix itself beside it; 1 for the rounding downwards.
+    if narrow and largest + (largest * rank * LARGEST >> shift) + 1 > INT32_MAX:
+        return None
+    return "split"
 
 
 # ---------------------------------------------------------------- sums over the population

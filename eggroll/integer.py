@@ -37,7 +37,7 @@ def strategy(
     Args:
       population: number of members, even.
       optimizer: :func:`threshold`, or a chain that ends with it.
-      shift: sigma is ``2^-shift`` (in units of 1, which is 16): -4 to 27.
+      shift: sigma is ``2^-shift`` (in units of 1, which is 16): -4 to 12.
       rank: rank of the noise of matrices.
       **settings: whatever else an EvolutionStrategy has: ``chunk``, ``mesh``, ``plan``, ...
 
@@ -54,7 +54,7 @@ def strategy(
       >>> es = strategy(population=64, optimizer=threshold(0.3))
       >>> state = es.init({"w": jnp.zeros((16, 4), jnp.int8)}, jax.random.key(1))
       >>> start = fitness(es.params(state), None, x, y)
-      >>> state = es.optimize(state, fitness, 40, x, y)
+      >>> state = es.optimize(state, fitness, 100, x, y)
       >>> bool(fitness(es.params(state), None, x, y) > start / 5)
       True
     """

@@ -182,7 +182,7 @@ def perturbation(
     out_labels: Sequence[str],
     dtype: DTypeLike,
     precision: Any = None,
-    shifts: tuple[int, int] = (0, 0),
+    split: bool = False,
 ) -> Array:
     """``scale * sum_r einsum(x, prod_k factors[k][r])``, shaped to broadcast against the output.
 
@@ -194,24 +194,34 @@ def perturbation(
       out_labels: labels of the output's axes; what is not in it is summed over.
       dtype: the type of sums and of the result.
       precision: as in ``jax.lax.dot_general``.
-      shifts: of integers, by how much to shift before the last factor and after it.
+      split: of integers, whether to keep the sum in int32 by taking it in two parts
+        (:func:`eggroll.fixed_point.fits`).
 
     Returns:
       Array with one axis for each of ``out_labels``, of full size or 1.
     """
     out = set(out_labels)
-    scale = value.scale.astype(dtype)
-    parts = []
+    scale, shift = value.scale.astype(dtype), value.shift
+    parts, lows = [], []
     for factors in terms(value.factors, labels):
         # The factor over the contracted axes first: what is left is as thin as the rank.
         *before, last = sorted(factors, key=lambda f: -len(set(f[1]) & set(x_labels) - out))
         t = chain((x, tuple(x_labels)), before, out.union(last[1]), out_labels, dtype, precision)
-        t = (t[0] >> shifts[0] if value.integer else t[0] * scale, t[1])
-        t = chain(t, [last], out, out_labels, dtype, precision)
-        parts.append(align(t, out_labels))
+        outer = lambda x, labels=t[1], last=last: align(
+            chain((x, labels), [last], out, out_labels, dtype, precision), out_labels
+        )
+        if not value.integer:
+            parts.append(outer(t[0] * scale))
+        elif not split:
+            parts.append(outer(t[0]))
+        else:
+            parts.append(outer(t[0] >> shift))
+            lows.append(outer(t[0] & ((1 << shift) - 1)))
     total = functools.reduce(jnp.add, parts)
+    if not value.integer:
+        return total
     # Shifted first, which rounds downwards, and then signed: the members of a pair are exact mirrors.
-    return scale * (total >> shifts[1]) if value.integer else total
+    return scale * (total + (functools.reduce(jnp.add, lows) >> shift) if split else total >> shift)
 
 
 Labelled = tuple[Array, tuple[str, ...]]

@@ -62,11 +62,12 @@ def dot_general(ctx: Any, eqn: Any, lhs: Value, rhs: Value) -> Any:
         x = (x.astype(acc) * align(gain, x_labels)).astype(x.dtype)
     record_dot(ctx, value, labels, x_labels, out)
     operands = (value.w, x) if isinstance(lhs, LowRank) else (x, value.w)
-    shifts = shifts_of(value, x, x_labels, out)
-    if shifts is None:
+    form = integer_form(value, labels, x, x_labels, out)
+    if form is None:
         return UNHANDLED
     main = bind(eqn, *operands, preferred_element_type=acc)
-    y = main + perturbation(x, x_labels, value, labels, out, acc, eqn.params["precision"], shifts)
+    precision, split = eqn.params["precision"], form == "split"
+    y = main + perturbation(x, x_labels, value, labels, out, acc, precision, split)
     for gain in sides[1]:
         y = y * align(gain, out)
     return y.astype(dtype)
@@ -87,15 +88,20 @@ def sides_of_gains(
     return before, after
 
 
-def shifts_of(
-    value: LowRank, x: Array, x_labels: Sequence[str], out: Sequence[str]
-) -> tuple[int, int] | None:
-    """The shifts with which integers do not overflow; None where there are none."""
+def integer_form(
+    value: LowRank, labels: Sequence[str], x: Array, x_labels: Sequence[str], out: Sequence[str]
+) -> str | None:
+    """How the perturbation is summed without overflowing; floats always can. None if not at all."""
     if not value.integer:
-        return 0, 0
+        return "whole"
     sizes = zip(x_labels, x.shape, strict=True)
     fan_in = math.prod(n for label, n in sizes if label not in out)
-    return fixed_point.split_shift(fan_in, x.dtype, value.rank, value.shift)
+    form = fixed_point.fits(fan_in, x.dtype, value.rank, value.shift)
+    contracted = [axis for axis, label in enumerate(labels) if label not in out]
+    count = len(value.factors)
+    along = [k for k in range(count) if any(value.varies(k, axis) for axis in contracted)]
+    # The bound of the split form is that of a second product that sums over nothing but the rank.
+    return None if form == "split" and len(along) > 1 else form
 
 
 def in_one_type(ctx: Any, eqn: Any, value: LowRank, x: Value) -> tuple[LowRank, Array]:

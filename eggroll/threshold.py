@@ -179,7 +179,7 @@ def momentum(shift: int = 3, dtype: DTypeLike = jnp.int16) -> optax.GradientTran
       ValueError: for another shift or dtype.
 
     Example:
-      >>> rule = optax.chain(momentum(shift=2), threshold(0.05))
+      >>> rule = optax.chain(momentum(shift=2), threshold(0.1))
       >>> params = jnp.zeros(2, jnp.int8)
       >>> state, z = rule.init(params), jnp.array([256, 16])
       >>> for _ in range(4):
