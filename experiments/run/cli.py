@@ -184,10 +184,6 @@ COMMANDS = {
         "pretrain a language model of bytes, in int8 or in floats",
         functools.partial(_train, "pretrain"),
     ),
-    "pretrain": Command(
-        "pretrain a language model of bytes, in int8 or in floats",
-        functools.partial(_train, "pretrain"),
-    ),
     "supervised": Command("train a classifier of digits", functools.partial(_train, "supervised")),
     "optimizers": Command(
         "train by backpropagation, by any optimizer", functools.partial(_train, "optimizers")
