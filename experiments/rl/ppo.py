@@ -241,11 +241,11 @@ class Round:
             order = jax.random.permutation(key, size).reshape(self.ppo.minibatches, -1)
             return jax.lax.scan(minibatch, carry, jax.tree.map(lambda x: x[order], batch))
 
+        parts: dict[str, Array]
         (params, state), parts = jax.lax.scan(
             epoch, (carry.params, carry.optimizer), jax.random.split(key, self.ppo.epochs)
         )
-        means: dict[str, Array] = jax.tree.map(jnp.mean, parts)
-        return carry._replace(params=params, optimizer=state), means
+        return carry._replace(params=params, optimizer=state), jax.tree.map(jnp.mean, parts)
 
     def generation(self, carry: Carry) -> tuple[Carry, dict[str, Array]]:
         """Steps, advantages, passes over them, statistics."""
