@@ -3,7 +3,8 @@
 A rule takes ``(context, equation, *values)`` and returns the equation's output, or ``UNHANDLED``
 where the perturbed array has to be built after all. Rules never look at the shape alone: they ask
 along which axes each factor varies, so that one rule serves matrices, kernels with several row or
-column axes, stacks and batches alike. Products have a file of their own, :mod:`eggroll.products`.
+column axes, stacks and batches alike. What joins several values is in :mod:`eggroll.joins`, products
+are in :mod:`eggroll.products`.
 """
 
 import itertools
@@ -24,7 +25,6 @@ from eggroll.lowrank import (
     Spread,
     Value,
     Wide,
-    is_special,
 )
 
 UNHANDLED = object()
@@ -52,6 +52,12 @@ def rule(*primitives: str) -> Callable[[Rule], Rule]:
 def bind(eqn: Any, *values: Any, **params: Any) -> Any:
     """Applies the equation's primitive to other operands, or with other parameters."""
     return compat.bind(eqn, values, params)
+
+
+def results(eqn: Any, values: Sequence[Value], **params: Any) -> list[Value]:
+    """The same as a list, be it of one output."""
+    out = bind(eqn, *values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def on_each(value: LowRank, on_w: Callable, on_factor: Callable, **changes: Any) -> LowRank:
@@ -212,6 +218,16 @@ def merge_factors(value: LowRank, groups: Sequence[Sequence[int]]) -> LowRank:
     return value.replace(factors=tuple(factors), tags=tuple(tags))
 
 
+@rule("tile")
+def tile(ctx: Any, eqn: Any, value: LowRank) -> Any:
+    reps = eqn.params["reps"]
+
+    def on_factor(f: Array) -> Array:
+        return jnp.tile(f, [1 if n == 1 else r for n, r in zip(f.shape, reps, strict=True)])
+
+    return on_each(value, lambda x: bind(eqn, x), on_factor)
+
+
 # ---------------------------------------------------------------- slices and look-ups
 
 
@@ -318,115 +334,6 @@ def gather(ctx: Any, eqn: Any, value: LowRank, indices: Any) -> Any:
     return on_each(value, lambda x: bind(eqn, x, indices), on_factor, activation=looked_up)
 
 
-# ---------------------------------------------------------------- joining
-
-
-@rule("concatenate")
-def concatenate(ctx: Any, eqn: Any, *values: Value) -> Any:
-    return join(values, int(eqn.params["dimension"]))
-
-
-@rule("stack")
-def stack(ctx: Any, eqn: Any, *values: Value) -> Any:
-    axis = eqn.params["axis"]
-    op = lambda x: jnp.expand_dims(x, axis)
-    return join([on_each(v, op, op) if isinstance(v, LowRank) else op(v) for v in values], axis)
-
-
-def join(values: Sequence[Value], axis: int) -> Any:
-    if any(isinstance(v, Wide) or (isinstance(v, LowRank) and v.gains) for v in values):
-        return UNHANDLED
-
-    def besides_axis(v: LowRank) -> Any:
-        return [dims(f)[:axis] + dims(f)[axis + 1 :] for f in v.factors]
-
-    parts = matched([v for v in values if isinstance(v, LowRank)], besides_axis)
-    if parts is None or len({v.shift for v in parts}) > 1:
-        return UNHANDLED
-    w = jnp.concatenate([v.w if isinstance(v, LowRank) else v for v in values], axis)
-    own_noise = all(dims(f)[axis] == v.shape[axis] for v in parts for f in v.factors)
-    if own_noise and len(parts) == len(values) and len({v.rank for v in parts}) == 1:
-        # A stack of matrices: every part has noise of its own along this axis.
-        return combined(parts, w, axis + 1)
-
-    # Otherwise each part keeps ranks of its own that are zero outside it.
-    along = [k for k in range(len(parts[0].factors)) if any(v.varies(k, axis) for v in parts)]
-    offset, rest, padded = 0, iter(parts), []
-    for v in values:
-        after = w.shape[axis] - offset - v.shape[axis]
-        if isinstance(v, LowRank):
-            padded.append(pad_noise(next(rest), along or [0], axis, (offset, after, 0)))
-        offset += v.shape[axis]
-    return combined(padded, w, 0)
-
-
-def matched(values: Sequence[LowRank], form: Callable[[LowRank], Any]) -> list[LowRank] | None:
-    """The values with their factors in an order that makes their forms equal, if there is one."""
-    out = []
-    for value in values:
-        for order in itertools.permutations(range(len(value.factors))):
-            factors = tuple(value.factors[k] for k in order)
-            tags = tuple(value.tags[k] for k in order) if value.tags else ()
-            turned = value.replace(factors=factors, tags=tags)
-            if form(turned) == form(values[0]):
-                out.append(turned)
-                break
-        else:
-            return None
-    return out
-
-
-def combined(parts: Sequence[LowRank], w: Array, axis: int) -> LowRank:
-    """The value ``w`` with the factors of several put together along ``axis`` (0 is the rank's)."""
-    integer = parts[0].integer  # then all have one scale, the member's sign
-    folded = []
-    for v in parts:  # their scales may differ: each goes into the first factor
-        first, *others = v.factors
-        folded.append((first if integer else first * v.scale.astype(first.dtype), *others))
-    return LowRank(
-        w,
-        tuple(jnp.concatenate(factors, axis) for factors in zip(*folded, strict=True)),
-        parts[0].scale if integer else jnp.ones_like(parts[0].scale),
-        tuple(dict.fromkeys(path for v in parts for path in v.paths)),
-        all(v.activation for v in parts),
-        tags=tuple(frozenset().union(*tags) for tags in zip(*(v.tags for v in parts), strict=True)),
-        shift=parts[0].shift,
-    )
-
-
-def pad_noise(value: LowRank, along: list[int], axis: int, config: Sequence[Any]) -> LowRank:
-    """Pads the factors ``along`` with zeros on an axis; they vary along it from then on."""
-    factors = list(value.factors)
-    for k in along:
-        size, widths = list(factors[k].shape), [(0, 0, 0)] * factors[k].ndim
-        size[axis + 1], widths[axis + 1] = value.shape[axis], tuple(config)
-        zero = jnp.zeros((), factors[k].dtype)
-        factors[k] = lax.pad(jnp.broadcast_to(factors[k], size), zero, widths)
-    return value.replace(factors=tuple(factors))
-
-
-@rule("pad")
-def pad(ctx: Any, eqn: Any, value: LowRank, padding: Any) -> Any:
-    if value.gains:
-        return UNHANDLED
-    w = bind(eqn, value.w, padding)
-    for axis, config in enumerate(eqn.params["padding_config"]):
-        if tuple(config) != (0, 0, 0):
-            along = [k for k in range(len(value.factors)) if value.varies(k, axis)]
-            value = pad_noise(value, along or [0], axis, config)
-    return value.replace(w=w)
-
-
-@rule("tile")
-def tile(ctx: Any, eqn: Any, value: LowRank) -> Any:
-    reps = eqn.params["reps"]
-
-    def on_factor(f: Array) -> Array:
-        return jnp.tile(f, [1 if n == 1 else r for n, r in zip(f.shape, reps, strict=True)])
-
-    return on_each(value, lambda x: bind(eqn, x), on_factor)
-
-
 # ---------------------------------------------------------------- arithmetic
 
 
@@ -448,24 +355,6 @@ def scale_by(ctx: Any, eqn: Any, left: Value, right: Value) -> Any:
         return value.replace(w=op(value.w, small), scale=scale)
     gain = small.reshape(small.shape or (1,) * value.ndim)
     return value.replace(gains=(*value.gains, gain if multiply else 1 / gain))
-
-
-@rule("add", "sub", "add_any")
-def add(ctx: Any, eqn: Any, left: Value, right: Value) -> Any:
-    """The sum of two perturbed matrices has the ranks of both; an array is added to the array."""
-    values = [v for v in (left, right) if isinstance(v, LowRank)]
-    others = [v for v in (left, right) if not isinstance(v, LowRank)]
-    if any(map(is_special, others)) or any(v.activation or v.gains for v in values):
-        return UNHANDLED
-    if eqn.invars[0].aval.shape != eqn.invars[1].aval.shape:
-        return UNHANDLED
-    w = bind(eqn, *(v.w if isinstance(v, LowRank) else v for v in (left, right)))
-    if eqn.primitive.name == "sub" and isinstance(right, LowRank):
-        values[-1] = right.replace(scale=-right.scale)
-    if len(values) == 1:
-        return values[0].replace(w=w)
-    parts = matched(values, lambda v: [dims(f) for f in v.factors])
-    return UNHANDLED if parts is None else combined(parts, w, 0)
 
 
 @rule("reduce_sum")

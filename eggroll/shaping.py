@@ -25,7 +25,6 @@ it), so centring removes noise and no signal; what changes the direction is scal
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +34,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 
+from eggroll.moments import (
+    SHRINK,
+    differs_from_previous,
+    divide,
+    moments,
+    over,
+    over_batch,
+    over_task,
+    run_bounds,
+)
+
 Shaping = Callable[
     [
         Float[Array, "population tasks"],
@@ -43,10 +53,6 @@ Shaping = Callable[
     ],
     Float[Array, "population tasks"],
 ]
-
-# Folds cells with jnp.add or jnp.maximum over each set of cells that a statistic is over; the
-# answer broadcasts against the cells.
-_Reduce = Callable[[Any, Float[Array, "population tasks"]], Float[Array, "_ _"]]
 
 
 def identity() -> Shaping:
@@ -284,21 +290,21 @@ def _identity(scores: Array, valid: Array, groups: Array | None) -> Array:
 
 
 def _zscore(scores: Array, valid: Array, groups: Array | None, *, eps: float) -> Array:
-    deviation, std = _moments(scores, valid, _over_task)
-    return _divide(deviation, std, eps)
+    deviation, std = moments(scores, valid, over_task)
+    return divide(deviation, std, eps)
 
 
 def _center(scores: Array, valid: Array, groups: Array | None, *, by: str) -> Array:
-    deviation, _ = _moments(scores, valid, _over(by, groups))
+    deviation, _ = moments(scores, valid, over(by, groups))
     largest = jnp.finfo(scores.dtype).max
-    return jnp.clip(_SHRINK * deviation, -largest, largest)
+    return jnp.clip(SHRINK * deviation, -largest, largest)
 
 
 def _scale(scores: Array, valid: Array, groups: Array | None, *, by: str, eps: float) -> Array:
     if by == "none":
         return scores
-    _, std = _moments(scores, valid, _over(by, groups))
-    return _divide(scores / _SHRINK, std, eps)
+    _, std = moments(scores, valid, over(by, groups))
+    return divide(scores / SHRINK, std, eps)
 
 
 def _per_task(
@@ -306,11 +312,11 @@ def _per_task(
 ) -> Array:
     if scale == "none":
         return _center(scores, valid, groups, by="group")
-    deviation, group_std = _moments(scores, valid, _over("group", groups))
+    deviation, group_std = moments(scores, valid, over("group", groups))
     if scale == "group":
-        return _divide(deviation, group_std, eps)
-    _, std = _moments(scores, valid, _over_batch)
-    return _divide(deviation, std, eps)
+        return divide(deviation, group_std, eps)
+    _, std = moments(scores, valid, over_batch)
+    return divide(deviation, std, eps)
 
 
 def _pair_sign(scores: Array, valid: Array, groups: Array | None) -> Array:
@@ -347,9 +353,9 @@ def _column_rank(
 ) -> Float[Array, "population"]:
     """The centred rank of each key among the finite keys of the same id."""
     ids, ordered, order = lax.sort((ids, keys, jnp.arange(keys.size)), num_keys=2)
-    new_group = _differs_from_previous(ids)
-    group_first, group_end = _run_bounds(new_group)
-    first, end = _run_bounds(new_group | _differs_from_previous(ordered))
+    new_group = differs_from_previous(ids)
+    group_first, group_end = run_bounds(new_group)
+    first, end = run_bounds(new_group | differs_from_previous(ordered))
     below = first - group_first
     up_to = end - group_first
     # Invalid keys are inf and hence the last of their group.
@@ -359,99 +365,6 @@ def _column_rank(
     # Equal keys hold the ranks below ... up_to - 1; this is their average over count - 1, less 1/2.
     rank = (below + up_to - count).astype(keys.dtype) / (2 * jnp.maximum(count - 1, 1))
     return jnp.zeros_like(keys).at[order].set(rank, unique_indices=True)
-
-
-# Moments are of the scores divided by this. The range of the largest floats is not finite, and
-# their reciprocals, by which XLA may multiply instead of dividing, are denormal.
-_SHRINK = 8
-
-
-def _moments(scores: Array, valid: Array, reduce: _Reduce) -> tuple[Array, Array]:
-    """Each score's deviation from the mean of its set, and the set's deviation, over ``_SHRINK``.
-
-    Scores are first taken from the lowest, which is exact under a large common offset, and in units
-    of a power of two near the range: squares neither overflow nor underflow, and whole numbers stay
-    exact.
-    """
-    scores = scores / _SHRINK
-    high = reduce(jnp.maximum, jnp.where(valid, scores, -jnp.inf))
-    low = -reduce(jnp.maximum, jnp.where(valid, -scores, -jnp.inf))
-    spread = high - low  # -inf where nothing is valid
-    precision = jnp.finfo(scores.dtype)
-    rounding = 2 * precision.eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-    # The second bound keeps the deviation clear of denormals, which XLA takes as zero.
-    has_spread = spread > jnp.maximum(rounding, precision.tiny / precision.eps)
-    used = valid & has_spread
-    _, exponent = jnp.frexp(jnp.where(has_spread, spread, 1))
-    unit = jnp.ldexp(jnp.ones_like(spread), exponent - 1)
-    count = jnp.maximum(reduce(jnp.add, valid.astype(scores.dtype)), 1)
-    deviation = jnp.where(used, (scores - low) / unit, 0)
-    # The second time takes away what rounding left in the first mean.
-    for _ in range(2):
-        deviation = jnp.where(used, deviation - reduce(jnp.add, deviation) / count, 0)
-    std = jnp.sqrt(reduce(jnp.add, deviation**2) / count)
-    return deviation * unit, std * unit
-
-
-def _divide(shrunk: Array, std: Array, eps: float) -> Array:
-    """``shrunk / sqrt(std^2 + eps)``, both from :func:`_moments`, or 0 without spread."""
-    divisor = jnp.hypot(std, math.sqrt(eps) / _SHRINK)
-    return jnp.where(std > 0, shrunk / jnp.where(std > 0, divisor, 1), 0)
-
-
-def _over(by: str, groups: Array | None) -> _Reduce:
-    if by in ("population", "batch"):
-        return _over_batch
-    return _over_task if by == "task" or groups is None else _over_groups(groups)
-
-
-def _over_task(op: Any, x: Array) -> Array:
-    return op.reduce(x, axis=0, keepdims=True)
-
-
-def _over_batch(op: Any, x: Array) -> Array:
-    return op.reduce(x, axis=(0, 1), keepdims=True)
-
-
-def _over_groups(groups: Integer[Array, "population"]) -> _Reduce:
-    """Folds over the members of each group, within a task; any integers serve as ids."""
-    order = jnp.argsort(groups)
-    first, end = _run_bounds(_differs_from_previous(groups[order]))
-
-    def reduce(op: Any, x: Array) -> Array:
-        folded = _fold_runs(x[order], first, op=op)[end - 1]
-        return jnp.zeros_like(x).at[order].set(folded, unique_indices=True)
-
-    return reduce
-
-
-# Compiled by itself, because a loop run eagerly would be compiled again at every call.
-@functools.partial(jax.jit, static_argnames="op")
-def _fold_runs(x: Float[Array, "n tasks"], first: Int[Array, "n"], *, op: Any) -> Array:
-    """For each row, the fold of the rows from ``first`` of its run up to it."""
-    size = first.size
-    index = jnp.arange(size)
-
-    # After step k a row holds the fold of the 2^(k+1) rows up to it, or of fewer where its run
-    # starts later: log2(size) steps, and the same tree of additions every time.
-    def step(k: Array, folded: Array) -> Array:
-        shift = 1 << k
-        inside = (index - shift >= first)[:, None]
-        return jnp.where(inside, op(jnp.roll(folded, shift, axis=0), folded), folded)
-
-    return lax.fori_loop(0, (size - 1).bit_length(), step, x)
-
-
-def _differs_from_previous(x: Shaped[Array, "n"]) -> Bool[Array, "n"]:
-    return (x != jnp.roll(x, 1)).at[0].set(True)
-
-
-def _run_bounds(starts: Bool[Array, "n"]) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
-    """For each position, where its run starts and where the next one does; the first is a start."""
-    index = jnp.arange(starts.size)
-    first = lax.cummax(jnp.where(starts, index, 0))
-    last = lax.cummin(jnp.where(jnp.roll(starts, -1), index, starts.size - 1), reverse=True)
-    return first, last + 1
 
 
 _SCALES = ("none", "group", "batch")
