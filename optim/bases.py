@@ -24,7 +24,7 @@ class Bases(NamedTuple):
     right: Float[Array, "*layers columns rank"] | None
 
 
-def sides(shape: tuple[int, int], side: str) -> tuple[bool, bool]:
+def sides(shape: tuple[int, ...], side: str) -> tuple[bool, bool]:
     """Whether a matrix of this shape is projected from the left, and from the right.
 
     Example:
@@ -48,7 +48,7 @@ def _of_bases(
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank={rank}: a whole number from 1 on is right, or None for the density")
 
-    def init(shape: tuple[int, int], dtype: Any, density: float) -> Bases:
+    def init(shape: tuple[int, ...], dtype: Any, density: float) -> Bases:
         r = max(round(density * min(shape)), 1 if density > 0 else 0) if rank is None else rank
         r = min(r, *shape)
         eye = [
@@ -69,7 +69,7 @@ def _of_bases(
         grad = grad if at.left is None else at.left.T @ grad
         return grad if at.right is None else grad @ at.right
 
-    def up(compact: Array, at: Bases, shape: tuple[int, int]) -> Array:
+    def up(compact: Array, at: Bases, shape: tuple[int, ...]) -> Array:
         compact = compact if at.left is None else at.left @ compact
         return compact if at.right is None else compact @ at.right.T
 
@@ -80,7 +80,7 @@ def _of_bases(
             return compact, jnp.zeros_like(grad)
         return compact, grad - up(compact, at, grad.shape)
 
-    return each_matrix(Split(init, refresh, down, up))
+    return each_matrix(Split(init, down, up, refresh))
 
 
 def random(rank: int | None = None, side: Side = "std") -> Projector:

@@ -82,7 +82,7 @@ def _layout(matrices: Any, unit: Unit) -> _Layout:
         name: i for i, name in enumerate(sorted({n for of in names for n in of}, key=natural))
     }
     sizes = [0] * len(numbers)
-    pieces = []
+    pieces: list[list[_Piece]] = []
     for x, of in zip(leaves, names, strict=True):
         pieces.append([])
         for name in of:
@@ -183,7 +183,8 @@ def blockwise(
 
     def down(grads: Any, blocks: Blocks) -> tuple[Array, Any]:
         layout = _layout(grads, unit)
-        leaves, structure = jax.tree.flatten(grads)
+        leaves = jax.tree.leaves(grads)
+        structure: Any = jax.tree.structure(grads)
         room = _capacity(layout.sizes, order, blocks.active.size)
         # What is not active is written behind what is, each over the other: without a condition, which would
         # copy the vector.
@@ -201,7 +202,8 @@ def blockwise(
 
     def up(compact: Array, blocks: Blocks, grads: Any) -> Any:
         layout = _layout(grads, unit)
-        leaves, structure = jax.tree.flatten(grads)
+        leaves = jax.tree.leaves(grads)
+        structure: Any = jax.tree.structure(grads)
         found = []
         for g, pieces in zip(leaves, layout.pieces, strict=True):
             parts = []

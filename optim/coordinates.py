@@ -93,14 +93,15 @@ def _take(x: Array, index: Array, axis: int) -> Array:
 def _lines(axis: int) -> Projector:
     """Random lines along an axis of the matrix."""
 
-    def init(shape: tuple[int, int], dtype: Any, density: float) -> Lines:
+    def init(shape: tuple[int, ...], dtype: Any, density: float) -> Lines:
         every = jnp.arange(shape[axis], dtype=jnp.int32)
         number = count(shape[axis], density)
         return Lines(every[:number], jnp.minimum(every, max(number - 1, 0)), every < number)
 
     def refresh(key: Array, turn: Array, grads: Any, projection: Any) -> Any:
         leaves, structure = jax.tree.flatten(projection, is_leaf=lambda x: isinstance(x, Lines))
-        return structure.unflatten(draw(jax.random.fold_in(key, turn), leaves))
+        drawn = draw(jax.random.fold_in(key, turn), leaves)
+        return jax.tree.unflatten(structure, drawn)
 
     def down(grad: Array, lines: Lines) -> tuple[Array, Array]:
         if lines.kept.size == 0:
@@ -108,14 +109,14 @@ def _lines(axis: int) -> Projector:
         is_kept = jnp.expand_dims(lines.is_kept, 1 - axis)
         return _take(grad, lines.kept, axis), jnp.where(is_kept, 0, grad)
 
-    def up(compact: Array, lines: Lines, shape: tuple[int, int]) -> Array:
+    def up(compact: Array, lines: Lines, shape: tuple[int, ...]) -> Array:
         if lines.kept.size == 0:
             return jnp.zeros(shape, compact.dtype)
         # Read by its inverse and not scattered, so that it is one loop with what is done to the result.
         full = _take(compact, lines.place, axis)
         return jnp.where(jnp.expand_dims(lines.is_kept, 1 - axis), full, 0)
 
-    return each_matrix(Split(init, None, down, up))._replace(refresh=refresh)
+    return each_matrix(Split(init, down, up))._replace(refresh=refresh)
 
 
 def columns() -> Projector:
@@ -141,7 +142,7 @@ def randk() -> Projector:
     them sorts all.
     """
 
-    def init(shape: tuple[int, int], dtype: Any, density: float) -> Array:
+    def init(shape: tuple[int, ...], dtype: Any, density: float) -> Array:
         return jnp.arange(count(math.prod(shape), density), dtype=jnp.int32)
 
     def refresh(key: Array, grad: Array, kept: Array) -> Array:
@@ -155,10 +156,10 @@ def randk() -> Projector:
         rest = flat.at[kept].set(0, unique_indices=True, indices_are_sorted=True)
         return compact, rest.reshape(grad.shape)
 
-    def up(compact: Array, kept: Array, shape: tuple[int, int]) -> Array:
+    def up(compact: Array, kept: Array, shape: tuple[int, ...]) -> Array:
         flat = jnp.zeros(math.prod(shape), compact.dtype)
         return (
             flat.at[kept].set(compact, unique_indices=True, indices_are_sorted=True).reshape(shape)
         )
 
-    return each_matrix(Split(init, refresh, down, up))
+    return each_matrix(Split(init, down, up, refresh))

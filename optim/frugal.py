@@ -201,7 +201,8 @@ def scale_by_frugal(
 
 def _moved(state: Any, compact: Any, move: Callable[[Any], Any]) -> Any:
     """A state with every tree in it that is like the compact one taken to the new split."""
-    structure, shapes = jax.tree.structure(compact), [x.shape for x in jax.tree.leaves(compact)]
+    structure: Any = jax.tree.structure(compact)
+    shapes = [x.shape for x in jax.tree.leaves(compact)]
 
     def is_moment(x: Any) -> bool:
         return jax.tree.structure(x) == structure and shapes == [
@@ -212,9 +213,8 @@ def _moved(state: Any, compact: Any, move: Callable[[Any], Any]) -> Any:
         if not is_moment(x):
             return x
         moved = move(x)
-        if path and getattr(path[-1], "name", "").startswith(
-            "nu"
-        ):  # optax's name of second moments
+        # optax's name of second moments, which are not negative.
+        if path and getattr(path[-1], "name", "").startswith("nu"):
             moved = jax.tree.map(lambda a: jnp.maximum(a, 0), moved)
         return jax.tree.map(lambda a, old: a.astype(old.dtype), moved, x)
 

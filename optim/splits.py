@@ -33,10 +33,10 @@ class Projector(NamedTuple):
 class Split(NamedTuple):
     """The same for one matrix, drawn by a key of its own: init takes a shape and a dtype, up the shape."""
 
-    init: Callable[[tuple[int, int], Any, float], Any]
-    refresh: Callable[[Array, Array, Any], Any]
+    init: Callable[[tuple[int, ...], Any, float], Any]
     down: Callable[[Array, Any], tuple[Array, Array]]
-    up: Callable[[Array, Any, tuple[int, int]], Array]
+    up: Callable[[Array, Any, tuple[int, ...]], Array]
+    refresh: Callable[[Array, Array, Any], Any] = lambda key, grad, projection: projection
 
 
 def each_matrix(split: Split) -> Projector:
@@ -57,7 +57,8 @@ def each_matrix(split: Split) -> Projector:
         return jax.tree.map(of, matrices)
 
     def refresh(key: Array, turn: Array, grads: Any, projection: Any) -> Any:
-        leaves, structure = jax.tree.flatten(grads)
+        leaves = jax.tree.leaves(grads)
+        structure: Any = jax.tree.structure(grads)
         key = jax.random.fold_in(key, turn)
         found = []
         for i, (g, one) in enumerate(zip(leaves, structure.flatten_up_to(projection), strict=True)):
@@ -69,7 +70,8 @@ def each_matrix(split: Split) -> Projector:
         return structure.unflatten(found)
 
     def down(grads: Any, projection: Any) -> tuple[Any, Any]:
-        leaves, structure = jax.tree.flatten(grads)
+        leaves = jax.tree.leaves(grads)
+        structure: Any = jax.tree.structure(grads)
         of = lambda g, p: split.down(g, p) if g.ndim == 2 else jax.vmap(split.down)(g, p)
         pairs = [of(*gp) for gp in zip(leaves, structure.flatten_up_to(projection), strict=True)]
         return tuple(structure.unflatten([pair[i] for pair in pairs]) for i in (0, 1))
