@@ -112,6 +112,28 @@ def _capacity(sizes: list[int], order: Order, number: int) -> int:
     )
 
 
+def _chosen(order: Order, key: Array, turn: Array, blocks: int, number: int) -> Array:
+    """The blocks that are active in this turn."""
+    at = jnp.arange(number, dtype=jnp.int32)
+    sequence = jnp.asarray(_sequence(order, blocks), jnp.int32)
+    if order == "random":
+        return jax.random.permutation(jax.random.fold_in(key, turn), sequence)[:number]
+    # Taken modulo first, so that no number of turns is too large.
+    if order == "shuffled":
+        turns = -(-blocks // number)
+        sequence = jax.random.permutation(jax.random.fold_in(key, turn // turns), sequence)
+        return sequence[(turn % turns * number + at) % blocks]
+    return sequence[(turn % blocks * number + at) % blocks]
+
+
+def _placed(chosen: Array, sizes: list[int]) -> Blocks:
+    """These blocks, one after the other."""
+    lengths = jnp.asarray(sizes, jnp.int32)[chosen]
+    none = jnp.full(len(sizes), -1, jnp.int32)
+    ends = jnp.cumsum(lengths, dtype=jnp.int32)
+    return Blocks(chosen, none.at[chosen].set(ends - lengths))
+
+
 def blockwise(
     order: Order = "random", unit: Unit = "layer", active: int | None = None
 ) -> Projector:
@@ -132,7 +154,7 @@ def blockwise(
         all such leaves.
       active: how many are active at a time; by default ``round(density * blocks)``, at least one.
 
-    State: 4 bytes a block.
+    State: 4 bytes a block, and 4 for each that is active.
     """
     if order not in ("random", "shuffled", "ascending", "descending", "mirror"):
         raise ValueError(
@@ -149,37 +171,17 @@ def blockwise(
         number = max(round(density * blocks), 1 if density > 0 else 0) if active is None else active
         return min(number, blocks)
 
-    def placed(chosen: Array, sizes: list[int]) -> Blocks:
-        lengths = jnp.asarray(sizes, jnp.int32)[chosen]
-        none = jnp.full(len(sizes), -1, jnp.int32)
-        ends = jnp.cumsum(lengths, dtype=jnp.int32)
-        return Blocks(chosen, none.at[chosen].set(ends - lengths))
-
     def init(matrices: Any, density: float) -> Blocks:
         sizes = _layout(matrices, unit).sizes
         number = number_of(len(sizes), density)
         room = _capacity(sizes, order, number)
         if room >= 2**31:
             raise ValueError(f"the active blocks have {room} entries: fewer than 2**31 is right")
-        return placed(jnp.asarray(_sequence(order, len(sizes))[:number], jnp.int32), sizes)
+        return _placed(jnp.asarray(_sequence(order, len(sizes))[:number], jnp.int32), sizes)
 
     def refresh(key: Array, turn: Array, grads: Any, blocks: Blocks) -> Blocks:
-        sizes = _layout(grads, unit).sizes
-        number = blocks.active.size
-        if number == 0:
-            return blocks
-        at = jnp.arange(number, dtype=jnp.int32)
-        sequence = jnp.asarray(_sequence(order, len(sizes)), jnp.int32)
-        if order == "random":
-            sequence = jax.random.permutation(jax.random.fold_in(key, turn), sequence)
-        elif order == "shuffled":
-            turns = -(-len(sizes) // number)
-            sequence = jax.random.permutation(jax.random.fold_in(key, turn // turns), sequence)
-            at = (turn % turns * number + at) % len(sizes)
-        else:
-            # Taken modulo first, so that no number of turns is too large.
-            at = (turn % len(sizes) * number + at) % len(sizes)
-        return placed(sequence[at], sizes)
+        sizes, number = _layout(grads, unit).sizes, blocks.active.size
+        return _placed(_chosen(order, key, turn, len(sizes), number), sizes) if number else blocks
 
     def down(grads: Any, blocks: Blocks) -> tuple[Array, Any]:
         layout = _layout(grads, unit)

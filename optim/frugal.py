@@ -65,6 +65,11 @@ def _checked(
     return named[state_free]()
 
 
+def _check_stateless(free: optax.GradientTransformation | None, rest: Any) -> None:
+    if free is not None and jax.tree.leaves(free.init(_zeros(rest))):
+        raise ValueError(f"state_free={free}: a transform without state is right")
+
+
 def _cond(due: Any, new: Callable[[], Any], old: Any) -> Any:
     """``new()`` where it is due; no conditional where that is known beforehand."""
     if isinstance(due, bool):
@@ -151,8 +156,7 @@ def scale_by_frugal(
         matrices = jax.eval_shape(parts.split, params)
         projection = projector.init(matrices, density)
         compact, rest = jax.eval_shape(projector.down, matrices, projection)
-        if free is not None and jax.tree.leaves(free.init(_zeros(rest))):
-            raise ValueError(f"state_free={free}: a transform without state is right")
+        _check_stateless(free, rest)
         part, whole = full.init(_zeros(compact)), full.init(parts.whole(params))
         return FrugalState(count, turn, _words(key), projection, part, whole)
 
@@ -165,29 +169,25 @@ def scale_by_frugal(
         due = refresh
         if due is None:
             due = False if update_gap is None else state.count % update_gap == 0
-        projection = _cond(
-            due,
-            lambda: projector.refresh(
-                jax.random.wrap_key_data(state.key), state.turn, grads, state.projection
-            ),
-            state.projection,
-        )
+        old, key = state.projection, jax.random.wrap_key_data(state.key)
+        projection = _cond(due, lambda: projector.refresh(key, state.turn, grads, old), old)
         compact, rest = projector.down(grads, projection)
         part = state.part
         if on_refresh == "reset":
             part = _select(due, full.init(_zeros(compact)), part)
         elif on_refresh == "reproject":
-            move = lambda x: projector.down(projector.up(x, state.projection, grads), projection)[0]
+            move = lambda x: projector.down(projector.up(x, old, grads), projection)[0]
             part = _cond(due, lambda: _moved(state.part, compact, move), part)
 
-        small, large = None, None
+        small, matrices, large = None, None, None
         if params is not None:
-            small, large = projector.down(parts.split(params), projection)[0], parts.whole(params)
+            matrices, large = parts.split(params), parts.whole(params)
+            small = projector.down(matrices, projection)[0]
         steps, part = full.update(compact, part, small)
         whole, kept = full.update(parts.whole(updates), state.whole, large)
         steps = projector.up(steps, projection, grads)
         if free is not None:
-            others, _ = free.update(rest, free.init(rest), params)
+            others, _ = free.update(rest, free.init(rest), matrices)
             steps = jax.tree.map(lambda a, b: a + inactive_lr_scale * b, steps, others)
         steps = jax.tree.map(lambda a, g: (proj_lr_scale * a).astype(g.dtype), steps, grads)
         count = optax.safe_increment(state.count)
