@@ -56,6 +56,8 @@ class Config(RunSettings):
     """Decoupled weight decay, times the learning rate; the same for every optimizer."""
     momentum: float | None = None
     """Momentum, of optimizers that have a setting of this name; their default where not given."""
+    b2: float | None = None
+    """As `momentum`: decay of Adam's second moment."""
     density: float | None = None
     """As `momentum`: share of linear weights that has a state, by FRUGAL in every matrix; by GaLore the rank
     over the width, by BAdam the layers over the depth."""

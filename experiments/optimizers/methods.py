@@ -39,6 +39,8 @@ def _frugal(density: float, **settings: Any) -> dict[str, Any]:
 # number of entries, those of Lion times about so much. Where they are wrong, the search moves away.
 METHODS: dict[str, Method] = {
     "adamw": Method({"optimizer": "adamw"}, 1e-2, 1e-2),
+    # Where training is as short as the default second moment's memory of a thousand updates.
+    "adamw-b2-0.95": Method({"optimizer": "adamw", "b2": 0.95}, 1e-2, 1e-2),
     "lion": Method({"optimizer": "optim.lion"}, 3e-3, 1e-3),
     "optax-lion": Method({"optimizer": "lion"}, 3e-3, 1e-3, rate_of="lion"),  # the same mathematics
     "lion-k-huber": Method({"optimizer": "optim.lion_k", "kappa": "huber:0.0003"}, 3e-3, 1e-3),

@@ -16,6 +16,7 @@ from experiments.run.settings import flag
 # A setting of ours, and what it is called in optax or in optim.
 ARGUMENTS = {
     "momentum": "momentum",
+    "b2": "b2",
     "density": "density",
     "gap": "update_gap",
     "projector": "projector",

@@ -132,8 +132,8 @@ def climb(loss: Callable[[int], float], start: int) -> dict[int, float]:
     """The losses of a rung of the ladder and its neighbours, and further on while the best is at an end.
 
     Example:
-        >>> climb(lambda rung: abs(rung - 9), 6)
-        {5: 4, 6: 3, 7: 2, 8: 1, 9: 0, 10: 1}
+        >>> climb(lambda rung: abs(rung - 8.0), 6)
+        {5: 3.0, 6: 2.0, 7: 1.0, 8: 0.0, 9: 1.0}
     """
     tried = {rung: loss(rung) for rung in (start - 1, start, start + 1)}
     while True:

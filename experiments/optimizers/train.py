@@ -110,7 +110,7 @@ class Programs(NamedTuple):
 # One, since a comparison makes all runs of an optimizer one after the other.
 @functools.lru_cache(maxsize=1)
 def programs(config: Config) -> Programs:
-    """What :func:`job` runs; seed, learning rate and run folder of the settings do not count."""
+    """What :func:`job` runs."""
     task = make_task(config)
     check_optimizer(config, task)
 
@@ -147,7 +147,8 @@ def job(config: Config) -> Job:
     Raises:
         UsageError: for data, an optimizer or a setting of it that there is not.
     """
-    shared = programs(replace(config, run_dir=Path(), seed=0, learning_rate=1.0))
+    free: dict[str, Any] = {"run_dir": Path(), "seed": 0, "learning_rate": 1.0}
+    shared = programs(replace(config, **free, generations=None, max_generations=1))
     return Job(
         start=lambda: shared.start(config.seed, config.learning_rate),
         generation=shared.generation,

