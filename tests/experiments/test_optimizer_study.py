@@ -311,7 +311,7 @@ def test_a_study_stops_between_runs_and_goes_on(
 
     def run(config: Config) -> dict[str, Any]:
         # One method has its optimum two rungs away, another is finite nowhere.
-        away = abs(math.log10(config.learning_rate / 0.03)) + config.seed / 100
+        away = abs(math.log10(config.learning_rate / 0.1)) + config.seed / 100
         done[config.run_dir] = fake(None if config.optimizer == "sign_sgd" else 1 + away)
         return done[config.run_dir]
 
@@ -334,13 +334,13 @@ def test_a_study_stops_between_runs_and_goes_on(
     assert not done
     assert main(words) == 0
     row = json.loads((tmp_path / "results.json").read_text())
-    assert row["adamw"]["rate"] == 0.03
+    assert row["adamw"]["rate"] == 0.1
     np.testing.assert_allclose(row["adamw"]["losses"], [1.0, 1.01])
     assert row["sign-sgd"]["loss"] is None
     # Three rungs and one more, or three, then one more seed.
     assert len(done) == (3 + 2 + 1) + (3 + 1)
     text = (tmp_path / "table.md").read_text().splitlines()
-    assert text[2].startswith("| adamw | 0.03 | 1.005 ± 0.007 | | 80 | 8.00 | 500.0 ms |")
+    assert text[2].startswith("| adamw | 0.1 | 1.005 ± 0.007 | | 80 | 8.00 | 500.0 ms |")
     assert text[3].startswith("| sign-sgd |")
 
 
