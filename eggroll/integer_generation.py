@@ -133,7 +133,7 @@ def apply(
 def report(es: Any, outcome: Outcome) -> Metrics:
     """The metrics of an update, in floats."""
     nan, zero = jnp.float32(jnp.nan), jnp.int32(0)
-    told = (nan, nan, nan, nan, zero, zero)
+    told: tuple[Any, ...] = (nan, nan, nan, nan, zero, zero)
     if outcome.values is not None:
         table = outcome.values if outcome.values.ndim == 2 else outcome.values[:, None]
         told = tuple(statistics(table.astype(jnp.float32)))

@@ -82,9 +82,9 @@ def draw_pairs(
     return lax.platform_dependent(seed, epoch, pairs, cpu=in_branch, default=behind_barrier)
 
 
-def scale_of(leaf: Leaf, sigma: Float[Array, ""]) -> Array:
+def scale_of(leaf: Leaf, sigma: Sigma) -> Array:
     """sigma of this leaf over the square root of the rank: what multiplies ``sum_r A_r B_r``."""
-    return sigma * (leaf.sigma / leaf.root_rank)
+    return jnp.asarray(sigma) * (leaf.sigma / leaf.root_rank)
 
 
 def perturb(plan: Plan, params: Any, draws: list[Draw], sigma: Sigma, sign: Array) -> Any:

@@ -27,7 +27,7 @@ UNITS = {jnp.dtype(jnp.int16): 64, jnp.dtype(jnp.int8): 8}
 class ThresholdState(NamedTuple):
     """Steps taken."""
 
-    count: Int32[Array, ""]
+    count: Int32[Array, ""]  # type: ignore[assignment]  # as optax names it
 
 
 class TraceState(NamedTuple):
