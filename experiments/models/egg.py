@@ -87,7 +87,8 @@ def init(key: Key[Array, ""], config: Config) -> Params:
     keys = jax.random.split(key, len(shapes))
 
     def matrix(key: Array, shape: tuple[int, ...]) -> Array:
-        return saturate(jnp.round(16 * jax.random.normal(key, shape))).astype(jnp.int8)
+        drawn = jnp.round(16 * jax.random.normal(key, shape)).astype(jnp.int32)
+        return saturate(drawn).astype(jnp.int8)
 
     m = {name: matrix(k, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
     gains, zeros = jnp.full((layers, width), 16, jnp.int8), jnp.zeros((layers, width), jnp.int8)
