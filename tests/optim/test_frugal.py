@@ -62,8 +62,10 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("full", list(FULL))
-@pytest.mark.parametrize("name", ["columns", "rows", "blockwise"])
+@pytest.mark.parametrize(
+    ("full", "name"),
+    [("adam", "columns"), ("adam", "rows"), ("lion", "blockwise"), ("momentum", "columns")],
+)
 def test_density_one_is_the_full_optimizer(full: str, name: str) -> None:
     solver = optim.frugal(
         0.01, 1.0, getattr(projector, name)(), None, FULL[full], dimension_numbers=STACKED
@@ -310,7 +312,7 @@ def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:
         inspect.unwrap(optim.scale_by_frugal)(**settings)
 
 
-@pytest.mark.parametrize("name", ["columns", "randk", "random", "svd", "blockwise"])
+@pytest.mark.parametrize("name", ["columns", "random", "blockwise"])
 def test_it_learns_a_linear_map(name: str) -> None:
     x, w = normal(32, 6), normal(6, 4, seed=1)
     loss = lambda p: jnp.mean((x @ p["a"] @ p["b"] - x @ w) ** 2)
@@ -371,8 +373,10 @@ def test_against_the_authors_classes(
         np.testing.assert_allclose(after, x.detach().numpy(), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["columns", "rows", "randk", "svd", "blockwise"])
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [("columns", 0), ("columns", 1), ("rows", 0), ("randk", 1), ("svd", 0), ("blockwise", 1)],
+)
 def test_explicitly_sharded_matrices(name: str, axis: int) -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     solver = optim.frugal(0.1, 0.5, getattr(projector, name)(), 1)

@@ -32,8 +32,18 @@ def ours(solver: Any, shape: tuple[int, int], steps: int, refreshes: set[int] | 
     return np.asarray(x)
 
 
-@pytest.mark.parametrize("side", ["std", "reverse_std", "left", "right", "full"])
-@pytest.mark.parametrize("shape", [(8, 5), (5, 8)])
+@pytest.mark.parametrize(
+    ("side", "shape"),
+    [
+        ("std", (8, 5)),
+        ("std", (5, 8)),
+        ("reverse_std", (8, 5)),
+        ("reverse_std", (5, 8)),
+        ("left", (8, 5)),
+        ("right", (5, 8)),
+        ("full", (8, 5)),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_against_pytorch_optimizer(side: Any, shape: tuple[int, int]) -> None:
     torch = pytest.importorskip("torch")
@@ -56,8 +66,14 @@ def test_against_pytorch_optimizer(side: Any, shape: tuple[int, int]) -> None:
     np.testing.assert_allclose(found, x.detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (4, 4)])
-@pytest.mark.parametrize("base", [optax.scale_by_adam(), optim.scale_by_lion()])
+@pytest.mark.parametrize(
+    ("shape", "base"),
+    [
+        ((8, 5), optax.scale_by_adam()),
+        ((5, 8), optim.scale_by_lion()),
+        ((4, 4), optax.scale_by_adam()),
+    ],
+)
 def test_against_optax(shape: tuple[int, int], base: Any) -> None:
     theirs = optax.contrib.galore(
         0.1, rank=2, update_proj_gap=3, scale=0.5, base_optimizer=base, weight_decay=0.1
