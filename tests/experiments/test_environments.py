@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gymnax import registered_envs
 
-from experiments.rl.config import PRESETS
+from experiments.rl.config import PPO, PRESETS
 from experiments.rl.environments import Continuous, Discrete, make_task
 from experiments.rl.statistics import nothing_seen
 from experiments.rl.train import job, parts
@@ -30,41 +30,48 @@ def test_there_are_25() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_environment_can_be_played(name: str) -> None:
     task, policy = parts(dataclasses.replace(SMALL, env=name))
-    observation, state = task.env.reset(jax.random.key(0), task.env_params)
-    encoded = task.encode(observation)
-    assert encoded.shape == (task.observations,)
-    assert encoded.dtype == jnp.float32
-    params = policy.init(jax.random.key(1))
     space = task.env.action_space(task.env_params)
 
     @jax.jit
-    def step(state: Any, encoded: Any, key: Any) -> Any:
-        action = policy.act(params, nothing_seen(task.observations), encoded, key)
-        seen, state, reward, *_ = task.env.step_env(key, state, action, task.env_params)
-        return action, task.encode(seen), state, reward
+    def play(key: Any) -> Any:
+        params = policy.init(key)
+        first, state = task.env.reset(key, task.env_params)
 
-    for i in range(3):
-        action, encoded, state, reward = step(state, encoded, jax.random.key(i))
-        assert bool(space.contains(action))
-        assert np.isfinite(encoded).all()
-        assert np.isfinite(reward)
+        def step(carry: Any, key: Any) -> Any:
+            state, encoded = carry
+            action = policy.act(params, nothing_seen(task.observations), encoded, key)
+            seen, state, reward, *_ = task.env.step_env(key, state, action, task.env_params)
+            allowed = jnp.asarray(space.contains(action)).all()
+            return (state, task.encode(seen)), (encoded, jnp.float32(reward), allowed)
+
+        return jax.lax.scan(step, (state, task.encode(first)), jax.random.split(key, 4))[1]
+
+    seen, rewards, allowed = play(jax.random.key(0))
+    assert seen.shape == (4, task.observations)
+    assert seen.dtype == jnp.float32
+    assert np.isfinite(seen).all()
+    assert np.isfinite(rewards).all()
+    assert allowed.all()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "algorithm"),
+    ("name", "changes"),
+    # Each way to be trained beside another kind of observations and actions.
     [
-        ("Pendulum-v1", "eggroll"),
-        ("FrozenLake-misc", "eggroll"),
-        ("BernoulliBandit-misc", "eggroll"),
-        ("PointRobot-misc", "ppo"),
-        ("FrozenLake-misc", "ppo"),
-        ("Catch-bsuite", "ppo"),
+        ("Pendulum-v1", dict(deterministic=False)),
+        ("FrozenLake-misc", dict(rank="full", activation="relu")),
+        ("BernoulliBandit-misc", dict(shaping="centered_rank", sigma_decay=0.9, optimizer="sgd")),
+        ("Catch-bsuite", dict(activation="layer_norm_relu", episodes=2, learning_rate_decay=0.9)),
+        ("PointRobot-misc", dict(algorithm="ppo", optimizer="optim.lion")),
+        ("FrozenLake-misc", dict(algorithm="ppo", activation="layer_norm_relu", depth=0)),
+        ("Catch-bsuite", dict(algorithm="ppo", ppo_anneal=True)),
     ],
 )
-def test_kinds_of_spaces_are_trained(name: str, algorithm: str) -> None:
-    ppo = dataclasses.replace(SMALL.ppo, environments=2, steps=4, epochs=1, minibatches=2)
-    config = dataclasses.replace(SMALL, env=name, algorithm=algorithm, ppo=ppo)
+def test_kinds_of_spaces_are_trained(name: str, changes: dict[str, Any]) -> None:
+    anneal = changes.pop("ppo_anneal", False)
+    ppo = PPO(environments=2, steps=4, epochs=1, minibatches=2, anneal=anneal)
+    config = dataclasses.replace(SMALL, env=name, ppo=ppo, **changes)
     task = job(config)
     before = task.start()
     after, row = task.generation(task.start())
