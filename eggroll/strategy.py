@@ -130,11 +130,7 @@ class EvolutionStrategy:
         Raises:
           ValueError: for a member that the population does not have.
         """
-        i = checks.members(i, self.population, axes=0)
-        plan = self.plan_of(state.params)
-        sign = (1 - 2 * (i % 2)).astype(generation.sign_type(plan))
-        drawn = draw(plan, self.noise, state.seed, self.epoch(state), i // 2)
-        return built_member(plan, state.params, drawn, self.noise_sigma(state), sign)
+        return _member(self, state, checks.members(i, self.population, axes=0))
 
     def ask(self, state: State, indices: Sequence[int] | Int[Array, "members"]) -> Any:
         """Parameters of several members, built, each leaf with a leading axis."""
@@ -395,5 +391,13 @@ def _optimize(
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
+def _member(es: EvolutionStrategy, state: State, i: Array) -> Any:
+    plan = es.plan_of(state.params)
+    sign = (1 - 2 * (i % 2)).astype(generation.sign_type(plan))
+    drawn = draw(plan, es.noise, state.seed, es.epoch(state), i // 2)
+    return built_member(plan, state.params, drawn, es.noise_sigma(state), sign)
+
+
+@functools.partial(jax.jit, static_argnums=(0,))
 def _ask(es: EvolutionStrategy, state: State, indices: Array) -> Any:
-    return jax.vmap(lambda i: es.member(state, i))(indices)
+    return jax.vmap(lambda i: _member(es, state, i))(indices)

@@ -12,6 +12,7 @@ import pytest
 
 import eggroll
 from eggroll import EvolutionStrategy, Frozen, Matrix
+from eggroll.generation import all_draws
 
 
 def make(**changes):
@@ -57,13 +58,14 @@ def mesh(devices, model=1):
 # ---------------------------------------------------------------- the same as members built densely
 
 
-@pytest.mark.parametrize("rank", [1, 3, "full"])
-@pytest.mark.parametrize("function", [fitness, per_task])
+@pytest.mark.parametrize(
+    ("rank", "function"), [(1, fitness), (1, per_task), (3, per_task), ("full", per_task)]
+)
 def test_values_are_those_of_members_built_densely(rank, function):
     es = make(rank=rank)
     state = es.init(make_params(), 0)
     members = es.ask(state, range(32))
-    expected = jax.vmap(lambda p: function(p, None, X, Y))(members)
+    expected = jax.jit(jax.vmap(lambda p: function(p, None, X, Y)))(members)
     np.testing.assert_allclose(es.evaluate(state, function, X, Y), expected, rtol=2e-6, atol=2e-6)
     for i in (0, 1, 31):
         one = jax.tree.map(operator.itemgetter(i), members)
@@ -99,8 +101,7 @@ def test_gradient_is_the_weighted_sum_of_the_members_noise(settings):
     es = make(**settings)
     params = make_params()
     state = es.init(params, 3)
-    values = es.evaluate(state, fitness, X, Y)
-    weights = values
+    weights = values = jax.random.normal(jax.random.key(4), (32,))
     if es.shaping is not None:
         weights = es.shaping(values[:, None], jnp.ones((32, 1), bool), None)[:, 0]
     plan = es.plan(params, es.rank)
@@ -114,6 +115,20 @@ def test_gradient_is_the_weighted_sum_of_the_members_noise(settings):
     leaves = zip(plan.leaves, jax.tree.leaves(members), jax.tree.leaves(params), strict=True)
     want = jax.tree.unflatten(jax.tree.structure(params), [expected(*leaf) for leaf in leaves])
     chex.assert_trees_all_close(es.gradient(state, values), want, rtol=1e-3, atol=2e-4)
+
+
+def test_bfloat16_factors_are_summed_in_float32():
+    es = make(population=2048, rank=2, shaping=None)
+    params = {"w": jnp.zeros((8, 6), jnp.bfloat16)}
+    state = es.init(params, 0)
+    values = np.random.default_rng(0).normal(size=2048).astype(np.float32)
+    draws = jax.jit(lambda s: all_draws(es, es.plan_of(s.params), s))(state)
+    a, b = (np.asarray(x, np.float64) for x in draws[0])  # [pairs, rank, 8, 1], [pairs, rank, 1, 6]
+    d = (values[0::2] - values[1::2]).astype(np.float64)
+    want = -np.einsum("p,prij,prkl->il", d, a, b) / (2048 * 0.1 * 2**0.5)
+    grads = es.gradient(state, values)["w"]
+    assert draws[0][0].dtype == jnp.bfloat16 and grads.dtype == jnp.float32
+    np.testing.assert_allclose(grads, want, rtol=1e-5, atol=1e-6)
 
 
 def test_step_is_evaluate_then_update_is_gradient_then_apply():
@@ -150,12 +165,18 @@ def test_devices_change_nothing_but_rounding(shape, population):
     many = make(population=population, mesh=mesh(*shape), chunk=4)
     expected = one.init(make_params(), 0)
     found = many.init(make_params(), 0)
-    on_many = chex.assert_max_traces(lambda *args: per_task(*args), n=1)
+    traces = []
+
+    def on_many(*args):
+        traces.append(args)
+        return per_task(*args)
+
     for _ in range(3):
         expected, metrics = one.step(expected, per_task, X, Y)
         found, found_metrics = many.step(found, on_many, X, Y)
     chex.assert_trees_all_close(expected, jax.device_get(found), atol=2e-5)
     np.testing.assert_allclose(metrics.fitness_mean, found_metrics.fitness_mean, rtol=1e-5)
+    assert len(traces) == 1  # a state on one device would have compiled a program of its own
 
 
 def test_values_and_gradients_on_devices():
@@ -238,7 +259,8 @@ def test_members_get_their_own_inputs_and_give_their_own_outputs():
         return {"y": predict(params, member["x"]) * scale, "i": member["i"]}
 
     out = es.map(state, fn, 2.0, members=own)
-    expected = jax.vmap(lambda p, x: predict(p, x) * 2.0)(es.ask(state, range(8)), own["x"])
+    dense = jax.jit(jax.vmap(lambda p, x: predict(p, x) * 2.0))
+    expected = dense(es.ask(state, range(8)), own["x"])
     np.testing.assert_allclose(out["y"], expected, rtol=1e-5, atol=1e-6)
     assert out["i"].tolist() == list(range(8))
 
@@ -266,32 +288,50 @@ def test_groups_reach_the_shaping():
     # A constant added to a group is taken out by the centring.
     shifted = es.gradient(state, values + 100.0 * groups, groups=groups)
     chex.assert_trees_all_close(plain, shifted, atol=1e-3)
-    one = es.step(state, fitness, X, Y, groups=groups)[0]
-    chex.assert_trees_all_close(es.optimize(state, fitness, 1, X, Y, groups=groups), one, atol=1e-6)
-    assert not np.allclose(
-        one.params["first"]["bias"], es.step(state, fitness, X, Y)[0].params["first"]["bias"]
-    )
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda es, state, groups: es.step(state, fitness, X, Y, groups=groups),
+        lambda es, state, groups: es.optimize(state, fitness, 2, X, Y, groups=groups),
+        lambda es, state, groups: es.optimize(
+            state, fitness, 2, X, Y, groups=groups, callback=lambda *_: True
+        ),
+        lambda es, state, groups: es.update(state, jnp.arange(8.0), groups),
+    ],
+)
+def test_groups_reach_the_shaping_by_every_way(run):
+    seen = []
+
+    def shaping(values, valid, groups):
+        seen.append(groups.shape)
+        return values
+
+    es = make(population=8, shaping=shaping)
+    state = es.init(make_params(), 0)
+    jax.eval_shape(lambda state: run(es, state, jnp.arange(8)), state)
+    assert seen == [(8,)]
 
 
 # ---------------------------------------------------------------- scores that are no good
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, None])
-def test_a_score_that_is_not_finite_drops_its_pair_and_is_counted(bad):
+def test_a_score_that_is_not_finite_drops_its_pair_and_is_counted():
     es = make(population=8, shaping=None)
     state = es.init(make_params(), 0)
-    values = [1.0, 2.0, bad, 4.0, 3.0, 1.0, 0.0, 5.0]
-    _, metrics = es.update(state, values)
-    assert int(metrics.invalid) == 1
-    np.testing.assert_allclose(metrics.fitness_mean, np.mean([1, 2, 4, 3, 1, 0, 5]), rtol=1e-6)
-    assert (float(metrics.fitness_best), float(metrics.fitness_worst)) == (5.0, 0.0)
-    # The pair's other member weighs nothing, and N counts the six valid members.
-    other = es.gradient(state, [1.0, 2.0, bad, -1e6, 3.0, 1.0, 0.0, 5.0])
-    chex.assert_trees_all_equal(es.gradient(state, values), other)
     without = es.gradient(state, [1.0, 2.0, 0.0, 0.0, 3.0, 1.0, 0.0, 5.0])
-    chex.assert_trees_all_close(
-        es.gradient(state, values), jax.tree.map(lambda g: g * 8 / 6, without), rtol=1e-5
-    )
+    for bad in (np.nan, np.inf, -np.inf, None):
+        values = [1.0, 2.0, bad, 4.0, 3.0, 1.0, 0.0, 5.0]
+        _, metrics = es.update(state, values)
+        assert int(metrics.invalid) == 1
+        np.testing.assert_allclose(metrics.fitness_mean, np.mean([1, 2, 4, 3, 1, 0, 5]), rtol=1e-6)
+        assert (float(metrics.fitness_best), float(metrics.fitness_worst)) == (5.0, 0.0)
+        # The pair's other member weighs nothing, and N counts the six valid members.
+        other = es.gradient(state, [1.0, 2.0, bad, -1e6, 3.0, 1.0, 0.0, 5.0])
+        found = es.gradient(state, values)
+        chex.assert_trees_all_equal(found, other)
+        chex.assert_trees_all_close(found, jax.tree.map(lambda g: g * 8 / 6, without), rtol=1e-5)
 
 
 def assert_nothing_moved(before, after, metrics):
@@ -443,10 +483,11 @@ def test_master_weights_keep_updates_that_bfloat16_would_lose():
 def test_float64_parameters_stay_float64():
     with jax.enable_x64(True):
         es = make()
-        state = es.init(make_params(dtype=jnp.float64), 0)
-        x, y = X.astype(jnp.float64), Y.astype(jnp.float64)
+        wide = lambda x: jnp.asarray(np.asarray(x, float))
+        state = es.init(jax.tree.map(wide, make_params()), 0)
+        x, y = wide(X), wide(Y)
         members = es.ask(state, range(32))
-        expected = jax.vmap(lambda p: fitness(p, None, x, y))(members)
+        expected = jax.jit(jax.vmap(lambda p: fitness(p, None, x, y)))(members)
         np.testing.assert_allclose(es.evaluate(state, fitness, x, y), expected, rtol=1e-12)
         after, _ = es.step(state, fitness, x, y)
         assert after.params["first"]["kernel"].dtype == jnp.float64
@@ -591,11 +632,12 @@ def test_it_fits_a_regression_and_a_score_without_a_gradient():
 
     es = make(population=256, optimizer=optax.adam(0.1), sigma=0.3)
     state = es.init(make_params(), 0)
-    before = float(fitness(state.params, None, X, Y))
-    after = float(fitness(es.optimize(state, fitness, 100, X, Y).params, None, X, Y))
+    score = jax.jit(fitness)
+    before = float(score(state.params, None, X, Y))
+    after = float(score(es.optimize(state, fitness, 100, X, Y).params, None, X, Y))
     assert after > before / 5 and before < -0.3
     trained = es.optimize(state, accuracy, 100, X, labels)
-    assert float(accuracy(trained.params, None, X, labels)) >= 0.9
+    assert float(jax.jit(accuracy)(trained.params, None, X, labels)) >= 0.9
 
 
 # ---------------------------------------------------------------- wrong input, one sentence each
