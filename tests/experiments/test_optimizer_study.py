@@ -105,14 +105,14 @@ def test_all_learning_rates_and_seeds_are_one_program() -> None:
 def test_matrices_of_layers_may_take_smaller_steps() -> None:
     moved = []
     for rate in (1.0, 0.25):
-        task = job(replace(TINY, optimizer="sgd", linear_rate=rate, depth=1))
-        before = task.start().params
-        after = task.generation(task.start())[0].params
-        moved.append(jax.tree.map(lambda a, b: jnp.abs(a - b).sum(), after, before))
-    share = jax.tree.map(lambda a, b: round(float(a / b), 3), moved[1], moved[0])
-    norms = {name: one for name, one in share["layers"].items() if "norm" in name}
-    assert {share["embed_tokens"], share["lm_head"], *norms.values()} == {1.0}
-    assert {share["layers"][name] for name in share["layers"].keys() - norms.keys()} == {0.25}
+        task = job(replace(TINY, optimizer="sgd", learning_rate=10.0, linear_rate=rate))
+        before = jax.device_get(task.start().params)
+        after = jax.device_get(task.generation(task.start())[0].params)
+        moved.append(jax.tree.map(lambda a, b: np.abs(a - b).sum(), after, before))
+    share = jax.tree.map(lambda a, b: float(a / b), moved[1], moved[0])
+    layers = share.pop("layers")
+    for name, one in {**share, **layers}.items():
+        assert one == pytest.approx(0.25 if name.endswith("_proj") else 1, rel=0.01), name
 
 
 def test_digits_are_learned_by_weights_without_scale(tmp_path: Path) -> None:
