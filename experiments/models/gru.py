@@ -42,7 +42,7 @@ class GRUConfig:
 def init(key: Key[Array, ""], config: GRUConfig) -> Params:
     """Parameters at the start: normal matrices, gains of ones, biases of zeros.
 
-    There are ``513 width + layers (4 width + 12 width^2)`` of them, as in EGG.
+    There are ``513 width + layers (4 width + 12 width^2)`` of them, of the names and shapes of EGG's.
 
     Example:
         >>> params = init(jax.random.key(0), GRUConfig(layers=2, width=8))
@@ -51,26 +51,23 @@ def init(key: Key[Array, ""], config: GRUConfig) -> Params:
     """
     layers, width = config.layers, config.width
     shapes = {
-        "embedding": (BYTES, width),
+        "embed": (BYTES, width),
         "head": (width, BYTES),
-        **{
-            name: (layers, width, width)
-            for name in ("forget_in", "forget_state", "new_in", "new_state")
-        },
-        "mlp_in": (layers, width, 4 * width),
-        "mlp_out": (layers, 4 * width, width),
+        **{name: (layers, width, width) for name in ("wf", "uf", "wh", "uh")},
+        "w1": (layers, width, 4 * width),
+        "w2": (layers, 4 * width, width),
     }
     keys = jax.random.split(key, len(shapes))
     drawn = {
         name: jax.random.normal(one, shape)
         for one, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
-    ends = {name: drawn.pop(name) for name in ("embedding", "head")}
+    ends = {name: drawn.pop(name) for name in ("embed", "head")}
     constants = {
-        **{name: jnp.ones((layers, width)) for name in ("gru_gain", "mlp_gain")},
-        **{name: jnp.zeros((layers, width)) for name in ("forget_bias", "new_bias")},
+        **{name: jnp.ones((layers, width)) for name in ("ln1", "ln2")},
+        **{name: jnp.zeros((layers, width)) for name in ("bf", "bh")},
     }
-    return {**ends, "gain": jnp.ones(width), "layers": {**drawn, **constants}}
+    return {**ends, "ln": jnp.ones(width), "layers": {**drawn, **constants}}
 
 
 def initial_state(config: GRUConfig) -> Float[Array, "layers width"]:
@@ -89,23 +86,23 @@ def step(
 
     def block(x: Array, own: tuple[Params, Array]) -> tuple[Array, Array]:
         layer, s = own
-        s = gated(layer, norm(x, layer["gru_gain"]), s, config.gates)
+        s = gated(layer, norm(x, layer["ln1"]), s, config.gates)
         x = x + s
-        inner = times(norm(x, layer["mlp_gain"]), layer["mlp_in"])
-        x = x + times(inner if config.gates == "clip" else jax.nn.gelu(inner), layer["mlp_out"])
+        inner = times(norm(x, layer["ln2"]), layer["w1"])
+        x = x + times(inner if config.gates == "clip" else jax.nn.gelu(inner), layer["w2"])
         return cut(x) if config.gates == "clip" else x, s
 
-    x, state = jax.lax.scan(block, params["embedding"][byte], (params["layers"], state))
-    return state, times(norm(x, params["gain"]), params["head"])
+    x, state = jax.lax.scan(block, params["embed"][byte], (params["layers"], state))
+    return state, times(norm(x, params["ln"]), params["head"])
 
 
 def gated(
     layer: Params, u: Float[Array, "width"], s: Float[Array, "width"], gates: Gates
 ) -> Float[Array, "width"]:
     """The next hidden state of a layer."""
-    f = times(u, layer["forget_in"]) + times(s, layer["forget_state"]) + layer["forget_bias"]
+    f = times(u, layer["wf"]) + times(s, layer["uf"]) + layer["bf"]
     f = (cut(f) + LARGEST) / (2 * LARGEST) if gates == "clip" else jax.nn.sigmoid(f)
-    h = times(u, layer["new_in"]) + times(f * s, layer["new_state"]) + layer["new_bias"]
+    h = times(u, layer["wh"]) + times(f * s, layer["uh"]) + layer["bh"]
     h = cut(h) if gates == "clip" else jnp.tanh(h)
     return s + f * (h - s)
 

@@ -26,7 +26,7 @@ class Evolution:
 
     def __init__(self, config: Config, model: Model) -> None:
         self._config, self._model = config, model
-        self._es = integers(config) if config.model == "egg" else floats(config)
+        self._es = (integers if config.model == "egg" else floats)(config, model)
         # One object for all generations, which compiles once.
         self._fitness = make_fitness(model)
 
@@ -70,7 +70,7 @@ def make_fitness(model: Model) -> Any:
     return fitness
 
 
-def integers(config: Config) -> eggroll.EvolutionStrategy:
+def integers(config: Config, model: Model) -> eggroll.EvolutionStrategy:
     """The strategy for int8 models, whose generations have not one float in them."""
     rule: Any = integer.threshold(lambda t: config.alpha / (1 + config.alpha_decay * t))
     if config.update == "error_feedback":
@@ -81,12 +81,13 @@ def integers(config: Config) -> eggroll.EvolutionStrategy:
         population=config.population,
         optimizer=rule,
         shift=config.shift,
+        plan=model.plan,
         rank=config.rank,
         chunk=config.chunk,
     )
 
 
-def floats(config: Config) -> eggroll.EvolutionStrategy:
+def floats(config: Config, model: Model) -> eggroll.EvolutionStrategy:
     """The strategy for float32 models."""
     rate, decay = config.learning_rate, config.learning_rate_decay
     return eggroll.EvolutionStrategy(
@@ -95,6 +96,7 @@ def floats(config: Config) -> eggroll.EvolutionStrategy:
         ),
         population=config.population,
         sigma=config.sigma,
+        plan=model.plan,
         rank=config.rank,
         # Streams differ in how hard they are to predict: members are compared with those of their own.
         shaping=eggroll.shaping.per_task(),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
+from eggroll.plan import Dense, Matrix, Planner, by_shape
 from experiments.models import egg, gru
 from experiments.models import transformer as llama
 from experiments.pretrain.config import Config
@@ -18,6 +19,7 @@ class Model(NamedTuple):
 
     Attributes:
         init: key -> parameters.
+        plan: which noise each parameter gets.
         state: what a stream carries at its beginning.
         loss: (parameters, state, tokens [T + 1]) -> (next state, sum over T predictions) in `unit`.
         unit: of the loss, to a bit.
@@ -27,6 +29,7 @@ class Model(NamedTuple):
     """
 
     init: Callable[[Key[Array, ""]], PyTree]
+    plan: Planner
     state: PyTree
     loss: Callable[[PyTree, PyTree, Int[Array, "tokens"]], tuple[PyTree, Array]]
     unit: int
@@ -74,6 +77,7 @@ def integers(config: Config) -> Model:
 
     return Model(
         init=lambda key: egg.init(key, shape),
+        plan=egg.plan(),
         state=begin,
         loss=egg.sequence,
         unit=16,
@@ -106,6 +110,7 @@ def recurrent(config: Config) -> Model:
     begin = gru.initial_state(shape)
     return Model(
         init=lambda key: gru.init(key, shape),
+        plan=egg.plan(),  # of the same names
         state=begin,
         loss=loss,
         unit=1,
@@ -154,6 +159,9 @@ def attention(config: Config) -> Model:
 
     return Model(
         init=lambda key: llama.init(key, shape),
+        plan=by_shape(
+            {"layers/*_proj": Matrix(rows=1, columns=2, batch=0), "layers/*norm": Dense()}
+        ),
         state=(),
         loss=loss,
         unit=1,

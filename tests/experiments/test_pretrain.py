@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from eggroll import integer
+from eggroll.plan import by_shape
 from experiments.models import transformer as llama
 from experiments.pretrain.anchors import Anchors
 from experiments.pretrain.backprop import Backprop
@@ -126,7 +127,7 @@ def a_model(dtype: Any) -> Model:
         return tokens[-2].astype(jnp.int32), (params["w"] * 1).astype(jnp.int32)
 
     return Model(
-        init=lambda key: {"w": jnp.zeros((), dtype)},
+        init=lambda key: {"w": jnp.zeros((), dtype)}, plan=by_shape(),
         state=jnp.int32(0), loss=loss, unit=16, bits=lambda params, tokens: {},
         writer=(), write=lambda params, writer, byte: (writer, jnp.zeros(256).at[byte + 1].set(99.0)),
     )  # fmt: skip
