@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
+from jax.sharding import AxisType
 
 
 class ScanParts(NamedTuple):
@@ -55,6 +56,21 @@ def called_jaxpr(eqn: Any) -> tuple[core.Jaxpr, list[Any]]:
         if body is not None:
             return (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, [])
     raise ValueError(f"the equation {eqn.primitive.name!r} calls no jaxpr that this version knows")
+
+
+def inside_mesh(x: Any) -> Any:
+    """What stands for an array in a trace inside a shard_map that it comes into from outside.
+
+    The type of such an array still names the mesh as it is outside, and look-ups by an array of indices
+    refuse that. Its shape and type are all that a trace needs.
+    """
+    here = jax.sharding.get_abstract_mesh()
+    if AxisType.Manual not in here.axis_types or not hasattr(x, "dtype"):
+        return x
+    there = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", here)
+    if there.empty or there == here or set(there.axis_types) != {AxisType.Auto}:
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def varying_axes(x: Any) -> frozenset[str]:

@@ -142,7 +142,7 @@ def interpret(fn: Callable[..., Any], context: Context | None = None) -> Callabl
 
 def stand_in(value: Value) -> Any:
     """What the function is traced with in a value's place: an array of its shape and type."""
-    return value.w if isinstance(value, LowRank) else narrow(value)
+    return compat.inside_mesh(value.w if isinstance(value, LowRank) else narrow(value))
 
 
 def evaluate(
