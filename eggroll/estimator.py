@@ -64,7 +64,7 @@ def weighted_noise(
     share = -(-share // at_once) * at_once
     limbs = plan.integer and pairs > fixed_point.pairs_in_int32(plan.largest_rank)
 
-    def on_device(ids: Any, valid: Any, data: Any) -> list[Array | None]:
+    def on_device(ids: Any, valid: Any, data: Any) -> Any:
         d, kept = data
         d = jnp.where(valid, d, 0)
         by_chunk = lambda x: x.reshape(share // at_once, at_once, *x.shape[1:])

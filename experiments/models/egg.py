@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int, Int8, Int32, Integer, Key
+from jaxtyping import Float, Int8, Int32, Integer, Key
 
 from eggroll import Dense, Matrix
 from eggroll.fixed_point import floor_divide, saturate
@@ -196,7 +196,7 @@ def loss(logits: Int8[Array, "256"], target: Integer[Array, ""]) -> Int32[Array,
 
 
 def exact_bits(
-    logits: Int8[Array, "*batch 256"], target: Int[Array, "*batch"]
+    logits: Int8[Array, "*batch 256"], target: Integer[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
     """The softmax cross-entropy of the same logits in floats, in bits: for reports.
 
