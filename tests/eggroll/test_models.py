@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from jax import lax
+from support import normal
 
 import eggroll
 from eggroll import Dense, Matrix
@@ -22,7 +23,8 @@ TOKENS = np.random.default_rng(2).integers(0, 11, (3, 6))
 
 def linen(module, x, rngs=(), **apply):
     """(params, fn) of a Flax linen module; other collections are constants."""
-    variables = module.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, x)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = jax.jit(module.init)(keys, x)
     fixed = {name: v for name, v in variables.items() if name != "params"}
 
     def fn(params, key):
@@ -32,12 +34,18 @@ def linen(module, x, rngs=(), **apply):
     return variables["params"], fn
 
 
-def nnx_model(module, call):
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
-    return params, lambda params, key: call(nnx.merge(graph, params, rest), key)
+def nnx_model(make, call, kinds=nnx.Param):
+    graph, params, rest = nnx.split(nnx.jit(make)(nnx.Rngs(0)), kinds, ...)
+
+    def fn(params, key):
+        # Rebuilt, so that a model may change its statistics and keys inside the trace.
+        return call(nnx.merge(graph, params, jax.tree.map(jnp.asarray, rest)), key)
+
+    return params, fn
 
 
-def equinox(module, call):
+def equinox(make, call):
+    module = eqx.filter_jit(make)(key=jax.random.key(0))
     params, static = eqx.partition(module, eqx.is_inexact_array)
     return params, lambda params, key: call(eqx.combine(params, static), key)
 
@@ -130,6 +138,18 @@ class Small(nnx.Module):
         return self.attention(x)
 
 
+class Training(nnx.Module):
+    """Batch statistics, keys of its own and a recurrence: all of them change while it runs."""
+
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.dropout = nnx.Dropout(0.3, rngs=rngs)
+        self.rnn = nnx.RNN(nnx.GRUCell(8, 6, rngs=rngs))
+
+    def __call__(self, x):
+        return self.rnn(self.dropout(self.norm(x)))
+
+
 @jax.custom_vjp
 def swish(x):
     return x * jax.nn.sigmoid(x)
@@ -138,11 +158,9 @@ def swish(x):
 swish.defvjp(lambda x: (swish(x), x), lambda x, g: (g * jax.nn.sigmoid(x),))
 
 
-def plain_params(key=0, **shapes):
-    keys = jax.random.split(jax.random.key(key), len(shapes))
+def plain_params(**shapes):
     return {
-        name: jax.random.normal(k, shape) / 2
-        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+        name: jnp.asarray(normal(shape, name, np.float32) / 2) for name, shape in shapes.items()
     }
 
 
@@ -221,18 +239,20 @@ def random_actions():
 
 OTHERS = {
     "linen Dropout": lambda: linen(Dropped(), X, rngs=("dropout",)),
-    "NNX LoRA": lambda: nnx_lora(),
-    "NNX": lambda: nnx_model(Small(nnx.Rngs(0)), lambda m, key: m(jnp.asarray(TOKENS), key)),
+    "NNX LoRA": lambda: nnx_model(
+        Lora, lambda m, key: m(jnp.asarray(X)), nnx.Any(nnx.Param, nnx.LoRAParam)
+    ),
+    "NNX": lambda: nnx_model(Small, lambda m, key: m(jnp.asarray(TOKENS), key)),
     "Equinox MLP": lambda: equinox(
-        eqx.nn.MLP(8, 5, 16, 2, key=jax.random.key(0)),
+        functools.partial(eqx.nn.MLP, 8, 5, 16, 2),
         lambda m, key: jax.vmap(m)(jnp.asarray(X[0])),
     ),
     "Equinox Conv": lambda: equinox(
-        eqx.nn.Conv2d(4, 6, 3, key=jax.random.key(0)),
+        functools.partial(eqx.nn.Conv2d, 4, 6, 3),
         lambda m, key: jax.vmap(m)(jnp.asarray(IMAGE).transpose(0, 3, 1, 2)),
     ),
     "Equinox attention": lambda: equinox(
-        eqx.nn.MultiheadAttention(2, 8, key=jax.random.key(0)),
+        functools.partial(eqx.nn.MultiheadAttention, 2, 8),
         lambda m, key: jax.vmap(lambda x: m(x, x, x))(jnp.asarray(X)),
     ),
     "mixture of experts": mixture,
@@ -244,12 +264,6 @@ OTHERS = {
 }
 
 
-def nnx_lora():
-    model = Lora(nnx.Rngs(0))
-    graph, params, rest = nnx.split(model, nnx.Any(nnx.Param, nnx.LoRAParam), ...)
-    return params, lambda params, key: nnx.merge(graph, params, rest)(jnp.asarray(X))
-
-
 def check_against_built(params, fn, tolerance, **settings):
     """es.map's outputs are those of the same function on members built densely."""
 
@@ -259,23 +273,28 @@ def check_against_built(params, fn, tolerance, **settings):
     es = eggroll.EvolutionStrategy(
         optimizer=optax.sgd(0.1), population=4, sigma=0.3, on_dense="error", **settings
     )
-    state = es.init(params, 0)
-    found, keys = es.map(state, with_key)
-    members = es.ask(state, range(4))
-    expected = jax.vmap(fn)(members, jax.vmap(jax.random.wrap_key_data)(keys))
+
+    @jax.jit  # one program compiles faster than four
+    def outputs(state):
+        found, keys = es.map(state, with_key)
+        keys = jax.vmap(jax.random.wrap_key_data)(keys)
+        return found, jax.vmap(fn)(es.ask(state, range(4)), keys), fn(state.params, keys[0])
+
+    found, expected, mean = outputs(es.init(params, 0))
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance),
         found,
         expected,
     )
-    mean = fn(params, jax.random.wrap_key_data(keys[0]))
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a[0] - b).max()), found, mean)
     assert max(jax.tree.leaves(moved)) > 1e-3  # the noise did reach the output
     return es.plan_of(params)
 
 
 def in_float64(params):
-    wide = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    def wide(x):
+        return jnp.asarray(np.asarray(x, float)) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
     return jax.tree.map(wide, params)
 
 
@@ -297,6 +316,12 @@ def test_other_models(name):
         tolerance = 1e-5 if name == "NNX" else 1e-9  # its BatchNorm computes in float32
         plan = check_against_built(params, fn, tolerance, plan=eggroll.plan.infer(fn, params))
     assert any(isinstance(leaf.treatment, Matrix) for leaf in plan.leaves)
+
+
+def test_nnx_models_that_change_as_they_run():
+    # In float32: the statistics are kept in it, and take no float64.
+    params, fn = nnx_model(Training, lambda model, key: model(jnp.asarray(X, jnp.float32)))
+    check_against_built(params, fn, 1e-4, plan=eggroll.plan.infer(fn, params))
 
 
 @pytest.mark.parametrize("name", ["Dense", "Conv", "scanned stack", "LSTM"])

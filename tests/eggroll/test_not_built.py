@@ -83,7 +83,6 @@ def largest_array(program):
     ("fitness", "call"),
     [
         (layers_apart, "evaluate"),
-        (layers_apart, "update"),
         (layers_apart, "step"),
         (layers_scanned, "evaluate"),
         (layers_scanned, "update"),
@@ -100,6 +99,17 @@ def test_no_matrix_is_built_for_a_member(fitness, call):
         rf"\[(\d+,)*({POPULATION}|{POPULATION // 2})(,\d+)*,{size},{size}\]", program.as_text()
     )
     assert largest_array(program) < POPULATION * size**2 / 20
+
+
+def test_the_memory_of_an_update_grows_with_the_rank_and_not_with_matrices():
+    size, small, large = 2048, 1, 4
+    programs = {rank: compiled(layers_apart, "update", size, rank) for rank in (small, large)}
+    factors = LAYERS * POPULATION // 2 * (size + size) * 4  # bytes of all pairs at rank 1
+    for rank, program in programs.items():
+        assert largest_array(program) < POPULATION * size**2 / 20
+        # What is drawn, what is weighted, and the sums that the parameters' size bounds.
+        assert temporaries(program) < 2 * rank * factors + 2 * LAYERS * size**2 * 4
+    assert temporaries(programs[large]) > temporaries(programs[small])
 
 
 def test_full_rank_noise_is_seen_to_be_built():
