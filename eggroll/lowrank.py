@@ -275,7 +275,9 @@ def contract(
         # A thin product: as a sum it fuses and is vectorised, where CPUs have no fast batched dot of
         # int8 and none at all of int32.
         labels = [*kept, *(v for v in present if v not in needed)]
-        y = align((x.astype(dtype), xl), labels) * align((f.astype(dtype), fl), labels)
+        # 128 * 127 is an int16, half of the bytes where products are stored before they are summed.
+        narrow = jnp.int16 if x.dtype == f.dtype == jnp.int8 else dtype
+        y = align((x.astype(narrow), xl), labels) * align((f.astype(narrow), fl), labels)
         return y.sum(range(len(kept), len(labels)), dtype=dtype), tuple(kept)
     number = {label: i for i, label in enumerate(present)}
     numbers = [[number[label] for label in labels] for labels in (xl, fl, kept)]

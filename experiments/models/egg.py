@@ -136,7 +136,8 @@ def step(
     state = jnp.where(byte == 0, jnp.zeros_like(state), state)
     # Stacked layers in a scan: unrolled, XLA's CPU compiler works out the element-wise chain of one
     # layer again in each of the next ones, six times as slow.
-    x, state = lax.scan(_block, params["embed"][byte], (params["layers"], state))
+    layers = jnp.arange(state.shape[0], dtype=jnp.int32)
+    x, state = lax.scan(_block, params["embed"][byte], (layers, params["layers"], state))
     return state, _product(_layer_norm(x, params["ln"]), params["head"])
 
 
@@ -214,12 +215,26 @@ def exact_bits(
 
 
 def _block(
-    x: Int8[Array, "width"], layer: tuple[Params, Int8[Array, "width"]]
+    x: Int8[Array, "width"], layer: tuple[Int32[Array, ""], Params, Int8[Array, "width"]]
 ) -> tuple[Int8[Array, "width"], Int8[Array, "width"]]:
-    p, state = layer
-    state = _gru(p, _layer_norm(x, p["ln1"]), state)
+    i, p, state = layer
+    # XLA's CPU compiler works the element-wise chain of the state out again in each of the five
+    # places where it is used (an eighth of a perturbed forward pass), but what a branch returns it
+    # always stores: hence a branch there, which is always taken.
+    state = lax.platform_dependent(
+        i,
+        p,
+        x,
+        state,
+        cpu=lambda i, *rest: lax.cond(i >= 0, _recur, lambda p, x, s: s, *rest),
+        default=lambda i, *rest: _recur(*rest),
+    )
     x = _add(x, state)
     return _add(x, _product(_product(_layer_norm(x, p["ln2"]), p["w1"]), p["w2"])), state
+
+
+def _recur(p: Params, x: Int8[Array, "width"], s: Int8[Array, "width"]) -> Int8[Array, "width"]:
+    return _gru(p, _layer_norm(x, p["ln1"]), s)
 
 
 def _gru(p: Params, u: Int8[Array, "width"], s: Int8[Array, "width"]) -> Int8[Array, "width"]:
