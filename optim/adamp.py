@@ -52,20 +52,26 @@ def scale_by_adamp(
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         params = need_params(params)
         count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
-        ahead = optax.tree.update_moment(updates, mu, b1, 1) if nesterov else mu
         c1 = 1 - jnp.asarray(b1, jnp.float32) ** count
         c2 = 1 - jnp.asarray(b2, jnp.float32) ** count
         if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
             c1, c2 = 1 - jnp.asarray(b1, float) ** count, 1 - jnp.asarray(b2, float) ** count
 
-        def step(m: Array, v: Array) -> Array:
-            return m / c1.astype(v.dtype) / (jnp.sqrt(v / c2.astype(v.dtype)) + eps)
+        # Once, and not for every entry, where divisions take longest of all.
+        scale, root_scale = 1 / c1, 1 / jnp.sqrt(c2)
+
+        def advance(g: Array, m: Array, v: Array) -> tuple[Array, Array]:
+            m = optax.tree.update_moment(g, m, b1, 1)
+            return m, optax.tree.update_moment_per_elem_norm(g, v, b2, 2)
+
+        def step(g: Array, m: Array, v: Array) -> Array:
+            if nesterov:
+                m = optax.tree.update_moment(g, m, b1, 1)
+            return m * scale.astype(v.dtype) / (jnp.sqrt(v) * root_scale.astype(v.dtype) + eps)
 
         decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
-        new = with_decay(
-            step, (ahead, nu), updates, params, decay, mask, channel_axis, batch_axes,
+        new, (mu, nu) = with_decay(
+            step, advance, (state.mu, state.nu), updates, params, decay, mask, channel_axis, batch_axes,
             delta=delta, wd_ratio=wd_ratio, eps=eps,
         )  # fmt: skip
         mu = optax.tree.cast(mu, dtype)
@@ -76,6 +82,7 @@ def scale_by_adamp(
 
 def with_decay(
     step: Callable[..., Array],
+    advance: Callable[..., Sequence[Array]],
     moments: Sequence[Any],
     grads: Any,
     params: Any,
@@ -84,20 +91,24 @@ def with_decay(
     channel_axis: Any,
     batch_axes: Any,
     **settings: Scalar,
-) -> Any:
-    """Projected steps, functions of the moments, plus the decayed parameters, for every leaf."""
+) -> tuple[Any, tuple[Any, ...]]:
+    """Projected steps, functions of the advanced moments, plus the decayed parameters, for every leaf; and
+    those moments."""
 
-    def of(g: Array, x: Array, axis: int, batch: int, decayed: bool, *moments: Array) -> Array:
+    def of(g: Array, x: Array, axis: int, batch: int, decayed: bool, *moments: Array) -> Any:
         found: Projected = project(
-            step, g, x, *moments, channel_axis=axis, batch_axes=batch, **settings
+            step, g, x, *moments, advance=advance, channel_axis=axis, batch_axes=batch, **settings
         )
         out = found.step + (decay * found.decay * x if decayed else 0)
-        return out.astype(g.dtype)
+        return out.astype(g.dtype), found.moments
 
     # None and not a number is the default, so that inject_hyperparams takes neither for a rate.
     defaults = ((channel_axis, -1), (batch_axes, 0), (mask, True))
     each = [broadcast(default if p is None else p, params) for p, default in defaults]
-    return jax.tree.map(of, grads, params, *each, *moments)
+    tree: Any = jax.tree.structure(grads)
+    found = tree.flatten_up_to(jax.tree.map(of, grads, params, *each, *moments))
+    new = (tree.unflatten([m[i] for _, m in found]) for i in range(len(moments)))
+    return tree.unflatten([step for step, _ in found]), tuple(new)
 
 
 def adamp(

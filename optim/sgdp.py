@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
@@ -62,19 +61,16 @@ def scale_by_sgdp(
     def update_fn(updates: Any, state: ScaleBySgdpState, params: Any = None) -> tuple[Any, Any]:
         params = need_params(params)
 
-        def moved(g: Array, m: Array) -> Array:
-            return (momentum * m + (1 - dampening) * g).astype(m.dtype)
+        def advance(g: Array, m: Array) -> tuple[Array]:
+            return ((momentum * m + (1 - dampening) * g).astype(m.dtype),)
 
-        new = jax.tree.map(moved, updates, state.momentum)
+        def step(g: Array, m: Array) -> Array:
+            return g + momentum * m if nesterov else m
 
-        def ahead(m: Array, g: Array) -> Array:
-            return g + momentum * m
-
-        step, moments = (ahead, (new, updates)) if nesterov else (lambda m: m, (new,))
         decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
-        out = with_decay(
-            step, moments, updates, params, decay / (1 - momentum), mask, channel_axis, batch_axes,
-            delta=delta, wd_ratio=wd_ratio, eps=eps,
+        out, (new,) = with_decay(
+            step, advance, (state.momentum,), updates, params, decay / (1 - momentum), mask, channel_axis,
+            batch_axes, delta=delta, wd_ratio=wd_ratio, eps=eps,
         )  # fmt: skip
         return out, ScaleBySgdpState(optax.safe_increment(state.count), new)
 
