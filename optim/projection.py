@@ -153,9 +153,8 @@ def _sums_by_rows(
                 jax.lax.dynamic_update_slice_in_dim(a, part, start, 0)
                 for a, part in zip(flat, new, strict=True)
             ]
-            # What was written is read again. Else XLA works it out twice, and copies all of the moments at
-            # each turn to have what it was before.
-            flat = jax.lax.optimization_barrier(flat)
+        # What was written is read again: where it is used as it was worked out, XLA copies all of the
+        # moments at each turn, to have what they were before.
         pairs = _pairs(step, cut(flat_grad), cut(flat_weight), *map(cut, flat))
         return flat, [a * b for a, b in pairs]
 

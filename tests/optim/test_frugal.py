@@ -266,8 +266,12 @@ def test_buffers_can_be_donated() -> None:
     solver = optim.frugal(0.01)
     update = jax.jit(solver.update, donate_argnums=(0, 1))
     grads, state = jax.tree.map(jnp.copy, PARAMS), solver.init(PARAMS)
+    right, kept = PARAMS, solver.init(PARAMS)
+    for _ in range(2):
+        right, kept = solver.update(right, kept, PARAMS)
     for _ in range(2):
         grads, state = update(grads, state, PARAMS)
+    chex.assert_trees_all_close((grads, state), (right, kept), rtol=1e-6)
 
 
 def test_any_stateless_transform_for_the_rest() -> None:

@@ -42,9 +42,8 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "shape", [(6, 5), (7, 5), (3, 3, 5)]
-)  # in turns of 3 rows: one left over of 7
+# In turns of 3 rows: one is left over of 7.
+@pytest.mark.parametrize("shape", [(6, 5), (7, 5), (3, 3, 5)])
 @pytest.mark.parametrize("solver", SOLVERS.values(), ids=list(SOLVERS))
 def test_both_ways_give_one_step(
     solver: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
