@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, forward, step
+from benchmarks import common, forward, pretraining, step
 from benchmarks.common import Row
+from experiments.pretrain import config as pretrain
+from experiments.run.cli import parse
 
 TINY = ["--dims", "8", "--population", "8", "--observations", "2", "--rank", "1", "--rounds", "2"]
 TINY += ["--models", "mlp"]
@@ -73,3 +75,31 @@ def test_flags_that_make_no_sense_are_refused(
     with pytest.raises(SystemExit):
         common.parse(common.parser(""), flags)
     assert f"{flags[0]} " in capsys.readouterr().err
+
+
+def test_pretraining_tells_and_draws(tmp_path: Path) -> None:
+    measured = [
+        {"generation": g, "held_out_bits_per_byte": bits} for g, bits in ((0, 8.5), (4, 6.0))
+    ]
+    rows = [*measured, {"generation": 6, "held_out_bits_per_byte": None}]
+    result = {
+        "held_out_bits_per_byte": 5.25, "parameters": 82240, "generations": 8, "tokens": 1_600_000,
+        "timing": {"training": 12.3}, "anchors": {"unigram": 4.8, "bigram": 3.7}, "rows": rows,
+    }  # fmt: skip
+    assert pretraining.line("256", result) == "| 256 | 82,240 | 8 | 1,600,000 | 5.250 | 12 |"
+    assert pretraining.at(rows, 3) == 8.5
+    assert pretraining.at(rows, 6) == 6.0
+    pretraining.draw({"256": result, "512": result}, tmp_path / "new" / "population.png")
+    assert (tmp_path / "new" / "population.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_line_of_pretraining_is_a_command_that_is_taken() -> None:
+    for lines in pretraining.PARTS.values():
+        for flags in lines.values():
+            parse(pretrain.Config, pretrain.PRESETS, flags, "eggroll pretrain").check()
+
+
+def test_pretraining_names_its_lines(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        pretraining.main(["rules", "--only", "treshold"])
+    assert "--only 'treshold': the lines of this part are threshold, 1, " in capsys.readouterr().err

@@ -172,7 +172,12 @@ def attention(config: Config) -> Model:
 
 
 def sample(
-    model: Model, params: PyTree, key: Key[Array, ""], length: int, prompt: bytes = b""
+    model: Model,
+    params: PyTree,
+    key: Key[Array, ""],
+    length: int,
+    prompt: bytes = b"",
+    temperature: float = 1.0,
 ) -> bytes:
     """A text of the model's own.
 
@@ -182,19 +187,30 @@ def sample(
         key: decides the text.
         length: bytes to write.
         prompt: bytes that the text begins with; they do not count.
+        temperature: of sampling; 0 takes the likeliest byte.
     """
     given = jnp.array([0, *prompt], jnp.int32)
-    return bytes(jax.device_get(_sample(model.write, params, model.writer, key, given, length)))
+    # A very low temperature: the likeliest byte, or one of several that are.
+    sharpness = jnp.float32(1 / max(temperature, 1e-6))
+    drawn = _sample(model.write, params, model.writer, key, given, sharpness, length)
+    return bytes(jax.device_get(drawn))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 6))
 def _sample(
-    write: Callable[..., Any], params: PyTree, writer: PyTree, key: Array, given: Array, length: int
+    write: Callable[..., Any],
+    params: PyTree,
+    writer: PyTree,
+    key: Array,
+    given: Array,
+    sharpness: Array,
+    length: int,
 ) -> UInt8[Array, "length"]:
     def one(carry: tuple[PyTree, Array], t: Array) -> tuple[tuple[PyTree, Array], Array]:
         writer, byte = carry
         writer, logits = write(params, writer, byte)
-        drawn = jax.random.categorical(jax.random.fold_in(key, t), logits * jnp.log(2.0))
+        nats = logits * jnp.log(2.0) * sharpness
+        drawn = jax.random.categorical(jax.random.fold_in(key, t), nats)
         known = given[jnp.minimum(t + 1, len(given) - 1)]
         byte = jnp.where(t + 1 < len(given), known, drawn.astype(jnp.int32))
         return (writer, byte), byte.astype(jnp.uint8)

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,11 @@ from experiments.pretrain.config import Config
 from experiments.pretrain.data import Text, load, pieces, windows
 from experiments.pretrain.evolution import Evolution
 from experiments.pretrain.models import Model, make_model, sample
-from experiments.pretrain.samples import add_sample
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, run
 from experiments.run.metrics import Row
 from experiments.run.plots import learning_curve
+from experiments.run.samples import add_sample
 from experiments.run.stopwatch import Stopwatch
 
 
@@ -120,6 +121,22 @@ def evaluate(config: Config, state: Carry, episodes: int, seed: int) -> dict[str
 def parameters(config: Config, state: Carry) -> PyTree:
     """The trained parameters, for export."""
     return make_method(config, make_model(config)).params(state)
+
+
+def write(
+    config: Config,
+    state: Carry,
+    prompts: Sequence[str],
+    length: int | None,
+    temperature: float,
+    seed: int,
+) -> list[str]:
+    """What the model writes after prompts, for `eggroll sample`."""
+    model = make_model(config)
+    params, key = make_method(config, model).params(state), jax.random.key(seed)
+    count = length or config.sample_bytes
+    texts = [sample(model, params, key, count, text.encode(), temperature) for text in prompts]
+    return [text.decode(errors="replace") for text in texts]
 
 
 def train(config: Config, started: float | None = None) -> Result:

@@ -138,6 +138,8 @@ def _from_json(kind: Any, content: Mapping[str, Any], prefix: str) -> Any:
             value = _from_json(hint, value, f"{prefix}{name}.")
         elif value is not None and Path in (hint, *_members(hint)):
             value = Path(value)
+        elif isinstance(value, list):
+            value = tuple(value)
         values[name] = value
     try:
         return kind(**values)

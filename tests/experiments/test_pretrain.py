@@ -21,10 +21,10 @@ from experiments.pretrain.config import PRESETS, Config
 from experiments.pretrain.data import Text, join, windows
 from experiments.pretrain.evolution import Evolution
 from experiments.pretrain.models import Model, bits_of, make_model, sample
-from experiments.pretrain.samples import add_sample
 from experiments.pretrain.train import in_words, job, train
 from experiments.run.cli import main
 from experiments.run.metrics import read_metrics
+from experiments.run.samples import add_sample
 
 TINY = PRESETS["tiny"]
 MODELS = ("egg", "float-egg", "gru", "transformer")
@@ -295,6 +295,25 @@ def test_a_run_is_reported_evaluated_and_exported(
     tensors = load_file(tmp_path / "params.safetensors")
     assert {x.dtype for x in tensors.values()} == {np.dtype(np.int8)}
     assert tensors["layers/w1"].shape == (1, 16, 64)
+
+
+def test_a_run_is_sampled(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", str(run), "--prompt", "def ", "import ", "--length", "9"]
+    told = []
+    for seed in ("0", "0", "1"):
+        assert main([*words, "--seed", seed]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] != told[2]
+    assert told[0].startswith("def ") and "\n\nimport " in told[0]
+    greedy = []
+    for seed in ("0", "1"):
+        assert main([*words, "--seed", seed, "--temperature", "0"]) == 0
+        greedy.append(capsys.readouterr().out)
+    assert greedy[0] == greedy[1]
+    assert main(["sample", str(run), "--temperature", "-1"]) == 2
+    assert "--temperature -1.0: choose 0 or a positive number" in capsys.readouterr().err
+    assert main(["sample", str(run), "--length", "0"]) == 2
+    assert "--length 0: choose a whole number" in capsys.readouterr().err
 
 
 def test_what_was_learned_is_told_by_the_anchors() -> None:

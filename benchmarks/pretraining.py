@@ -1,0 +1,136 @@
+"""Integer language models by population, by rule of the update, and beside models in floats.
+
+    python -m benchmarks.pretraining population      # a table, and population.png
+    python -m benchmarks.pretraining rules           # threshold, error feedback, momentum
+    python -m benchmarks.pretraining baselines       # presets in floats, and other optimizers
+
+Every line is one run of `eggroll pretrain` in a folder of its own; where an earlier call left it
+unfinished it is continued. Seconds are of training, so nothing else should run beside.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.run.metrics import read_metrics
+from experiments.run.plots import GREY, HELD_OUT, POPULATION, finish
+
+Runs = dict[str, list[str]]
+
+# A third of laptop's bytes at 4096 members; the updates are equal, so that bytes grow with the population.
+SHORT = ["--preset", "laptop", "--generations", "320"]
+POPULATIONS: Runs = {
+    str(n): [*SHORT, "--population", str(n)] for n in (256, 512, 1024, 2048, 4096, 8192, 16384)
+}
+RULES: Runs = {
+    f"{rule}, {alpha}": [*SHORT, "--population", "4096", "--update", rule, "--alpha", alpha]
+    for rule, alphas in {
+        "threshold": ("1", "0.3"),
+        "error_feedback": ("1", "0.3", "0.1"),
+        "momentum": ("1", "0.3", "0.1", "0.03"),
+    }.items()
+    for alpha in alphas
+}
+PRESETS = ("laptop", "float-es", "gru-sgd", "gru-adamw", "transformer-sgd", "transformer-adamw")
+RATES = {"lion": "0.003", "adamp": "0.03", "frugal": "0.03"}
+BASELINES: Runs = {
+    **{name: ["--preset", name] for name in PRESETS},
+    **{
+        f"gru-{name}": [
+            "--preset",
+            "gru-adamw",
+            "--optimizer",
+            f"optim.{name}",
+            "--learning-rate",
+            r,
+        ]
+        for name, r in RATES.items()
+    },
+}
+PARTS = {"population": POPULATIONS, "rules": RULES, "baselines": BASELINES}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("--only", nargs="+", metavar="LINE", help="some lines of the part")
+    parser.add_argument("--out", type=Path, default=Path("runs/pretraining"))
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="for every run")
+    options = parser.parse_args(argv)
+    lines = PARTS[options.part]
+    unknown = set(options.only or ()) - set(lines)
+    if unknown:
+        parser.error(f"--only {min(unknown)!r}: the lines of this part are {', '.join(lines)}")
+    print("| run | weights | updates | bytes read | bits per byte | seconds |\n" + "|---" * 6 + "|")
+    results = {}
+    for name in options.only or lines:
+        folder = options.out / options.part / name.replace(", ", "-")
+        results[name] = run([*lines[name], *options.flags], folder)
+        print(line(name, results[name]), flush=True)
+    if options.part == "population":
+        draw(results, options.out / "population.png")
+
+
+def run(flags: list[str], folder: Path) -> dict[str, Any]:
+    """The result of one run, unless it is there already."""
+    if not (folder / "result.json").exists():
+        command = [sys.executable, "-m", "experiments.run.cli", "pretrain", *flags]
+        done = subprocess.run([*command, "--run-dir", str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command[3:])}: {done.stderr.strip()}")
+    rows = read_metrics(folder / "metrics.jsonl")
+    return {**json.loads((folder / "result.json").read_text()), "rows": rows}
+
+
+def line(name: str, result: dict[str, Any]) -> str:
+    """A row of the table."""
+    bits, seconds = result["held_out_bits_per_byte"], result["timing"]["training"]
+    counts = f"{result['parameters']:,} | {result['generations']:,} | {result['tokens']:,}"
+    return f"| {name} | {counts} | {bits:.3f} | {seconds:.0f} |"
+
+
+def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Bits per byte against the population, after all updates and after half of them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    sizes = [int(name) for name in results]
+    half = max(r["generations"] for r in results.values()) // 2
+    for label, color, values in (
+        (f"after {half} updates", POPULATION, [at(r["rows"], half) for r in results.values()]),
+        (
+            f"after {2 * half} updates",
+            HELD_OUT,
+            [r["held_out_bits_per_byte"] for r in results.values()],
+        ),
+    ):
+        axes.plot(sizes, values, marker="o", color=color, label=label)
+    for name, bits in next(iter(results.values()))["anchors"].items():
+        if name in ("unigram", "bigram"):
+            axes.axhline(bits, color=GREY, lw=0.8, ls=":", zorder=0)
+            where = axes.get_yaxis_transform()
+            axes.text(0, bits, name, transform=where, va="bottom", fontsize=8, color=GREY)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    axes.set_xlabel("members of a generation")
+    axes.set_ylabel("bits per byte of held-out text")
+    axes.set_title("Larger populations learn more in as many updates", loc="left", fontsize=11)
+    finish(axes)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def at(rows: Sequence[dict[str, Any]], generation: int) -> float:
+    """What was measured last, up to a generation."""
+    measured = [r for r in rows if r["held_out_bits_per_byte"] is not None]
+    return [r["held_out_bits_per_byte"] for r in measured if r["generation"] <= generation][-1]
+
+
+if __name__ == "__main__":
+    main()
