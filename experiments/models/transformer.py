@@ -1,22 +1,71 @@
-"""A decoder of the Llama family as plain functions of a tree of parameters.
+"""A decoder of the Llama, Qwen2 and Qwen3 family as plain functions of a tree of parameters.
 
 Names of settings and parameters are those of Hugging Face's Llama, with two differences: matrices are
 ``[inputs, outputs]``, applied as ``x @ w``, and those of all layers are stacked, so that one compiled
-layer runs as a scan over the leading axis.
+layer runs as a scan over the leading axis. Qwen2 adds biases to queries, keys and values (``qkv_bias``),
+Qwen3 an RMSNorm of every head of queries and keys (``qk_norm``).
 
-Touvron et al., "LLaMA", arXiv 2302.13971; rotary positions: Su et al., arXiv 2104.09864; RMSNorm: Zhang
+`apply` reads whole texts; `prefill` and `decode` write, one token at a time, with the keys and values of
+earlier tokens in a `Cache`. Parameters enter products, look-ups, sums and norms alone, so that evolution
+strategies perturb them at low rank (`plan`) without building one member's matrices.
+
+Touvron et al., "LLaMA", arXiv 2302.13971; rotary positions: Su et al., arXiv 2104.09864, stretched ones:
+Grattafiori et al., arXiv 2407.21783 (Llama 3) and Chen et al., arXiv 2306.15595 (linear); RMSNorm: Zhang
 and Sennrich, arXiv 1910.07467; SwiGLU: Shazeer, arXiv 2002.05202; grouped queries: Ainslie et al., arXiv
-2305.13245.
+2305.13245; Qwen2: arXiv 2407.10671; Qwen3: arXiv 2505.09388.
 """
 
+import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from eggroll.plan import Dense, Frozen, Matrix, Plan, Planner, Treatment, by_shape, leaf_paths
+
 Params = dict[str, Any]
+
+# What `plan` freezes unless told otherwise.
+GROUPS = ("embeddings", "head", "vectors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary positions of a model whose context was stretched; names are those of Hugging Face.
+
+    Attributes:
+        rope_type: "linear" divides all positions by factor; "llama3" does so for wavelengths above
+            original_max_position_embeddings / low_freq_factor, leaves those below
+            original_max_position_embeddings / high_freq_factor alone, and goes over smoothly in between.
+        factor: how many times the context was stretched.
+        low_freq_factor: of "llama3" alone, as are the two below.
+        high_freq_factor: above low_freq_factor.
+        original_max_position_embeddings: the context before it was stretched.
+
+    Raises:
+        ValueError: for another rope_type, or factors out of range.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise ValueError(
+                f"rope_type {self.rope_type!r} is not supported; 'default', 'linear' and 'llama3' are"
+            )
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise ValueError(
+                f"factor {self.factor}, low_freq_factor {self.low_freq_factor} and high_freq_factor "
+                f"{self.high_freq_factor} of rope_scaling must be positive, the last above the second"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +81,10 @@ class TransformerConfig:
         num_key_value_heads: heads of keys and values, each for as many of the queries' as fit; as many
             as there are by default.
         head_dim: width of a head, an even number; hidden_size / num_attention_heads by default.
+        qkv_bias: queries, keys and values have biases (Qwen2).
+        qk_norm: every head of queries and keys is normalised before it turns (Qwen3).
         rope_theta: base of the wavelengths of rotary positions.
+        rope_scaling: how they were stretched, if they were.
         rms_norm_eps: added to the mean square.
         tie_word_embeddings: the head is the transposed embedding.
         initializer_range: standard deviation of all matrices at the start.
@@ -48,7 +100,10 @@ class TransformerConfig:
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
@@ -78,8 +133,31 @@ class TransformerConfig:
         return self.num_key_value_heads or self.num_attention_heads
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["keys", "values", "length"],
+    meta_fields=["prompt_slots"],
+)
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens of one sequence; a tree, to be mapped over many.
+
+    Attributes:
+        keys: ``[layers, slots, kv_heads, width]``; the prompt, right-padded, then what was generated.
+        values: of the same shape.
+        length: int32 ``[]``, the prompt's tokens without the padding.
+        prompt_slots: slots of the padded prompt; a number of the program, not an array.
+    """
+
+    # No shapes here: where trees are mapped, something else than arrays stands in their place.
+    keys: Any
+    values: Any
+    length: Any
+    prompt_slots: int
+
+
 def init(key: Key[Array, ""], config: TransformerConfig) -> Params:
-    """Parameters as Hugging Face begins with them: normal matrices, norms of ones; float32.
+    """Parameters as Hugging Face begins with them: normal matrices, norms 1, biases 0; float32.
 
     Args:
         key: decides the matrices.
@@ -115,8 +193,15 @@ def init(key: Key[Array, ""], config: TransformerConfig) -> Params:
     head = drawn.pop("lm_head")
     if not config.tie_word_embeddings:
         params["lm_head"] = head
-    norms = ("input_layernorm", "post_attention_layernorm")
-    return {**params, "layers": {**drawn, **{name: jnp.ones((depth, hidden)) for name in norms}}}
+    vectors = {
+        name: jnp.ones((depth, hidden)) for name in ("input_layernorm", "post_attention_layernorm")
+    }
+    if config.qkv_bias:
+        sizes = {"q_bias": queries, "k_bias": keys, "v_bias": keys}
+        vectors |= {name: jnp.zeros((depth, size)) for name, size in sizes.items()}
+    if config.qk_norm:
+        vectors |= {name: jnp.ones((depth, config.width)) for name in ("q_norm", "k_norm")}
+    return {**params, "layers": {**drawn, **vectors}}
 
 
 def apply(
@@ -160,34 +245,278 @@ def apply(
         >>> losses[0] > 1.9, losses[-1] < 0.1
         (True, True)
     """
+    x, _ = _read(params, tokens, config, unroll)
+    return _logits(params, x, config)
+
+
+def prefill(
+    params: Params,
+    tokens: Int[Array, "prompt_slots"],
+    length: Int[Array, ""] | int,
+    config: TransformerConfig,
+    slots: int,
+) -> tuple[Float[Array, "vocab"], Cache]:
+    """Reads a prompt; `decode` goes on from there.
+
+    Args:
+        params: of :func:`init`.
+        tokens: the prompt, padded behind its end with whatever tokens.
+        length: its tokens without the padding, at least 1.
+        config: of the parameters.
+        slots: room in the cache: those of the padded prompt, and one for each token to be decoded.
+
+    Returns:
+        Logits of the first token after the prompt, and the cache.
+
+    Raises:
+        ValueError: for fewer slots than the padded prompt has.
+
+    Example:
+        Two prompts of different lengths, and four more tokens of each.
+
+        >>> config = TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
+        ...                            num_hidden_layers=2, num_attention_heads=2)
+        >>> params = init(jax.random.key(0), config)
+        >>> def write(prompt, length):
+        ...     logits, cache = prefill(params, prompt, length, config, slots=3 + 4)
+        ...     def one(carry, t):
+        ...         logits, cache = carry
+        ...         token = logits.argmax()
+        ...         return decode(params, cache, token, t, config), token
+        ...     return jax.lax.scan(one, (logits, cache), jnp.arange(4))[1]
+        >>> jax.vmap(write)(jnp.array([[1, 2, 3], [4, 0, 0]]), jnp.array([3, 1])).shape
+        (2, 4)
+    """
+    prompt_slots = tokens.shape[0]
+    if slots < prompt_slots:
+        raise ValueError(f"slots={slots} is less than the {prompt_slots} of the padded prompt")
+    x, kept = _read(params, tokens, config, keep=True)
+    # What is behind the end of the prompt is never seen by it, and `decode` looks past it.
+    keys, values = (jnp.pad(y, [(0, 0), (0, slots - prompt_slots), (0, 0), (0, 0)]) for y in kept)
+    length = jnp.asarray(length, jnp.int32)
+    last = lax.dynamic_slice_in_dim(x, length - 1, 1)
+    return _logits(params, last, config)[0], Cache(keys, values, length, prompt_slots)
+
+
+def decode(
+    params: Params,
+    cache: Cache,
+    token: Int[Array, ""],
+    t: Int[Array, ""] | int,
+    config: TransformerConfig,
+) -> tuple[Float[Array, "vocab"], Cache]:
+    """Reads the t-th token after the prompt.
+
+    Args:
+        params: of :func:`init`.
+        cache: of :func:`prefill`, or of the token before.
+        token: the token that was chosen.
+        t: 0 for the first after the prompt, and so on, below slots - prompt_slots. Under a vmap over
+            sequences it is one number for all of them, whatever their lengths: they write to one slot
+            then, which is cheap, where a slot of each one's own is not.
+        config: of the parameters.
+
+    Returns:
+        Logits of the token after it, and the cache with its keys and values.
+    """
+    slot = cache.prompt_slots + jnp.asarray(t, jnp.int32)
+    at = jnp.arange(cache.keys.shape[1])
+    visible = (at < cache.length) | ((at >= cache.prompt_slots) & (at <= slot))
+    position = (cache.length + t)[None]
+
+    def block(
+        carry: tuple[Array, Array, Array], scanned: tuple[Array, Params]
+    ) -> tuple[tuple[Array, Array, Array], None]:
+        # The cache is carried, not scanned over: one slot is written in place, and under a vmap no
+        # axes are moved.
+        (x, keys, values), (i, layer) = carry, scanned
+        q, k, v = _project(layer, x, position, config)
+        keys = lax.dynamic_update_slice(keys, k[None], (i, slot, 0, 0))
+        values = lax.dynamic_update_slice(values, v[None], (i, slot, 0, 0))
+        here = lambda whole: lax.dynamic_index_in_dim(whole, i, keepdims=False)
+        x = _finish(layer, x, attend(q, here(keys), here(values), visible[None]), config)
+        return (x, keys, values), None
+
+    layers = jnp.arange(config.num_hidden_layers), params["layers"]
+    carry = (_embed(params, token[None]), cache.keys, cache.values)
+    (x, keys, values), _ = lax.scan(block, carry, layers)
+    return _logits(params, x, config)[0], Cache(keys, values, cache.length, cache.prompt_slots)
+
+
+def quantise(params: Params) -> Params:
+    """The same model with its matrices in int8, a quarter of float32's bytes; norms and biases stay.
+
+    A matrix becomes ``{"int8": matrix, "scale": float32}``, where each output (of the embedding: each
+    token) has a scale, its largest absolute entry over 127. Products are ``(x @ int8) * scale``.
+
+    Evolution strategies perturb float parameters here: the scales and, if wanted, vectors. The int8
+    matrices themselves are constants: the library has no float noise for int8 parameters beside float
+    ones, and `plan` leaves them frozen.
+
+    Args:
+        params: of :func:`init`, in any float dtype.
+
+    Example:
+        >>> config = TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
+        ...                            num_hidden_layers=3, num_attention_heads=2)
+        >>> small = quantise(init(jax.random.key(0), config))
+        >>> jax.tree.map(lambda x: (str(x.dtype), x.shape), small["layers"]["up_proj"])
+        {'int8': ('int8', (3, 8, 12)), 'scale': ('float32', (3, 12))}
+    """
+
+    def rounded(name: str, w: Array) -> dict[str, Array]:
+        axis = -1 if name == "embed_tokens" else -2
+        w = w.astype(jnp.float32)
+        scale = jnp.abs(w).max(axis, keepdims=True) / 127
+        whole = jnp.round(w / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
+        return {"int8": whole, "scale": scale.squeeze(axis)}
+
+    def each(tree: Params) -> Params:
+        is_matrix = lambda name: name.endswith("_proj") or name in ("embed_tokens", "lm_head")
+        return {k: rounded(k, leaf) if is_matrix(k) else leaf for k, leaf in tree.items()}
+
+    return {**each(params), "layers": each(params["layers"])}
+
+
+def plan(train: Collection[str] = ()) -> Planner:
+    """Which parameters an `EvolutionStrategy` trains, and by which noise.
+
+    The matrices of the layers get low-rank noise, each layer its own. Of a quantised model their scales
+    get dense noise of sigma / 127, which moves the largest entries of a matrix by sigma. The rest is
+    frozen, as arXiv 2511.16652 has it for language models, unless it is named.
+
+    Args:
+        train: any of "embeddings", "head", "vectors" (norms and biases).
+
+    Raises:
+        ValueError: for another name, and (when used) for the head of a model without one of its own.
+
+    Example:
+        >>> config = TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
+        ...                            num_hidden_layers=3, num_attention_heads=2)
+        >>> leaves = plan(train=["vectors"])(init(jax.random.key(0), config), rank=1)
+        >>> leaves["layers/up_proj"].treatment
+        Matrix(rows=(1,), columns=(2,), batch=(0,), rank=1, sigma=1.0)
+        >>> leaves["norm"].treatment, leaves["embed_tokens"].treatment
+        (Dense(sigma=1.0), Frozen())
+    """
+    for name in train:
+        if name not in GROUPS:
+            raise ValueError(
+                f"train names {name!r}; any of {', '.join(map(repr, GROUPS))} is right"
+            )
+
+    def treatment(path: str) -> Treatment:
+        groups = {"embed_tokens": "embeddings", "lm_head": "head"}
+        top, in_layers = path.split("/")[0], "_proj" in path
+        if not in_layers and groups.get(top, "vectors") not in train:
+            return Frozen()
+        if path.endswith("/int8"):
+            return Frozen()
+        if path.endswith("/scale"):
+            return Dense(sigma=1 / 127)
+        if in_layers:
+            return Matrix(rows=1, columns=2, batch=0)
+        return Matrix(rows=0, columns=1) if top in groups else Dense()
+
+    def planner(params: Params, rank: Any) -> Plan:
+        if "head" in train and "lm_head" not in params:
+            raise ValueError(
+                "train names 'head', but the head is the embedding: name 'embeddings' instead"
+            )
+        return by_shape({path: treatment(path) for path, _ in leaf_paths(params)})(params, rank)
+
+    return planner
+
+
+# ---------------------------------------------------------------- the parts of a layer
+
+
+def _read(
+    params: Params,
+    tokens: Int[Array, "*batch length"],
+    config: TransformerConfig,
+    unroll: int = 1,
+    keep: bool = False,
+) -> tuple[Float[Array, "*batch length hidden"], Any]:
+    """The residual stream after all layers; every token looks at itself and those before it.
+
+    Args:
+        params: of :func:`init`.
+        tokens: of whole texts.
+        config: of the parameters.
+        unroll: layers to a step of the scan.
+        keep: also return keys and values, ``[layers, *batch, length, kv_heads, width]``.
+    """
     positions = jnp.arange(tokens.shape[-1])
+    visible = positions[:, None] >= positions
 
-    def block(x: Array, layer: Params) -> tuple[Array, None]:
-        x = x + attention(
-            layer, rms_norm(x, layer["input_layernorm"], config.rms_norm_eps), positions, config
-        )
-        x = x + mlp(layer, rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps))
-        return x, None
+    def block(x: Array, layer: Params) -> tuple[Array, Any]:
+        q, k, v = _project(layer, x, positions, config)
+        return _finish(layer, x, attend(q, k, v, visible), config), (k, v) if keep else None
 
-    x, _ = jax.lax.scan(block, params["embed_tokens"][tokens], params["layers"], unroll=unroll)
+    return lax.scan(block, _embed(params, tokens), params["layers"], unroll=unroll)
+
+
+def _embed(
+    params: Params, tokens: Int[Array, "*batch length"]
+) -> Float[Array, "*batch length hidden"]:
+    table = params["embed_tokens"]
+    if isinstance(table, dict):
+        rows = table["int8"][tokens] * table["scale"][tokens][..., None]
+        return rows.astype(params["norm"].dtype)
+    return table[tokens]
+
+
+def _logits(
+    params: Params, x: Float[Array, "*batch hidden"], config: TransformerConfig
+) -> Float[Array, "*batch vocab"]:
     x = rms_norm(x, params["norm"], config.rms_norm_eps)
-    head = params["embed_tokens"].T if config.tie_word_embeddings else params["lm_head"]
-    return linear(x, head)
+    if not config.tie_word_embeddings:
+        return linear(x, params["lm_head"])
+    table = params["embed_tokens"]
+    if isinstance(table, dict):
+        return linear(x, {"int8": table["int8"].T, "scale": table["scale"]})
+    return linear(x, table.T)
 
 
-def attention(
+def _project(
     layer: Params,
     x: Float[Array, "*batch length hidden"],
     positions: Int[Array, "length"],
     config: TransformerConfig,
+) -> tuple[
+    Float[Array, "*batch length heads width"],
+    Float[Array, "*batch length kv_heads width"],
+    Float[Array, "*batch length kv_heads width"],
+]:
+    """Queries, keys and values of a layer, turned to their positions."""
+    x = rms_norm(x, layer["input_layernorm"], config.rms_norm_eps)
+
+    def heads(name: str, count: int) -> Array:
+        y = linear(x, layer[f"{name}_proj"])
+        if config.qkv_bias:
+            y = y + layer[f"{name}_bias"]
+        y = y.reshape(*x.shape[:-1], count, config.width)
+        if name == "v":
+            return y
+        if config.qk_norm:
+            y = rms_norm(y, layer[f"{name}_norm"], config.rms_norm_eps)
+        return rotate(y, positions, config.rope_theta, config.rope_scaling)
+
+    kv = config.kv_heads
+    return heads("q", config.num_attention_heads), heads("k", kv), heads("v", kv)
+
+
+def _finish(
+    layer: Params,
+    x: Float[Array, "*batch length hidden"],
+    seen: Float[Array, "*batch length heads width"],
+    config: TransformerConfig,
 ) -> Float[Array, "*batch length hidden"]:
-    """Every token looks at itself and those before it."""
-    heads = lambda name, count: linear(x, layer[name]).reshape(*x.shape[:-1], count, config.width)
-    q = rotate(heads("q_proj", config.num_attention_heads), positions, config.rope_theta)
-    k = rotate(heads("k_proj", config.kv_heads), positions, config.rope_theta)
-    v = heads("v_proj", config.kv_heads)
-    seen = attend(q, k, v, positions[:, None] >= positions)
-    return linear(seen.reshape(*x.shape[:-1], -1), layer["o_proj"])
+    """The rest of a layer: what attention has seen, and the MLP."""
+    x = x + linear(seen.reshape(*x.shape[:-1], -1), layer["o_proj"])
+    return x + mlp(layer, rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps))
 
 
 def attend(
@@ -218,11 +547,16 @@ def mlp(layer: Params, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch
 
 
 def linear(
-    x: Float[Array, "*batch inputs"], w: Float[Array, "inputs outputs"]
+    x: Float[Array, "*batch inputs"], w: Float[Array, "inputs outputs"] | dict[str, Array]
 ) -> Float[Array, "*batch outputs"]:
     """``x @ w``, with all rows of x in one axis: the gradient takes less time on a CPU so, as it is a
-    product of two matrices."""
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+    product of two matrices. ``w`` may be one of :func:`quantise`."""
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(w, dict):
+        y = ((rows @ w["int8"].astype(x.dtype)) * w["scale"]).astype(x.dtype)
+    else:
+        y = rows @ w
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def rms_norm(
@@ -238,13 +572,27 @@ def rotate(
     x: Float[Array, "*#batch length heads width"],
     positions: Int[Array, "*#batch length"],
     theta: float,
+    scaling: RopeScaling | None = None,
 ) -> Float[Array, "*#batch length heads width"]:
     """Rotary positions: entries i and i + width/2 of each head turn by position * theta^(-2i/width).
 
     The product of a turned query with a turned key depends on nothing but how far apart they stand.
     """
     half = x.shape[-1] // 2
-    angles = positions[..., None, None] * theta ** (-jnp.arange(half) / half)
+    frequencies = theta ** (-jnp.arange(half) / half)
+    if scaling is not None:
+        frequencies = _stretched(frequencies, scaling)
+    angles = positions[..., None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _stretched(frequencies: Float[Array, "half"], scaling: RopeScaling) -> Float[Array, "half"]:
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    # How many waves the original context held decides how much of the frequency is kept.
+    waves = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((waves - low) / (high - low), 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)

@@ -1,4 +1,4 @@
-"""The decoder against a slow float64 one, its causality and positions, and EGGROLL on it."""
+"""The decoder against a slow float64 one, its causality and positions, its cache, and EGGROLL on it."""
 
 import dataclasses
 import functools
@@ -11,14 +11,59 @@ import optax
 import pytest
 
 import eggroll
-from experiments.models.transformer import TransformerConfig, apply, attend, init, rotate
+from experiments.models.transformer import (
+    GROUPS,
+    RopeScaling,
+    TransformerConfig,
+    apply,
+    attend,
+    decode,
+    init,
+    plan,
+    prefill,
+    quantise,
+    rotate,
+)
 
 CONFIG = TransformerConfig(
     vocab_size=11, hidden_size=16, intermediate_size=20, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
 )  # fmt: skip
+QWEN2 = dataclasses.replace(CONFIG, qkv_bias=True, tie_word_embeddings=True)
+QWEN3 = dataclasses.replace(CONFIG, qk_norm=True, head_dim=6, num_key_value_heads=1)
+FAMILY = pytest.mark.parametrize("config", [CONFIG, QWEN2, QWEN3], ids=["llama", "qwen2", "qwen3"])
 TOKENS = np.random.default_rng(0).integers(0, 11, (3, 6))
 run = functools.partial(jax.jit, static_argnums=2)(apply)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def random_params(config: TransformerConfig) -> Any:
+    """With norms other than 1 and biases other than 0."""
+    chance = iter(jax.random.split(jax.random.key(1), 20))
+    noisy = lambda x: x + 0.3 * jax.random.normal(next(chance), x.shape)
+    return jax.tree.map(noisy, init(jax.random.key(0), config))
+
+
+def read_on(params: Any, prompt: Any, length: Any, rest: Any, config: TransformerConfig) -> Any:
+    """Logits [1 + rest, vocab] after a prompt and each of the tokens behind it, by the cache."""
+    first, cache = prefill(params, prompt, length, config, len(prompt) + len(rest))
+
+    def one(cache: Any, step: Any) -> Any:
+        logits, cache = decode(params, cache, step[1], step[0], config)
+        return cache, logits
+
+    steps = jnp.arange(len(rest)), jnp.asarray(rest)
+    return jnp.concatenate([first[None], jax.lax.scan(one, cache, steps)[1]])
+
+
+PROMPTS, LENGTHS, REST = TOKENS[:, :4], np.array([1, 4, 3]), np.array([3, 0, 7])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def read_all(params: Any, config: TransformerConfig) -> Any:
+    """Logits [prompts, 1 + rest, vocab]."""
+    one = lambda prompt, length: read_on(params, prompt, length, REST, config)
+    return jax.vmap(one)(PROMPTS, LENGTHS)
 
 
 def reference(params: Any, tokens: np.ndarray, config: TransformerConfig) -> np.ndarray:
@@ -67,10 +112,7 @@ def reference(params: Any, tokens: np.ndarray, config: TransformerConfig) -> np.
 )
 def test_it_is_the_slow_one(changes: dict[str, Any]) -> None:
     config = dataclasses.replace(CONFIG, **changes)
-    params = init(jax.random.key(0), config)
-    chance = iter(jax.random.split(jax.random.key(1), 20))
-    noisy = lambda x: x + 0.3 * jax.random.normal(next(chance), x.shape)  # norms other than 1
-    params = jax.tree.map(noisy, params)
+    params = random_params(config)
     assert ("lm_head" in params) == (not config.tie_word_embeddings)
     logits = run(params, TOKENS, config)
     assert logits.shape == (3, 6, 11)
@@ -122,10 +164,14 @@ def test_bfloat16_stays_bfloat16() -> None:
         (dict(hidden_size=18), "hidden_size 18 is no multiple of num_attention_heads 4"),
         (dict(head_dim=3), "heads are 3 wide: rotary positions need an even head_dim"),
         (dict(num_key_value_heads=3), "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        (dict(rope_scaling=dict(rope_type="yarn", factor=2.0)), "rope_type 'yarn' is not supported"),
+        (dict(rope_scaling=dict(rope_type="linear", factor=0.0)), "factor 0.0, .* must be positive"),
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
+        if "rope_scaling" in changes:
+            changes = dict(rope_scaling=RopeScaling(**changes["rope_scaling"]))
         dataclasses.replace(CONFIG, **changes)
 
 
@@ -149,3 +195,95 @@ def test_eggroll_trains_it_and_builds_nothing() -> None:
     before = fitness(es.params(state), None, tokens)
     state = es.optimize(state, fitness, 30, tokens)
     assert fitness(es.params(state), None, tokens) > before + 1
+
+
+@FAMILY
+def test_prompts_of_any_length_are_read_on_from_a_cache(config: TransformerConfig) -> None:
+    """What stands behind the end of a prompt is not seen, and positions go on from its end."""
+    params = random_params(config)
+    logits = read_all(params, config)
+    assert logits.shape == (3, 4, 11)
+    for prompt, length, one in zip(PROMPTS, LENGTHS, logits, strict=True):
+        text = np.concatenate([prompt[:length], REST, np.zeros(4 - length, int)])
+        right = run(params, text, config)[length - 1 : length + 3]
+        np.testing.assert_allclose(one, right, atol=1e-5)
+
+
+def test_a_cache_without_room_for_the_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="slots=3 is less than the 4 of the padded prompt"):
+        prefill(init(jax.random.key(0), CONFIG), jnp.arange(4), 2, CONFIG, slots=3)
+
+
+@FAMILY
+def test_perturbed_members_decode_as_built_ones_do(config: TransformerConfig) -> None:
+    """No member's matrices are built, and its logits are those of the built member."""
+    params = random_params(config)
+    groups = [name for name in GROUPS if name != "head" or not config.tie_word_embeddings]
+    es = eggroll.EvolutionStrategy(
+        optimizer=optax.sgd(0.1), population=4, sigma=0.1, plan=plan(groups), on_dense="error"
+    )
+    state = es.init(params, jax.random.key(2))
+    treatments = [leaf.treatment for leaf in es.plan_of(params).leaves]
+    assert not any(isinstance(one, eggroll.Frozen) for one in treatments)
+    members = es.map(state, lambda params, key: read_all(params, config))
+    for i in range(4):
+        right = read_all(es.member(state, i), config)
+        assert np.abs(right - read_all(params, config)).max() > 0.1
+        np.testing.assert_allclose(members[i], right, atol=2e-4)
+
+
+def test_a_quantised_model_is_close_and_its_scales_are_perturbed() -> None:
+    config = dataclasses.replace(QWEN2, initializer_range=0.1)
+    params = init(jax.random.key(0), config)
+    small = quantise(params)
+
+    def rebuilt(int8: Any, matrix: Any, axis: int) -> Any:
+        scale = jnp.expand_dims(int8["scale"], axis)
+        built = int8["int8"] * scale
+        # No entry is further off than half of a step.
+        assert (jnp.abs(built - matrix) <= 0.501 * scale).all()
+        return built
+
+    layers = {
+        name: rebuilt(int8, params["layers"][name], -2) if isinstance(int8, dict) else int8
+        for name, int8 in small["layers"].items()
+    }
+    table = rebuilt(small["embed_tokens"], params["embed_tokens"], -1)
+    built = {**params, "embed_tokens": table, "layers": layers}
+    logits, right = run(small, TOKENS, config), run(params, TOKENS, config)
+    np.testing.assert_allclose(logits, run(built, TOKENS, config), atol=1e-4)
+    assert 0 < jnp.abs(logits - right).max() < 0.02 * jnp.abs(right).max()
+
+    es = eggroll.EvolutionStrategy(
+        optimizer=optax.sgd(0.1), population=4, sigma=0.1, plan=plan(), on_dense="error"
+    )
+    state = es.init(small, jax.random.key(2))
+    trained = {leaf.path: leaf.sigma for leaf in es.plan_of(small).leaves if leaf.trainable}
+    assert set(trained.values()) == {1 / 127}
+    assert set(trained) == {f"layers/{name}/scale" for name in small["layers"] if "_proj" in name}
+    tokens = jnp.asarray(TOKENS)
+    members = es.map(state, lambda params, key: apply(params, tokens, config))
+    for i in range(4):
+        right = run(es.member(state, i), TOKENS, config)
+        np.testing.assert_allclose(members[i], right, atol=1e-4)
+    assert jnp.abs(members[0] - logits).max() > 0.01
+
+
+def test_a_plan_of_unknown_parts_is_refused() -> None:
+    with pytest.raises(ValueError, match="train names 'norms'; any of 'embeddings', 'head', "):
+        plan(["norms"])
+    with pytest.raises(ValueError, match="the head is the embedding: name 'embeddings' instead"):
+        plan(["head"])(init(jax.random.key(0), QWEN2), 1)
+
+
+def test_a_stretched_model_turns_slowly_where_waves_are_long() -> None:
+    """Of 4 wavelengths 6.3, 63, 628, 6283 with a context of 400: kept, kept, between, divided by 8."""
+    scaling = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=400)
+    scaling = dataclasses.replace(scaling, low_freq_factor=0.5, high_freq_factor=2.0)
+    x = jnp.ones((1, 1, 8))
+    turned = rotate(x, jnp.array([1]), 10000.0, scaling)[0, 0]
+    # cos - sin and cos + sin of the angle, which is below a right one.
+    angles = jnp.arctan2(turned[4:], turned[:4]) - jnp.pi / 4
+    kept = (400 / (2 * np.pi * 100) - 0.5) / 1.5
+    right = [1, 0.1, 0.01 * (kept + (1 - kept) / 8), 0.001 / 8]
+    np.testing.assert_allclose(angles, right, rtol=1e-3, atol=1e-7)
