@@ -14,7 +14,7 @@ help:
 	@echo "make setup   fill $(VENV) with the project and all that it needs"
 	@echo "make demo    train a CartPole policy without backpropagation; about a minute, most of it setup"
 	@echo "make test    all tests, doctests and notebooks (ARGS='-k noise' to choose)"
-	@echo "make oracles packages that some tests need (torch and its optimizers, wandb) and are skipped without"
+	@echo "make oracles packages that some tests need (torch, its optimizers and models, wandb) and are skipped without"
 	@echo "make lint    ruff            make types   mypy"
 	@echo "make bench   ratios of speed, in one run on this machine"
 	@echo "make soak    many more examples of every property, and what make test leaves out for its length"
@@ -26,10 +26,10 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "Python 3.11 or newer is needed, and $(or $(PYTHON),what is on PATH) is not (set PYTHON=)." >&2; exit 1; }
 	@set -e; if command -v uv >/dev/null 2>&1; then \
 		test -x $(BIN)/python || uv venv -q --python $(PYTHON) $(VENV); \
-		uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[rl,supervised,dev]'; \
+		uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[rl,supervised,reasoning,dev]'; \
 	else \
 		$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); \
-		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rl,supervised,dev]'; \
+		$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[rl,supervised,reasoning,dev]'; \
 	fi
 	@touch $@
 
@@ -39,7 +39,7 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) -rs $(ARGS)
 
-# What some tests compare with or log to, where it is installed: other people's optimizers, W&B. PyTorch
+# What some tests compare with or log to, where it is installed: other people's optimizers and models, W&B. PyTorch
 # first, by itself: what needs any PyTorch then finds this one. It asks for a newer setuptools than the pinned.
 oracles: setup
 	$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0

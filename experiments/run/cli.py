@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("eggroll", "experiments"):
             raise
-        need = f"the package {error.name!r} is missing: pip install 'eggroll-jax[rl,supervised]'"
+        need = f"the package {error.name!r} is missing: pip install 'eggroll-jax[rl,supervised,reasoning]'"
         return _fail(name, need)
     except RunError as error:
         _fail(name, "\n".join([str(error), *notes(error)]))
@@ -149,6 +149,13 @@ def _export(args: Sequence[str]) -> int:
     return 0
 
 
+def _sample(args: Sequence[str]) -> int:
+    from experiments.run.drivers import SampleSettings, sample
+
+    print(sample(_plain_cli(SampleSettings, args, "eggroll sample")))
+    return 0
+
+
 def _doctor(args: Sequence[str]) -> int:
     if args:
         raise UsageError(f"takes no options, but got {args[0]!r}")
@@ -184,6 +191,10 @@ COMMANDS = {
         "pretrain a language model of bytes, in int8 or in floats",
         functools.partial(_train, "pretrain"),
     ),
+    "reasoning": Command(
+        "fine-tune a language model on answers that can be checked",
+        functools.partial(_train, "reasoning"),
+    ),
     "supervised": Command("train a classifier of digits", functools.partial(_train, "supervised")),
     "optimizers": Command(
         "train by backpropagation, by any optimizer", functools.partial(_train, "optimizers")
@@ -191,6 +202,7 @@ COMMANDS = {
     "study": Command("compare optimizers, each at its best learning rate", _study),
     "report": Command("draw and compare the curves of runs", _report),
     "eval": Command("measure the newest checkpoint of a run", _eval),
+    "sample": Command("let the language model of a run write", _sample),
     "export": Command("write the trained parameters of a run as safetensors", _export),
     "doctor": Command("print versions and devices, and check that a small program runs", _doctor),
 }

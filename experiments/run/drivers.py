@@ -1,8 +1,9 @@
 """Which drivers there are, and how a finished run of any of them is found, evaluated and exported."""
 
 import importlib
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,11 @@ DRIVERS: Mapping[str, Driver] = {
         "experiments.pretrain.config",
         "experiments.pretrain.train",
     ),
+    "reasoning": Driver(
+        "fine-tune a language model on answers that can be checked",
+        "experiments.reasoning.config",
+        "experiments.reasoning.train",
+    ),
     "supervised": Driver(
         "train a classifier of digits",
         "experiments.supervised.config",
@@ -60,12 +66,29 @@ class EvalSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """Write the trained parameters of a run as safetensors, one tensor a leaf, named by its path."""
+    """Write the trained parameters of a run as safetensors: one tensor a leaf, named by its path, or (of
+    `eggroll reasoning`) a folder that other programs know."""
 
     run: Positional[Path]
     """The run folder."""
     to: Path | None = None
-    """The file; params.safetensors in the run folder by default."""
+    """The file, or folder; params.safetensors, or exported, in the run folder by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Let a language model write: that of a run, or of a folder that one was exported to."""
+
+    run: Positional[Path]
+    """The run folder, or a folder with a model."""
+    prompt: tuple[str, ...] = ("",)
+    """What the model goes on from; several texts are answered one after another."""
+    length: int | None = None
+    """Tokens (bytes, for those that read bytes) of an answer at most; by default as in training."""
+    temperature: float = 1.0
+    """Of sampling; 0 takes the likeliest token."""
+    seed: int = 0
+    """Decides what is drawn."""
 
 
 class Found(NamedTuple):
@@ -115,6 +138,34 @@ def evaluate(settings: EvalSettings) -> str:
     return "\n".join(lines)
 
 
+def sample(settings: SampleSettings) -> str:
+    """What the model writes after each prompt.
+
+    Raises:
+        UsageError: where there is no language model in the folder, or a setting cannot be right.
+    """
+    if settings.length is not None and settings.length < 1:
+        raise UsageError(f"--length {settings.length}: choose a whole number of at least 1")
+    if not (math.isfinite(settings.temperature) and settings.temperature >= 0):
+        raise UsageError(f"--temperature {settings.temperature}: choose 0 or a positive number")
+    if "driver" in read_config(settings.run):
+        run: Any = read_run(settings.run)
+    else:
+        # A model's folder: the driver that takes such ones has no run of it.
+        module, found = (importlib.import_module(m) for m in DRIVERS["reasoning"][:0:-1])
+        config = replace(found.PRESETS["tiny"], model=str(settings.run), max_new_tokens=64)
+        run = Found(config, module, 0, None)
+    if not hasattr(run.module, "write"):
+        raise UsageError(
+            f"{settings.run} is a run without a language model: there is none to sample"
+        )
+    written = run.module.write(
+        *(run.config, run.state, settings.prompt),
+        *(settings.length, settings.temperature, settings.seed),
+    )
+    return "\n\n".join(a + b for a, b in zip(settings.prompt, written, strict=True))
+
+
 def export(settings: ExportSettings) -> str:
     """Writes the file and says what is in it."""
     import jax
@@ -122,6 +173,8 @@ def export(settings: ExportSettings) -> str:
     from safetensors.numpy import save
 
     run = read_run(settings.run)
+    if hasattr(run.module, "save"):
+        return run.module.save(run.config, run.state, settings.to or settings.run / "exported")
     tree = jax.device_get(run.module.parameters(run.config, run.state))
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     tensors = {

@@ -1,0 +1,1 @@
+"""Tasks whose answers can be checked, rewards, and the processes that compute them."""

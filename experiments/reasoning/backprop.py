@@ -1,0 +1,167 @@
+"""Learning by backpropagation: GRPO from rewards of its own answers, SFT from worked solutions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from experiments.reasoning import diagnostics, grpo, sft
+from experiments.reasoning.config import Config
+from experiments.reasoning.engine import Completions, Prompts, generate
+from experiments.reasoning.examiner import Examiner, repeated, sampling_of
+from experiments.reasoning.start import Start
+from experiments.reasoning.tasks import Question
+from experiments.run.errors import UsageError
+
+
+class Backprop:
+    """What GRPO and SFT share: parameters and the state of an optimizer.
+
+    Args:
+        config: the settings.
+        begin: the model.
+    """
+
+    def __init__(self, config: Config, begin: Start) -> None:
+        self._config, self._begin = config, begin
+        rate, decay = config.learning_rate, config.learning_rate_decay
+        self._optimizer = sft.optimizer_of(
+            config.optimizer,
+            rate if decay == 1 else lambda count: rate * decay**count,
+            config.gradient_norm,
+        )
+
+    def start(self, seed: Array) -> Any:
+        """The state before generation 0."""
+        params = self._begin.params(seed)
+        return params, self._optimizer.init(params)
+
+    def params(self, state: Any) -> PyTree:
+        """The trained parameters."""
+        return state[0]
+
+
+class Supervised(Backprop):
+    """The likelihood of worked solutions is raised."""
+
+    def __init__(self, config: Config, begin: Start) -> None:
+        super().__init__(config, begin)
+        self._update = jax.jit(sft.make_update(begin.model, self._optimizer), donate_argnums=(0, 1))
+
+    def generation(
+        self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner
+    ) -> tuple[Any, dict[str, Any]]:
+        """One update by the solutions of the questions."""
+        examples = []
+        for question in questions:
+            trace = question.columns.get("trace")
+            if trace is None:
+                raise UsageError(
+                    f"--task {self._config.task}: it has no worked solutions to learn from; "
+                    "choose another --algorithm"
+                )
+            examples.append((examiner.prompt(question), self._begin.tokenizer.encode(trace)))
+        length = room(max(len(prompt) + len(trace) for prompt, trace in examples) + 1)
+        tokens, mask = sft.pack(examples, length, end=self._begin.tokenizer.eos[0])
+        params, inner, row = self._update(*state, tokens, mask)
+        return (params, inner), {**row, "generated_tokens": 0}
+
+
+class GroupPolicy(Backprop):
+    """GRPO: answers become likelier that have more reward than others to the same question."""
+
+    def __init__(self, config: Config, begin: Start) -> None:
+        super().__init__(config, begin)
+        own = config.grpo
+        constant = own.advantages == "dr_grpo"
+        self._settings = grpo.GRPO(
+            advantage=own.advantages,
+            clip_low=own.clip_low,
+            clip_high=own.clip_high,
+            beta=own.kl,
+            aggregation="constant" if constant else "sequence",
+            length=config.max_new_tokens if constant else None,
+            temperature=config.temperature,
+            epochs=own.epochs,
+            micro_batch=own.micro_batch,
+        )
+        update = grpo.make_update(begin.model, self._optimizer, self._settings)
+        self._update = jax.jit(update, donate_argnums=(0, 1))
+        self._reference = begin.params(jnp.int32(config.seed)) if own.kl else None
+
+    def generation(
+        self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner
+    ) -> tuple[Any, dict[str, Any]]:
+        """Answers, rewards, an update."""
+        config, model, group = self._config, self._begin.model, self._config.grpo.group
+        prompts = examiner.prompts(questions)
+        key = jax.random.fold_in(jax.random.key(config.seed), generation)
+        written = generate(
+            model,
+            state[0],
+            prompts,
+            key,
+            sampling_of(config),
+            self._begin.tokenizer.eos,
+            samples=group,
+        )
+        texts = examiner.texts(written)
+        handle = examiner.hand_in(texts, repeated(questions, group))
+        marks = examiner.marks(handle, (len(questions), group))
+        rollouts = grpo.prepare(
+            model,
+            state[0],
+            *joined(prompts, written),
+            marks.rewards,
+            self._settings,
+            self._reference,
+        )
+        params, inner, told = self._update(*state, rollouts)
+        parts = {name: table.T for name, table in marks.parts.items()}
+        row = diagnostics.summary(
+            marks.rewards.T,
+            None,
+            parts if len(parts) > 1 else None,
+            written.lengths.T,
+            written.ended.T,
+            written.entropy.T,
+        )
+        tokens = int(written.lengths.sum())
+        return (params, inner), {**told, **row, "generated_tokens": tokens}
+
+
+def joined(prompts: Prompts, written: Completions) -> sft.Packed:
+    """Prompts and their completions as texts to learn from, all samples of a prompt side by side.
+
+    Example:
+        >>> import numpy as np
+        >>> prompts = Prompts(np.array([[5, 6], [7, 0]]), np.array([2, 1]))
+        >>> one = np.array([[[1, 2]], [[3, 0]]])
+        >>> written = Completions(one, np.array([[2], [1]]), *[np.zeros((2, 1))] * 3)
+        >>> tokens, mask = joined(prompts, written)
+        >>> print(tokens[:, :4], mask.sum(1))
+        [[5 6 1 2]
+         [7 3 0 0]] [2 1]
+    """
+    tokens = written.tokens.reshape(-1, written.tokens.shape[-1])
+    lengths, samples = written.lengths.ravel(), written.lengths.shape[1]
+    examples = [
+        (
+            prompts.tokens[i // samples, : prompts.lengths[i // samples]].tolist(),
+            tokens[i, : lengths[i]].tolist(),
+        )
+        for i in range(len(tokens))
+    ]
+    return sft.pack(examples, room(int(prompts.lengths.max()) + tokens.shape[-1]))
+
+
+def room(length: int) -> int:
+    """Places for a text: a multiple of 16, so that few lengths are compiled.
+
+    Example:
+        >>> room(16), room(17)
+        (16, 32)
+    """
+    return -(-length // 16) * 16

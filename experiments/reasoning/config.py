@@ -1,0 +1,252 @@
+"""The settings of `eggroll reasoning`, and its presets. Imports nothing heavy."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments.run.errors import UsageError
+from experiments.run.settings import RunSettings, at_least_one, even, flag, fraction, positive
+
+PresetName = Literal[
+    "warm-start", "sft", "grpo", "eggroll", "dense-es", "rwkv7", "countdown", "gsm-symbolic", "tiny"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grpo:
+    """What only GRPO has."""
+
+    group: int = 8
+    """Completions of every prompt."""
+    advantages: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """How rewards are compared within a group."""
+    clip_low: float = 0.2
+    """The ratio of new and old probabilities counts down to 1 - clip_low."""
+    clip_high: float = 0.28
+    """... and up to 1 + clip_high."""
+    kl: float = 0.0
+    """Weight of the KL divergence from the model that training began with."""
+    epochs: int = 1
+    """Passes over the completions of a generation."""
+    micro_batch: int | None = None
+    """Completions whose gradient is taken at a time; None for all. Bounds memory, changes nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RunSettings):
+    """Fine-tune a language model on answers that can be checked, with or without backpropagation."""
+
+    preset: PresetName
+    """Where the other settings start from."""
+
+    model: str = "transformer"
+    """"transformer" or "rwkv7" for a new one; else a folder or hub id of the Llama, Qwen2 or Qwen3 family,
+    or a folder that RWKV-7 was exported to."""
+    start: Path | None = None
+    """Run folder of this driver whose model is trained on."""
+    layers: int = 4
+    """Blocks of a new model."""
+    width: int = 128
+    """Its width."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that are read; evolution strategies and backpropagation train float32 copies."""
+    quantised: bool = False
+    """Hold the matrices of a transformer in int8 and train their scales and all else."""
+    trained: tuple[str, ...] = ()
+    """What is trained beside the matrices of layers: any of "embeddings", "head", "vectors"."""
+    chat: bool = False
+    """Ask in the model's chat template."""
+
+    task: str = "countdown-easy"
+    """"sums", "countdown-easy", a task of reasoning-gym, or a file of questions that ends with .jsonl."""
+    task_settings: str = "{}"
+    """Its settings, as a JSON object."""
+    reward: str | None = None
+    """Rewards with weights, such as "countdown=1,format=0.1" or "my_rewards.py:score"; the task's own by
+    default."""
+    reward_workers: int = 2
+    """Processes that compute rewards; 0 for this one, without limits of time."""
+    reward_seconds: float = 5.0
+    """Seconds after which the reward of a completion is given up, which leaves the completion out."""
+    held_out_questions: int = 256
+    """Questions that are measured on, none of which is trained on."""
+
+    algorithm: Literal["eggroll", "grpo", "sft"] = "eggroll"
+    """"sft" is supervised, on worked solutions; "grpo" samples groups of answers and backpropagates."""
+    prompts: int = 16
+    """Questions of a generation."""
+    optimizer: str = "sgd"
+    """An optimizer of optax, or of this project as "optim.NAME"."""
+    learning_rate: float = 2e-4
+    """Its learning rate. SGD at 0.2 sigma^2 sqrt(population) moves weights by a fifth of sigma an update."""
+    learning_rate_decay: float = 1.0
+    """Factor on the learning rate after every generation."""
+    gradient_norm: float = 1.0
+    """Gradients of backpropagation are scaled down to this norm."""
+    grpo: Grpo = field(default_factory=Grpo)
+    """What only GRPO has."""
+
+    population: int = 64
+    """Members of a generation, which all answer its questions."""
+    rank: int | Literal["full"] = 1
+    """Rank of the noise on matrices; "full" is dense ES."""
+    sigma: float = 0.01
+    """Standard deviation of the noise."""
+    noise_reuse: int = 1
+    """Generations that see the same noise."""
+    memory_gib: float | None = None
+    """Memory that a population may take; by default nine tenths of the device's, half of a CPU's."""
+    chunk: int | None = None
+    """Members that write at a time, which changes nothing but rounding; by default as many as fit."""
+    prompt_chunk: int | None = None
+    """Questions answered at a time: rewards of some are computed while others are answered. By default as
+    many as fit."""
+    anchor: float = 0.0
+    """Share of the way back to the model that training began with, times the learning rate, an update."""
+    objective: Literal["mean", "best"] = "mean"
+    """Of several samples of a member for a question: their mean reward, or the best of them (pass@k)."""
+    samples: int = 1
+    """Completions of a member for each question."""
+
+    max_new_tokens: int = 40
+    """Tokens of a completion, at most."""
+    temperature: float = 0.0
+    """Of sampling in training; 0 takes the likeliest token. Measurements always do."""
+    top_k: int = 0
+    """Sample among so many of the likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+
+    def check(self) -> None:
+        """Raises UsageError for the first setting that cannot be right."""
+        self.check_run()
+        even(self, "population")
+        positive(self, "sigma", "learning_rate", "gradient_norm", "reward_seconds")
+        fraction(self, "learning_rate_decay", "top_p")
+        at_least_one(self, "layers", "width", "prompts", "noise_reuse", "chunk", "prompt_chunk")
+        at_least_one(self, "samples", "max_new_tokens", "held_out_questions", "rank")
+        if self.memory_gib is not None:
+            positive(self, "memory_gib")
+        at_least_one(self.grpo, "epochs", "micro_batch", prefix="grpo.")
+        if self.grpo.group < 2:
+            raise UsageError(
+                f"--grpo.group {self.grpo.group}: answers are compared with each other, so choose at least 2"
+            )
+        for name in ("temperature", "anchor"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{flag(name)} {value}: choose 0 or a positive number")
+        if self.chunk is not None and self.chunk % 2:
+            raise UsageError(f"--chunk {self.chunk}: pairs stay together, so choose an even number")
+        if self.top_k < 0 or self.reward_workers < 0:
+            name = "top_k" if self.top_k < 0 else "reward_workers"
+            raise UsageError(
+                f"{flag(name)} {getattr(self, name)}: choose 0 or a whole number above"
+            )
+        if self.algorithm == "grpo" and not self.temperature:
+            raise UsageError(
+                "--temperature 0: the answers of a group would all be the same; choose 1 for GRPO"
+            )
+        if self.samples > 1 and not self.temperature:
+            raise UsageError(
+                f"--samples {self.samples}: without --temperature they would all be the same"
+            )
+        self.task_arguments()
+
+    def task_arguments(self) -> dict[str, Any]:
+        """The settings of the task.
+
+        Raises:
+            UsageError: where they are no JSON object.
+        """
+        try:
+            found = json.loads(self.task_settings)
+        except ValueError as error:
+            raise UsageError(
+                f"--task-settings {self.task_settings!r} is no JSON: {error}"
+            ) from error
+        if not isinstance(found, dict):
+            raise UsageError(
+                f"--task-settings {self.task_settings!r}: an object such as '{{\"size\": 1000}}' is right"
+            )
+        return found
+
+
+def preset(name: PresetName, **settings: object) -> Config:
+    return Config(
+        preset=name,
+        run_dir=Path("runs/reasoning") / name,
+        **{"max_generations": 200, "evaluate_every": 10, **settings},  # type: ignore[arg-type]
+    )
+
+
+# A model of 1.2 million weights, and puzzles that a page of worked solutions teaches.
+SMALL: dict[str, object] = dict(layers=6, width=128, task="countdown-easy")
+SFT: dict[str, object] = dict(
+    algorithm="sft", optimizer="adamw", learning_rate=1e-3, prompts=64, evaluate_every=50
+)
+# What the four arms go on from.
+WARM: dict[str, object] = dict(**SMALL, start=Path("runs/reasoning/warm-start"))
+EVOLVED: dict[str, object] = dict(population=64, prompts=8, sigma=0.02, learning_rate=6e-4)
+
+PRESETS: dict[str, Config] = {
+    "warm-start": preset("warm-start", **SMALL, **SFT, max_generations=1000),
+    "sft": preset("sft", **WARM, **SFT, max_generations=1000),
+    "grpo": preset(
+        "grpo",
+        **WARM,
+        algorithm="grpo",
+        optimizer="adamw",
+        learning_rate=1e-4,
+        prompts=32,
+        temperature=1.0,
+    ),
+    "eggroll": preset("eggroll", **WARM, **EVOLVED),
+    "dense-es": preset("dense-es", **WARM, **EVOLVED, rank="full"),
+    "rwkv7": preset("rwkv7", **SMALL, **SFT, model="rwkv7", max_generations=1000),
+    # A model of the Hugging Face hub on one GPU. arXiv 2511.16652: sigma 7e-4 to 2e-3, rank 1, greedy.
+    "countdown": preset(
+        "countdown",
+        model="Qwen/Qwen3-0.6B",
+        task="countdown",
+        chat=True,
+        dtype="bfloat16",
+        population=512,
+        prompts=16,
+        prompt_chunk=4,
+        chunk=128,
+        sigma=1e-3,
+        learning_rate=5e-6,
+        max_new_tokens=512,
+    ),
+    "gsm-symbolic": preset(
+        "gsm-symbolic",
+        model="Qwen/Qwen3-0.6B",
+        task="gsm_symbolic",
+        chat=True,
+        dtype="bfloat16",
+        population=512,
+        prompts=16,
+        prompt_chunk=4,
+        chunk=128,
+        sigma=1e-3,
+        learning_rate=5e-6,
+        max_new_tokens=512,
+    ),
+    "tiny": preset(
+        "tiny",
+        layers=1,
+        width=16,
+        task="sums",
+        task_settings='{"digits": 1}',
+        population=8,
+        prompts=4,
+        max_new_tokens=6,
+        held_out_questions=4,
+        reward_workers=0,
+        max_generations=4,
+        evaluate_every=2,
+    ),
+}

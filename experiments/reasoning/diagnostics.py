@@ -1,0 +1,204 @@
+"""What tells early whether a population of language models learns, and from what.
+
+Reward may rise by the format alone, most questions may say nothing since all members agree, the members of
+a pair may write the same text, and most of an update may be lost to rounding: each has its number here.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Integer, PyTree
+
+Table = Float[Array | np.ndarray, "population prompts"]
+Texts = Sequence[Sequence[Any]]
+
+
+def summary(
+    rewards: Table,
+    completions: Texts | None = None,
+    parts: Mapping[str, Table] | None = None,
+    lengths: Integer[Array | np.ndarray, "population prompts"] | None = None,
+    ended: Bool[Array | np.ndarray, "population prompts"] | None = None,
+    entropies: Table | None = None,
+) -> dict[str, float]:
+    """A row of metrics; what is not given is not told.
+
+    Args:
+        rewards: NaN for those that are not known.
+        completions: ``[population, prompts]``, text or tokens; members 2p and 2p + 1 are a pair.
+        parts: the rewards that these are summed from, such as format and correctness, by name.
+        lengths: tokens of each completion.
+        ended: whether a completion ended by itself.
+        entropies: mean over each completion's tokens.
+
+    Example:
+        >>> rewards = np.array([[1.0, 0.0, 0.5], [1.0, 1.0, np.nan]])
+        >>> for name, value in summary(rewards, [["a", "b", "c"], ["a", "d", "c"]],
+        ...                            ended=np.array([[True, True, False], [True, True, True]])).items():
+        ...     print(f"{name} {value:.3f}")
+        reward_mean 0.700
+        reward_spread 0.354
+        no_signal 0.667
+        unknown_rewards 0.167
+        identical_pairs 0.667
+        ended 0.833
+    """
+    row = {
+        "reward_mean": _mean(rewards),
+        "reward_spread": spread(rewards),
+        "no_signal": no_signal(rewards),
+        "unknown_rewards": _mean(np.isnan(rewards)),
+    }
+    row |= {f"reward_{name}": _mean(part) for name, part in (parts or {}).items()}
+    if completions is not None:
+        row["identical_pairs"] = identical_pairs(completions)
+    others = {"length": lengths, "ended": ended, "entropy": entropies}
+    return row | {name: _mean(table) for name, table in others.items() if table is not None}
+
+
+def spread(rewards: Table) -> float:
+    """Standard deviation of the members' rewards on a prompt (ddof 1), a mean over prompts.
+
+    Prompts with fewer than two known rewards are left out; NaN where that leaves none.
+
+    Example:
+        >>> spread(np.array([[0.0, 1.0], [2.0, 1.0]])) == 0.5**0.5
+        True
+    """
+    return _mean([np.std(column, ddof=1) for column in _known(rewards) if len(column) > 1])
+
+
+def no_signal(rewards: Table) -> float:
+    """Share of prompts on which all known rewards are equal: nothing is learned from them.
+
+    Example:
+        >>> no_signal(np.array([[0.0, 1.0], [0.0, 0.0]]))
+        0.5
+    """
+    return _mean([len(np.unique(column)) < 2 for column in _known(rewards)])
+
+
+def identical_pairs(completions: Texts) -> float:
+    """Share of pairs, members 2p and 2p + 1, that wrote the same for a prompt.
+
+    Where it is near 1, sigma is too small for the noise to change what is written.
+
+    Raises:
+        ValueError: for an odd population.
+
+    Example:
+        >>> identical_pairs([["a", "b"], ["a", "c"]])
+        0.5
+    """
+    if len(completions) % 2:
+        raise ValueError(f"the population is {len(completions)}; an even number is right")
+    pairs = zip(completions[::2], completions[1::2], strict=True)
+    return _mean([np.array_equal(*both) for pair in pairs for both in zip(*pair, strict=True)])
+
+
+def changed_fraction(before: PyTree, after: PyTree, dtype: Any = None) -> float:
+    """Share of entries that an update has changed.
+
+    Of bfloat16 parameters few entries change in a small update, the others lose it to rounding, unless
+    float32 copies collect it.
+
+    Args:
+        before: parameters.
+        after: the same tree after the update.
+        dtype: counts leaves of this type alone, such as ``jnp.bfloat16``.
+
+    Returns:
+        NaN where nothing counts.
+
+    Raises:
+        ValueError: for trees or shapes that differ.
+
+    Example:
+        >>> before = {"w": jnp.array([1.0, 0.01], jnp.bfloat16), "b": jnp.zeros(2)}
+        >>> after = jax.tree.map(lambda x: (x + 0.001).astype(x.dtype), before)
+        >>> changed_fraction(before, after, jnp.bfloat16), changed_fraction(before, after)
+        (0.5, 0.75)
+    """
+    changed, size = [], 0
+
+    def count(path: Any, old: Any, new: Any) -> None:
+        nonlocal size
+        if old.shape != new.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{name} has the shape {old.shape} before and {new.shape} after")
+        if dtype is None or old.dtype == dtype:
+            changed.append(jnp.sum(old != new))
+            size += old.size
+
+    jax.tree_util.tree_map_with_path(count, before, after)
+    return sum(map(int, jax.device_get(changed))) / size if size else float("nan")
+
+
+def samples(rows: Iterable[Mapping[str, Any]], width: int = 40) -> str:
+    """A table of completions, or whatever else: a column for each key, at most `width` characters wide.
+
+    What has no shape on a page (ends of lines, control and direction characters) is written as an escape.
+    Of longer texts the middle is left out, since answers are at the end.
+
+    Args:
+        rows: each with the same keys.
+        width: of a column, 3 at least.
+
+    Raises:
+        ValueError: for a narrower column.
+
+    Example:
+        >>> print(samples([{"reward": 1.0, "completion": "2 + 2\\nis 4"},
+        ...                {"reward": 0.25, "completion": "I wonder what it may be\\x1b[2J"}], width=16))
+        reward  completion
+        1.0     2 + 2\\nis 4
+        0.25    I wonde…e\\x1b[2J
+    """
+    if width < 3:
+        raise ValueError(f"width={width}; 3 or more is right")
+    told = list(rows)
+    if not told:
+        return ""
+    table = [list(told[0])] + [[row[name] for name in told[0]] for row in told]
+    cells = [[shorten(visible(str(cell)), width) for cell in line] for line in table]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (zip(line, widths, strict=True) for line in cells)
+    return "\n".join("  ".join(cell.ljust(size) for cell, size in line).rstrip() for line in lines)
+
+
+def visible(text: str) -> str:
+    r"""Characters that do not print as their escapes; all of them stand in one line then.
+
+    Example:
+        >>> print(visible("a\tb\x00 é \u202e"))
+        a\tb\x00 é \u202e
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shorten(text: str, width: int) -> str:
+    """Beginning and end of a text, `width` characters together.
+
+    Example:
+        >>> shorten("a long text with an answer: 4", 11)
+        'a lon…er: 4'
+    """
+    if len(text) <= width:
+        return text
+    tail = width // 2
+    return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
+
+
+def _known(rewards: Table) -> list[np.ndarray]:
+    """The rewards of each prompt that are no NaN."""
+    return [column[~np.isnan(column)] for column in np.asarray(rewards).T]
+
+
+def _mean(values: Any) -> float:
+    """Of the known ones; NaN where there is none."""
+    known = np.asarray(values, np.float64)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if known.size else float("nan")

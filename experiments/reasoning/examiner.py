@@ -1,0 +1,131 @@
+"""Asks a model questions and has its answers rewarded."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.reasoning.config import Config
+from experiments.reasoning.engine import Completions, Prompts, Sampling, pack
+from experiments.reasoning.pool import Handle, RewardPool
+from experiments.reasoning.rewards import Reward, load, weighted
+from experiments.reasoning.start import Start
+from experiments.reasoning.tasks import Question, Task, columns
+from experiments.run.errors import UsageError
+
+
+class Marks(NamedTuple):
+    """Rewards of completions, of their shape; NaN for what cannot be told.
+
+    Attributes:
+        rewards: what is to be maximised.
+        parts: the same for each reward that these are summed from.
+    """
+
+    rewards: np.ndarray
+    parts: dict[str, np.ndarray]
+
+
+class Examiner:
+    """Questions of a task for one model.
+
+    Args:
+        config: the settings.
+        begin: the model and its tokenizer.
+        task: the questions.
+        pool: computes rewards.
+    """
+
+    def __init__(self, config: Config, begin: Start, task: Task, pool: RewardPool) -> None:
+        self._config, self._begin, self._task, self._pool = config, begin, task, pool
+
+    def questions(self, generation: int) -> list[Question]:
+        """Those of a generation: a part of a pass over the questions, each pass in an order of its own."""
+        count, size = len(self._task.train), self._config.prompts
+        numbers = np.arange(generation * size, (generation + 1) * size)
+        orders = {
+            turn: np.random.default_rng([self._config.seed, turn]).permutation(count)
+            for turn in {int(n) // count for n in numbers}
+        }
+        return [self._task.train[int(orders[int(n) // count][int(n) % count])] for n in numbers]
+
+    def prompt(self, question: Question) -> list[int]:
+        """The tokens of a question."""
+        text = question.prompt
+        if self._config.chat:
+            text = self._begin.tokenizer.chat([{"role": "user", "content": text}])
+        found = self._begin.tokenizer.encode(text)
+        if not found:
+            raise UsageError(f"the prompt {text!r} has no tokens: give the task another template")
+        return found
+
+    def prompts(self, questions: Sequence[Question]) -> Prompts:
+        """The prompts of questions."""
+        return pack([self.prompt(question) for question in questions])
+
+    def texts(self, completions: Completions) -> list[str]:
+        """What was written, one after another, without the end token."""
+        return texts_of(self._begin.tokenizer, completions)
+
+    def hand_in(self, texts: Sequence[str], questions: Sequence[Question]) -> Handle:
+        """Begins to compute rewards of texts; `questions` are those of the texts, one for each."""
+        answers = [question.answer for question in questions]
+        return self._pool.submit(texts, answers, **columns(questions))
+
+    def marks(self, handle: Handle, shape: tuple[int, ...]) -> Marks:
+        """The rewards that were handed in, waited for."""
+        batch = handle.result()
+        table = lambda values: np.array(values, np.float32).reshape(shape)  # None becomes NaN
+        return Marks(
+            table(batch.rewards), {name: table(values) for name, values in batch.parts.items()}
+        )
+
+
+def texts_of(tokenizer: Any, completions: Completions) -> list[str]:
+    """What was written, one after another, without the end tokens."""
+    tokens = completions.tokens.reshape(-1, completions.tokens.shape[-1])
+    lengths = (completions.lengths - completions.ended).ravel()
+    return [tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens, lengths, strict=True)]
+
+
+def reward_of(config: Config, task: Task) -> Reward:
+    """The task's own reward, or those that the settings name.
+
+    Raises:
+        UsageError: for a reward that there is not, or a weight that is no number.
+    """
+    if config.reward is None:
+        return task.reward
+    parts = {}
+    for term in config.reward.split(","):
+        name, _, text = term.strip().partition("=")
+        try:
+            weight = float(text or 1)
+        except ValueError as error:
+            raise UsageError(
+                f"--reward {config.reward}: {text!r} is no weight; name=0.5 is right"
+            ) from error
+        parts[name] = load(name), weight
+    return weighted(parts)
+
+
+def sampling_of(config: Config, greedy: bool = False) -> Sampling:
+    """How answers are written: as the settings say, or the likeliest tokens."""
+    if greedy:
+        return Sampling(max_new_tokens=config.max_new_tokens)
+    return Sampling(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+    )
+
+
+def repeated(items: Sequence[Any], times: int) -> list[Any]:
+    """Each of the items so many times, one after another.
+
+    Example:
+        >>> repeated("ab", 2)
+        ['a', 'a', 'b', 'b']
+    """
+    return [item for item in items for _ in range(times)]

@@ -1,0 +1,227 @@
+"""What a population that writes answers needs of a device's memory, and how much of it fits at once.
+
+Everything is counted from shapes; nothing is computed or allotted.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from eggroll import EvolutionStrategy
+from experiments.reasoning.engine import Sampling, padded_length, segments
+from experiments.reasoning.language_model import LanguageModel
+from experiments.run.errors import UsageError
+
+# As many sequences as no model's other axes have entries: what has an axis of this size is a sequence's own.
+SEQUENCES = 10007
+
+
+class MemoryPlan(NamedTuple):
+    """Bytes on one device, and what fits.
+
+    Attributes:
+        weights: of the parameters.
+        training: of float32 copies of them and of the optimizer.
+        factors: of a pair's noise, in proportion to rank x (rows + columns) of each matrix.
+        cache: of a member's state for one prompt.
+        logits: of one sequence: themselves, the policy's logarithms, and one temporary.
+        activations: of one sequence while its prompt is read: the two largest arrays.
+        population: members.
+        members: of them at a time, for `EvolutionStrategy(chunk=...)`; their caches are all there.
+        prompts: at a time, for `engine.answer(chunk=...)`.
+        total: with so many members and prompts.
+        budget: that it is within.
+        tokens_per_s: of all members together, where it has been measured.
+    """
+
+    weights: int
+    training: int
+    factors: int
+    cache: int
+    logits: int
+    activations: int
+    population: int
+    members: int
+    prompts: int
+    total: int
+    budget: int
+    tokens_per_s: float | None = None
+
+    def describe(self) -> str:
+        """A small table."""
+        held = self.weights + self.training
+        caches = _caches(self.population, self.members) * self.prompts
+        rows = [
+            ("weights", f"{_size(self.weights)}"),
+            ("optimizer, float32 copies", f"{_size(self.training)}"),
+            ("noise", f"{_size(self.factors)} a pair x {self.members // 2} pairs"),
+            ("caches", f"{_size(self.cache)} a sequence x {caches}"),
+            ("logits", f"{_size(self.logits)} a sequence x {self.members * self.prompts}"),
+            (
+                "activations",
+                f"{_size(self.activations)} a sequence x {self.members * self.prompts}",
+            ),
+            ("total", f"{_size(self.total)} of {_size(self.budget)}, {_size(held)} of it held"),
+            ("at a time", f"{self.members} of {self.population} members, {self.prompts} prompts"),
+        ]
+        if self.tokens_per_s is not None:
+            rows.append(("speed", f"{self.tokens_per_s:.0f} tokens/s"))
+        return "\n".join(f"{name:<26}{text}" for name, text in rows)
+
+
+def plan_memory(
+    model: LanguageModel,
+    es: EvolutionStrategy,
+    params: PyTree,
+    population: int,
+    prompts: int,
+    prompt_slots: int,
+    sampling: Sampling,
+    budget_bytes: int,
+    segment: int = 32,
+) -> MemoryPlan:
+    """As many members and prompts at a time as a budget allows; of several ways to most sequences, that
+    with most members.
+
+    Args:
+        model: what its functions are.
+        es: says rank, plan and optimizer.
+        params: of the model, or their shapes.
+        population: members; on a mesh those of one device.
+        prompts: that there are.
+        prompt_slots: tokens of the longest.
+        sampling: how many tokens are written.
+        budget_bytes: of the device.
+        segment: as in `engine.answer`.
+
+    Raises:
+        UsageError: where not even two members at a time on one prompt fit.
+
+    Example:
+        >>> import optax
+        >>> from experiments.models.transformer import TransformerConfig
+        >>> from experiments.reasoning.language_model import of_transformer
+        >>> model = of_transformer(TransformerConfig(vocab_size=4096, hidden_size=256,
+        ...     intermediate_size=512, num_hidden_layers=4, num_attention_heads=4))
+        >>> params = jax.eval_shape(model.init, jax.random.key(0))
+        >>> es = EvolutionStrategy(optimizer=optax.sgd(1.0), population=64, sigma=0.1, plan=model.plan)
+        >>> rule = Sampling(max_new_tokens=65)
+        >>> print(plan_memory(model, es, params, 64, 16, 60, rule, 2**30).describe())
+        weights                   18.0 MiB
+        optimizer, float32 copies 0.0 MiB
+        noise                     0.1 MiB a pair x 32 pairs
+        caches                    1.0 MiB a sequence x 448
+        logits                    0.0 MiB a sequence x 448
+        activations               1.0 MiB a sequence x 448
+        total                     ...
+        at a time                 64 of 64 members, 7 prompts
+    """
+    state = jax.eval_shape(lambda params: es.init(params, 0), params)
+    weights = _bytes(state.params)
+    slots = padded_length(prompt_slots)
+    count, steps = segments(sampling.max_new_tokens, segment)
+
+    def read(params: Any, tokens: Any, length: Any) -> Any:
+        return model.prefill(params, tokens, length, slots + count * steps)
+
+    length, tokens = jax.ShapeDtypeStruct((), "int32"), jax.ShapeDtypeStruct((slots,), "int32")
+    _, cache = jax.eval_shape(read, params, tokens, length)
+    plan = MemoryPlan(
+        weights=weights,
+        training=_bytes(state) - weights,
+        factors=es.plan_of(params).noise_bytes,
+        cache=_bytes(cache),
+        logits=3 * 4 * model.vocab_size,
+        activations=_activations(read, params, slots),
+        population=population,
+        members=0,
+        prompts=0,
+        total=0,
+        budget=budget_bytes,
+    )
+    fitting = [p for p in _choices(plan, prompts) if p.prompts >= 1]
+    if not fitting:
+        needed = min(_total(plan, members, 1) for members in _members(population))
+        raise UsageError(
+            f"a population of {population} needs {_size(needed)} for one prompt at a time, and the budget is "
+            f"{_size(budget_bytes)}: fewer members or tokens, or more devices, are right"
+        )
+    return max(fitting, key=lambda p: (p.members * p.prompts, p.members))
+
+
+def device_bytes() -> int:
+    """Nine tenths of the first device's memory; of a machine without any but its CPU, half.
+
+    Example:
+        >>> device_bytes() > 2**28
+        True
+    """
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(0.9 * stats["bytes_limit"])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _choices(plan: MemoryPlan, prompts: int) -> Iterator[MemoryPlan]:
+    """The most prompts that fit, for each number of members at a time."""
+    for members in _members(plan.population):
+        none = _total(plan, members, 0)
+        most = (plan.budget - none) // (_total(plan, members, 1) - none)
+        fits = min(prompts, most)
+        yield plan._replace(members=members, prompts=fits, total=_total(plan, members, fits))
+
+
+def _members(population: int) -> Iterator[int]:
+    """All of them, and half as many, as long as these are pairs."""
+    members = population
+    while members >= 2:
+        yield members
+        members = members // 4 * 2
+
+
+def _total(plan: MemoryPlan, members: int, prompts: int) -> int:
+    return (
+        plan.weights
+        + plan.training
+        + members // 2 * plan.factors
+        + _caches(plan.population, members) * prompts * plan.cache
+        + members * prompts * (plan.logits + plan.activations)
+    )
+
+
+def _caches(population: int, members: int) -> int:
+    """Caches of one prompt: all at a time are updated in place, chunks are read from one array and
+    written to another."""
+    return population if members == population else 2 * population
+
+
+def _activations(read: Any, params: Any, slots: int) -> int:
+    """Bytes a sequence of two arrays as large as the largest on the way: one is read, one written."""
+    tokens = jax.ShapeDtypeStruct((SEQUENCES, slots), "int32")
+    lengths = jax.ShapeDtypeStruct((SEQUENCES,), "int32")
+    traced = jax.make_jaxpr(jax.vmap(read, (None, 0, 0)))(params, tokens, lengths)
+
+    def largest(jaxpr: Any) -> int:
+        # Outputs are counted by those who get them: the cache is not among the activations.
+        outs = set(map(id, jaxpr.outvars))
+        inside = [v for eqn in jaxpr.eqns for v in eqn.outvars if id(v) not in outs]
+        own = [v.aval for v in inside if SEQUENCES in getattr(v.aval, "shape", ())]
+        sizes = [aval.size * aval.dtype.itemsize // SEQUENCES for aval in own]
+        for part in jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns]):
+            inner = getattr(part, "jaxpr", part)
+            sizes += [largest(inner)] if hasattr(inner, "eqns") else []
+        return max(sizes, default=0)
+
+    return 2 * largest(traced.jaxpr)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**20:.1f} MiB" if n < 2**30 else f"{n / 2**30:.1f} GiB"

@@ -1,0 +1,147 @@
+"""The model and tokenizer that training begins with: new ones, a folder's, or those of an earlier run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from experiments.models import (
+    hugging_face,
+    rwkv7,
+    rwkv7_weights,
+    tokens,
+    transformer,
+    world_tokenizer,
+)
+from experiments.reasoning.config import Config
+from experiments.reasoning.language_model import LanguageModel, of_rwkv7, of_transformer
+from experiments.run.drivers import read_run
+from experiments.run.errors import UsageError
+
+
+class Start(NamedTuple):
+    """What training begins with.
+
+    Attributes:
+        model: the functions.
+        shape: the configuration of the model: a TransformerConfig or RWKV7Config.
+        tokenizer: of its texts.
+        params: makes the parameters; an array of the seed decides new ones.
+        folder: that they were read from, if any.
+    """
+
+    model: LanguageModel
+    shape: Any
+    tokenizer: Any
+    params: Callable[[Array], PyTree]
+    folder: Path | None = None
+
+
+def start(config: Config) -> Start:
+    """The model that the settings name.
+
+    Raises:
+        UsageError: for a folder or a run that cannot be read, or settings that it does not take.
+    """
+    if config.start is not None:
+        found = _of_run(config)
+    elif config.model in NEW:
+        found = _new(config)
+    else:
+        found = _of_folder(config)
+    if config.quantised:
+        if not isinstance(found.shape, transformer.TransformerConfig):
+            raise UsageError("--quantised: only transformers have a form in int8")
+        params = found.params
+        found = found._replace(params=lambda seed: transformer.quantise(params(seed)))
+    return found
+
+
+NEW = ("transformer", "rwkv7")
+
+
+def _new(config: Config) -> Start:
+    """A model of random parameters that reads bytes."""
+    tokenizer = tokens.bytes_tokenizer()
+    if config.model == "rwkv7":
+        narrow = min(64, config.width)
+        if config.width % narrow:
+            raise UsageError(
+                f"--width {config.width}: heads are 64 wide, so choose a multiple of 64"
+            )
+        shape: Any = rwkv7.RWKV7Config(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=config.width,
+            num_hidden_layers=config.layers,
+            head_dim=narrow,
+        )
+    else:
+        heads = max(1, config.width // 32)
+        if config.width % (2 * heads):
+            raise UsageError(
+                f"--width {config.width}: it is divided among {heads} heads of an even width, so choose a "
+                "multiple of 32"
+            )
+        shape = transformer.TransformerConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=8 * config.width // 3,
+            num_hidden_layers=config.layers,
+            num_attention_heads=heads,
+        )
+    model = _functions(shape, config)
+    return Start(model, shape, tokenizer, lambda seed: model.init(jax.random.key(seed)))
+
+
+def _of_folder(config: Config) -> Start:
+    """A checkpoint of the Hugging Face layout, or of RWKV-7."""
+    folder, dtype = hugging_face.resolve(config.model), jnp.dtype(config.dtype)
+    if rwkv7_weights.is_folder(folder):
+        shape: Any
+        shape, params = rwkv7_weights.load(folder, dtype)
+        tokenizer: Any = world_tokenizer.WorldTokenizer()
+    else:
+        shape, params = hugging_face.load(folder, dtype)
+        tokenizer = tokens.from_folder(folder)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UsageError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}"
+        )
+    return Start(_functions(shape, config), shape, tokenizer, lambda seed: params, folder)
+
+
+def _of_run(config: Config) -> Start:
+    """The model of an earlier run, with the parameters that it ended with."""
+    assert config.start is not None
+    found = read_run(config.start)
+    if not isinstance(found.config, Config):
+        raise UsageError(f"--start {config.start}: that run is of another driver")
+    before = start(found.config)
+    params = found.module.parameters(found.config, found.state)
+    return before._replace(model=_functions(before.shape, config), params=lambda seed: params)
+
+
+def _functions(shape: Any, config: Config) -> LanguageModel:
+    try:
+        if isinstance(shape, rwkv7.RWKV7Config):
+            return of_rwkv7(shape, config.trained)
+        return of_transformer(shape, config.trained)
+    except ValueError as error:
+        raise UsageError(f"--trained: {error}") from error
+
+
+def save(begin: Start, params: PyTree, folder: Path) -> None:
+    """Writes a model as a folder that `--model` takes, and transformers where it knows the model.
+
+    Raises:
+        UsageError: for a quantised model, whose int8 matrices no such folder holds.
+    """
+    if isinstance(begin.shape, rwkv7.RWKV7Config):
+        rwkv7_weights.save(folder, begin.shape, params)
+        return
+    hugging_face.save(folder, begin.shape, params, source=begin.folder)
+    if begin.folder is None:
+        begin.tokenizer.save(folder)

@@ -1,0 +1,206 @@
+"""`eggroll reasoning`: every algorithm runs, goes on where it stopped, and learns."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers")
+
+from experiments.models import hugging_face, tokens
+from experiments.reasoning.config import PRESETS, Config, Grpo
+from experiments.reasoning.evolution import anchored, objective
+from experiments.reasoning.examiner import reward_of
+from experiments.reasoning.train import Course, train
+from experiments.run.cli import main
+from experiments.run.drivers import read_run
+from experiments.run.errors import UsageError
+from experiments.run.metrics import read_metrics
+
+TINY = PRESETS["tiny"]
+ARMS: dict[str, dict[str, Any]] = {
+    "eggroll": dict(sigma=0.3, learning_rate=0.1, anchor=0.1, prompt_chunk=2, noise_reuse=2),
+    "dense": dict(rank="full", sigma=0.3, learning_rate=0.1, temperature=1.0, samples=2, objective="best"),
+    "grpo": dict(algorithm="grpo", temperature=1.0, optimizer="adamw", grpo=Grpo(group=4, kl=0.1)),
+    "sft": dict(algorithm="sft", optimizer="adamw", task_settings='{"digits": 2}'),
+}  # fmt: skip
+
+
+def settings(folder: Path, **changes: Any) -> Config:
+    return dataclasses.replace(TINY, **{"run_dir": folder, "checkpoint_seconds": 0.0, **changes})
+
+
+@pytest.mark.parametrize("arm", list(ARMS))
+def test_a_run_in_two_parts_is_the_whole(arm: str, tmp_path: Path) -> None:
+    whole, parts = (settings(tmp_path / name, **ARMS[arm]) for name in ("whole", "parts"))
+    train(whole)
+    train(dataclasses.replace(parts, generations=1))
+    train(parts)
+    untimed = [
+        [{**row, "timing": None} for row in read_metrics(config.run_dir / "metrics.jsonl")]
+        for config in (whole, parts)
+    ]
+    assert untimed[0] == untimed[1]
+    assert [row["generation"] for row in untimed[0]] == [0, 1, 2, 3]
+    states = (jax.tree.leaves(read_run(config.run_dir).state) for config in (whole, parts))
+    for leaf, right in zip(*states, strict=True):
+        np.testing.assert_array_equal(leaf, right)
+    result = json.loads((parts.run_dir / "result.json").read_text())
+    written = {"eggroll": 8 * 4, "dense": 8 * 4 * 2, "grpo": 4 * 4, "sft": 0}[arm]
+    assert result["generated_tokens"] <= 4 * written * 6
+    assert (result["generated_tokens"] > 0) == (arm != "sft")
+    text = (whole.run_dir / "samples.txt").read_text()
+    assert [line for line in text.split("\n") if line.startswith("after")] == [
+        "after 0 updates",
+        "after 4 updates",
+    ]
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has half learned to add two digits, by supervised learning."""
+    folder = tmp_path_factory.mktemp("warm") / "run"
+    changes = dict(algorithm="sft", optimizer="adamw", learning_rate=0.01, width=32, prompts=32)
+    config = settings(folder, **changes, generations=60, evaluate_every=60, held_out_questions=8)
+    train(config)
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert rows[0]["loss"] > 5 and rows[-1]["loss"] < 1.2
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(population=32, sigma=0.03, learning_rate=1e-3, generations=25, prompts=16),
+        dict(ARMS["grpo"], learning_rate=3e-3, generations=30, prompts=16, grpo=Grpo(group=8)),
+    ],
+    ids=["eggroll", "grpo"],
+)
+def test_rewards_alone_teach(changes: dict[str, Any], warm: Path, tmp_path: Path) -> None:
+    config = settings(tmp_path / "run", start=warm, evaluate_every=100, **changes)
+    train(config)
+    rewards = [row["reward_mean"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert np.mean(rewards[-5:]) > rewards[0] + 0.1
+
+
+def test_a_run_is_evaluated_sampled_and_exported(
+    warm: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["eval", str(warm)]) == 0
+    told = capsys.readouterr().out
+    for name in ("held-out accuracy", "pass@1 of 8 samples", "pass@8 of 8 samples", "majority@8"):
+        assert name in told
+    assert main(["sample", str(warm), "--prompt", "2+2=", "--temperature", "0"]) == 0
+    sampled = capsys.readouterr().out
+    assert sampled.startswith("2+2=")
+    assert main(["export", str(warm)]) == 0
+    folder = warm / "exported"
+    assert f"to {folder}" in capsys.readouterr().out
+    params = hugging_face.load(folder)[1]
+    trained = read_run(warm).state.training[0]
+    for leaf, right in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(leaf, right)
+    assert tokens.from_folder(folder).encode("2+2=") == list(b"2+2=")
+    # An exported folder is a model like any other.
+    words = ["sample", str(folder), "--prompt", "2+2=", "--temperature", "0", "--length", "6"]
+    assert main(words) == 0
+    assert capsys.readouterr().out == sampled
+    config = settings(tmp_path / "run", model=str(folder), generations=1)
+    assert train(config).generated_tokens == 8 * 4 * 6 or config.max_new_tokens == 6
+
+
+def test_questions_are_passed_over_in_an_order_of_each_pass(tmp_path: Path) -> None:
+    config = settings(tmp_path, prompts=23)
+    course = Course(config)
+    with course.examiner() as examiner:
+        passes = [
+            [q.prompt for g in range(4 * turn, 4 * turn + 4) for q in examiner.questions(g)]
+            for turn in range(2)
+        ]
+    everything = sorted(q.prompt for q in course.task.train)
+    assert len(everything) == 92
+    assert [sorted(one) for one in passes] == [everything] * 2
+    assert passes[0] != passes[1]
+
+
+def test_rewards_are_summed_by_weight_and_told_apart(tmp_path: Path) -> None:
+    config = settings(tmp_path, reward="exact=2,format=0.5")
+    course = Course(config)
+    with course.examiner() as examiner:
+        questions = course.held_out[:2]
+        texts = [f"<answer>{questions[0].answer}</answer>", questions[1].answer]
+        marks = examiner.marks(examiner.hand_in(texts, questions), (2,))
+    assert marks.rewards.tolist() == [2.5, 2.0]
+    assert {name: part.tolist() for name, part in marks.parts.items()} == {
+        "exact": [1, 1],
+        "format": [1, 0],
+    }
+    with pytest.raises(UsageError, match="'x' is no weight"):
+        reward_of(settings(tmp_path, reward="exact=x"), course.task)
+
+
+def test_a_completion_that_cannot_be_told_leaves_its_pair_out() -> None:
+    config = dataclasses.replace(TINY, samples=2)
+    rewards = np.array([[1.0, np.nan, 1.0, 0.0]])
+    assert np.isnan(objective(rewards, config)[0, 0])
+    assert objective(rewards, config)[0, 1] == 0.5
+    best = dataclasses.replace(config, objective="best")
+    assert objective(rewards, best)[0, 1] == 1
+
+
+def test_the_anchor_pulls_back() -> None:
+    rule = anchored(0.25)
+    params = {"w": jnp.array([1.0, 2.0])}
+    state = rule.init(params)
+    moved = {"w": jnp.array([3.0, 2.0])}
+    assert rule.update({"w": jnp.zeros(2)}, state, moved)[0]["w"].tolist() == [-0.5, 0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--population", "7"], "an even number of at least 2"),
+        (["--algorithm", "grpo"], "--temperature 0: the answers of a group would all be the same"),
+        (["--samples", "2"], "--samples 2: without --temperature they would all be the same"),
+        (["--grpo.group", "1"], "--grpo.group 1: answers are compared with each other"),
+        (["--task", "sum"], "there is no task 'sum'"),
+        (["--task-settings", "[1]"], "an object such as"),
+        (["--task-settings", "{"], "--task-settings '{' is no JSON"),
+        (["--task-settings", '{"digit": 1}'], "no setting 'digit'; did you mean 'digits'"),
+        (["--reward", "exat"], "did you mean 'exact'"),
+        (["--model", "nowhere"], "nowhere is no folder, nor OWNER/NAME"),
+        (["--trained", "heads"], "--trained: train names 'heads'"),
+        (["--optimizer", "sdg"], "did you mean 'sgd'"),
+        (["--anchor", "-1"], "--anchor -1.0: choose 0 or a positive number"),
+        (["--width", "33"], "--width 33: it is divided among 1 heads of an even width"),
+        (["--model", "rwkv7", "--quantised"], "--quantised: only transformers"),
+    ],
+)  # fmt: skip
+def test_mistakes_get_one_sentence(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reasoning", "--preset", "tiny", "--run-dir", str(tmp_path / "run"), *words]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_language_model_is_not_sampled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--preset", "digits", "--population", "4", "--width", "4", "--generations", "1"]
+    assert main(["supervised", *words, "--run-dir", str(tmp_path / "run")]) == 0
+    assert main(["sample", str(tmp_path / "run")]) == 2
+    assert "is a run without a language model" in capsys.readouterr().err
+
+
+def test_every_preset_can_be_right() -> None:
+    for config in PRESETS.values():
+        config.check()

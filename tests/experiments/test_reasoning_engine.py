@@ -1,0 +1,347 @@
+"""Answers of populations against their members built, texts' ends, sampling, chunks, and memory."""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from eggroll import EvolutionStrategy
+from experiments.models import rwkv7, transformer
+from experiments.reasoning import engine
+from experiments.reasoning.engine import Sampling, answer, choose, generate, pack, stream
+from experiments.reasoning.language_model import LanguageModel, of_rwkv7, of_transformer
+from experiments.reasoning.memory import plan_memory
+from experiments.run.errors import UsageError
+
+VOCAB = 11
+TRANSFORMER = of_transformer(
+    transformer.TransformerConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
+    )
+)  # fmt: skip
+RWKV7 = of_rwkv7(
+    rwkv7.RWKV7Config(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, head_dim=8, intermediate_size=24,
+        decay_low_rank_dim=4, a_low_rank_dim=5, v_low_rank_dim=6, gate_low_rank_dim=7,
+    )
+)  # fmt: skip
+FAMILY = pytest.mark.parametrize("model", [TRANSFORMER, RWKV7], ids=["transformer", "rwkv7"])
+PROMPTS = pack([[3, 1, 4], [5, 9, 2, 6, 5], [7], [3, 1, 4]])
+GREEDY = Sampling(max_new_tokens=9)
+RANDOM = Sampling(max_new_tokens=9, temperature=1.0)
+KEY = jax.random.key(5)
+
+
+@functools.cache
+def params_of(model: LanguageModel) -> Any:
+    """Parameters of which none is a zero, so that texts are not all alike."""
+    shapes, chance = jax.eval_shape(model.init, jax.random.key(0)), np.random.default_rng(2)
+    return jax.tree.map(lambda x: jnp.asarray(chance.normal(0, 0.5, x.shape), x.dtype), shapes)
+
+
+@functools.cache
+def strategy(model: LanguageModel, population: int = 4, rank: int = 2) -> EvolutionStrategy:
+    """From generation 1 on with next to no noise."""
+    return EvolutionStrategy(
+        optimizer=optax.sgd(1.0),
+        population=population,
+        sigma=lambda generation: jnp.where(generation == 0, 0.1, 1e-9),
+        rank=rank,
+        plan=model.plan,
+        on_dense="error",
+    )
+
+
+def same(left: engine.Completions, right: engine.Completions, atol: float = 0.0) -> None:
+    """The same texts to the bit, and numbers to a tolerance."""
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol if a.dtype == np.float32 else 0)
+
+
+def plain(model: LanguageModel, params: Any, eos: Any = 6, prompts: Any = PROMPTS) -> Any:
+    return generate(model, params, prompts, KEY, GREEDY, eos, segment=4)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Gets an item for every program that is run."""
+    calls: list[Any] = []
+    inner = engine._call
+    monkeypatch.setattr(engine, "_call", lambda fn, *a: calls.append(fn) or inner(fn, *a))
+    return calls
+
+
+# ---------------------------------------------------------------- what is written
+
+
+@FAMILY
+def test_members_write_what_their_built_parameters_do(model: LanguageModel) -> None:
+    es = strategy(model)
+    state = es.init(params_of(model), 0)
+    answers = answer(model, es, state, PROMPTS, GREEDY, 6, segment=4)
+    assert answers.tokens.shape == (4, 4, 9)
+    assert len({tuple(member.ravel()) for member in answers.tokens}) == 4
+    for i in range(4):
+        own = plain(model, es.member(state, i))
+        same(
+            jax.tree.map(lambda x, i=i: x[i], answers),
+            jax.tree.map(lambda x: x[:, 0], own),
+            atol=1e-4,
+        )
+
+
+@FAMILY
+def test_greedy_texts_are_those_of_the_model_on_whole_texts(model: LanguageModel) -> None:
+    params, apply = params_of(model), jax.jit(model.apply)
+    written = plain(model, params)
+    for i, length in enumerate(PROMPTS.lengths[:3]):
+        text, entropies = np.zeros(16, np.int32), []
+        text[:length] = PROMPTS.tokens[i, :length]
+        for t in range(written.lengths[i, 0]):
+            policy = jax.nn.log_softmax(apply(params, text)[length + t - 1])
+            token = int(policy.argmax())
+            assert token == written.tokens[i, 0, t]
+            np.testing.assert_allclose(written.log_probs[i, 0, t], policy[token], atol=1e-4)
+            entropies.append(-float(jnp.sum(jnp.exp(policy) * policy)))
+            text[length + t] = token
+        np.testing.assert_allclose(written.entropy[i, 0], np.mean(entropies), atol=1e-4)
+        assert written.lengths[i, 0] == 9 or text[length + t] == 6
+
+
+def test_nothing_of_a_text_changes_behind_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, calls = params_of(TRANSFORMER), counted(monkeypatch)
+    whole = plain(TRANSFORMER, params, eos=())
+    assert not whole.ended.any() and (whole.lengths == 9).all()
+    assert len(calls) == 1 + 2  # the prompts, and two segments
+    for at, programs in ((2, 2), (0, 1)):
+        calls.clear()
+        eos = whole.tokens[:, 0, at].tolist()
+        cut = plain(TRANSFORMER, params, eos=eos)
+        # All have ended before the second segment, or with the first token.
+        assert len(calls) == programs
+        assert cut.ended.all() and cut.tokens.shape == whole.tokens.shape
+        for text, length, log_probs, entropy, right in zip(
+            cut.tokens[:, 0], cut.lengths[:, 0], cut.log_probs[:, 0], cut.entropy, whole.tokens[:, 0],
+            strict=True,
+        ):  # fmt: skip
+            assert length == 1 + np.flatnonzero(np.isin(right, eos))[0] <= at + 1
+            np.testing.assert_array_equal(text[:length], right[:length])
+            assert not text[length:].any() and not log_probs[length:].any()
+            assert log_probs[:length].all() and entropy > 0
+
+
+def test_answers_are_cut_at_their_longest() -> None:
+    params = params_of(TRANSFORMER)
+    whole = plain(TRANSFORMER, params, eos=())
+    # Three segments of 2 tokens after the first one write 7.
+    short = generate(TRANSFORMER, params, PROMPTS, KEY, Sampling(max_new_tokens=6), (), segment=2)
+    np.testing.assert_array_equal(short.tokens, whole.tokens[..., :6])
+    np.testing.assert_allclose(short.log_probs, whole.log_probs[..., :6], atol=1e-5)
+    assert (short.lengths == 6).all() and not short.ended.any()
+
+
+def test_long_and_short_prompts_come_back_in_their_order() -> None:
+    params, long = params_of(TRANSFORMER), [i % VOCAB for i in range(20)]
+    prompts = [[3, 1, 4], long, [5, 9, 2, 6, 5], [7], [3, 1, 4]]
+    mixed = plain(TRANSFORMER, params, prompts=pack(prompts))
+    turned = plain(TRANSFORMER, params, prompts=pack(prompts[::-1]))
+    same(mixed, jax.tree.map(lambda x: x[::-1], turned))
+    alone = plain(TRANSFORMER, params)
+    same(jax.tree.map(lambda x: x[[0, 2, 3, 4]], mixed), alone, atol=1e-5)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def draws(logits: Any, count: int = 4000, **settings: Any) -> np.ndarray:
+    """How often each token was drawn."""
+    sampling = Sampling(max_new_tokens=1, **settings)
+    keys = jax.random.split(jax.random.key(0), count)
+    tokens = jax.jit(jax.vmap(lambda key: choose(jnp.asarray(logits), key, sampling)))(keys)
+    return np.bincount(tokens, minlength=len(logits)) / count
+
+
+def test_tokens_are_drawn_by_their_chances() -> None:
+    logits = np.array([0.3, 2.0, -1.0, 1.0], np.float32)
+    chances = lambda x: np.exp(x) / np.exp(x).sum()
+    for temperature in (0.5, 2.0):
+        right = chances(logits / temperature)
+        np.testing.assert_allclose(draws(logits, temperature=temperature), right, atol=0.03)
+    some = chances(np.where(logits > 0.9, logits, -np.inf))
+    np.testing.assert_allclose(draws(logits, temperature=1.0, top_k=2), some, atol=0.03)
+    # The likeliest has .63 and the next .23.
+    np.testing.assert_allclose(draws(logits, temperature=1.0, top_p=0.7), some, atol=0.03)
+    for only in (dict(top_k=1), dict(top_p=0.01), dict(top_k=3, top_p=0.5)):
+        assert draws(logits, count=50, temperature=1.0, **only)[1] == 1
+    assert draws(logits, count=2)[1] == 1
+    np.testing.assert_array_equal(
+        draws(logits, temperature=1.0, top_k=99), draws(logits, temperature=1.0, top_k=4)
+    )
+
+
+def test_samples_differ_and_come_again() -> None:
+    params, prompts = params_of(TRANSFORMER), pack([[3, 1, 4], [3, 1, 4]])
+    rule = dataclasses.replace(RANDOM, temperature=2.0, top_k=9)
+    write = lambda key: generate(TRANSFORMER, params, prompts, key, rule, (), samples=2)
+    first = write(KEY)
+    assert first.tokens.shape == (2, 2, 9)
+    assert len({tuple(text) for text in first.tokens.reshape(4, 9)}) == 4
+    same(first, write(KEY))
+    assert (first.tokens != write(jax.random.key(6)).tokens).any()
+    # Their chances are those of the policy at that temperature, whatever top_k leaves out.
+    text = np.concatenate([prompts.tokens[0], first.tokens[0, 0]])
+    policy = jax.nn.log_softmax(jax.jit(TRANSFORMER.apply)(params, text)[2:-1] / 2)
+    right = policy[np.arange(9), first.tokens[0, 0]]
+    np.testing.assert_allclose(first.log_probs[0, 0], right, atol=1e-4)
+
+
+def test_chunks_change_nothing_and_pairs_share_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    es, calls = strategy(TRANSFORMER), counted(monkeypatch)
+    state = es.init(params_of(TRANSFORMER), 0)
+    whole = answer(TRANSFORMER, es, state, PROMPTS, RANDOM, 6)
+    calls.clear()
+    parts = stream(TRANSFORMER, es, state, PROMPTS, RANDOM, 6, chunk=2)
+    for count, which in ((1, [0, 1]), (2, [2, 3])):
+        part = next(parts)
+        assert part.which.tolist() == which and len(calls) == 2 * count  # the next is not begun
+        # Products of another size may be summed in another order.
+        same(part.completions, jax.tree.map(lambda x, at=which: x[:, at], whole), atol=1e-5)
+    assert next(parts, None) is None
+    assert (whole.tokens[0::2] != whole.tokens[1::2]).any()
+    still = answer(
+        TRANSFORMER, es, state._replace(generation=jnp.int32(1)), PROMPTS, RANDOM, 6
+    ).tokens
+    np.testing.assert_array_equal(still[0::2], still[1::2])
+    assert (still[0] != still[2]).any()  # another pair
+    assert (still[:, 0] != still[:, 3]).any()  # the same prompt a second time
+
+
+# ---------------------------------------------------------------- memory
+
+
+def wide_model(family: str, size: int) -> LanguageModel:
+    if family == "rwkv7":
+        return of_rwkv7(
+            rwkv7.RWKV7Config(
+                vocab_size=32, hidden_size=size, num_hidden_layers=2, head_dim=8, intermediate_size=size
+            )
+        )  # fmt: skip
+    return of_transformer(
+        transformer.TransformerConfig(
+            vocab_size=32, hidden_size=size, intermediate_size=size, num_hidden_layers=2,
+            num_attention_heads=8, num_key_value_heads=1,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["transformer", "rwkv7"])
+def test_no_matrix_is_built_and_no_cache_copied(family: str) -> None:
+    """As the programs of a size that is never allocated tell."""
+    population, size = 64, 1024
+    model = wide_model(family, size)
+    es = strategy(model, population, 1)
+    state = jax.eval_shape(lambda: es.init(model.init(jax.random.key(0)), 0))
+    ids = jax.ShapeDtypeStruct((1,), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    begin, go_on = engine._Begin(model, GREEDY, 8), engine._GoOn(model, GREEDY, 8)
+    first = engine._call.lower(begin, es, state, None, None, (ids, ids, tokens, ids))
+    texts = first.out_info[0]
+    t = jax.ShapeDtypeStruct((), jnp.int32)
+    program = engine._call.lower(go_on, es, state, None, texts, (ids, ids, t)).compile()
+    memory, text = program.memory_analysis(), program.as_text()
+    # One matrix for every member would be four times as much.
+    assert memory.temp_size_in_bytes < population * size**2 * 4 / 4
+    assert not re.search(rf"\[(\d+,)*({population}|{population // 2})(,\d+)*,{size},{size}\]", text)
+    arrays = re.findall(r"\b[a-z]\w*\[([\d,]+)\]", text)
+    assert max(math.prod(map(int, dims.split(","))) for dims in arrays) < population * size**2 / 20
+    caches = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(texts.cache))
+    assert memory.alias_size_in_bytes >= caches  # written where they were read
+
+
+def planned(size: int = 128, rank: int = 1, budget: int = 2**30, **changes: Any) -> Any:
+    model = wide_model("transformer", size)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    es = strategy(model, 64, rank)
+    settings = dict(population=64, prompts=16, prompt_slots=40) | changes
+    return plan_memory(
+        model, es, params, sampling=Sampling(max_new_tokens=33), budget_bytes=budget, **settings
+    )
+
+
+def test_a_members_memory_is_that_of_its_factors() -> None:
+    one = planned()
+    assert planned(rank=2).factors == 2 * one.factors
+    wide = planned(size=256)
+    assert wide.weights > 3.5 * one.weights
+    assert wide.factors == 2 * one.factors
+    # Keys and values of 64 + 32 slots, 2 layers and 1 head of 16, and the prompt's length.
+    assert one.cache == 2 * 2 * 96 * 16 * 4 + 4
+    assert one.logits == 3 * 4 * 32
+    # Reading long prompts, attention weights of 8 heads are the largest arrays.
+    assert planned(prompt_slots=500).activations == 2 * 8 * 512**2 * 4
+
+
+def test_what_fits_is_within_the_budget() -> None:
+    roomy = planned()
+    assert (roomy.members, roomy.prompts) == (64, 16)
+    tight = planned(budget=40 * 2**20)
+    assert 1 <= tight.prompts < 16 and tight.total <= 40 * 2**20
+    one_more = tight.members * (tight.cache + tight.logits + tight.activations)
+    assert tight.members == 64 and tight.total + one_more > 40 * 2**20
+    # So little that members go a few at a time.
+    assert planned(budget=8 * 2**20, prompts=1).members < 64
+    with pytest.raises(
+        UsageError, match="a population of 64 needs .* MiB for one prompt at a time"
+    ):
+        planned(budget=2**20)
+
+
+def test_a_plan_is_told() -> None:
+    told = planned()._replace(tokens_per_s=1234.5).describe()
+    assert "64 of 64 members, 16 prompts" in told and "1234 tokens/s" in told
+    assert "tokens/s" not in planned().describe()
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens is 0: at least 1 is right"),
+        (dict(temperature=-1.0), "temperature is -1.0: 0 (greedy) or a number above it is right"),
+        (dict(temperature=math.nan), "temperature is nan"),
+        (dict(top_k=-1), "top_k is -1"),
+        (dict(top_p=0.0), "top_p is 0.0: above 0 and at most 1 (off) is right"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Sampling(**{"max_new_tokens": 1, **changes})
+
+
+def test_prompts_that_do_not_fit_are_refused() -> None:
+    for prompts, slots, words in (
+        ([], None, "there are no prompts; at least one is right"),
+        ([[1], []], None, "prompt 1 has 0 tokens; 1 to 1 is right"),
+        ([[1, 2, 3]], 2, "prompt 0 has 3 tokens; 1 to 2 is right"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pack(prompts, slots)
+    for prompts, eos, how, words in (
+        (pack([[1], [11]]), 0, {}, "prompt 1 has the token 11; 0 to 10 is right"),
+        (pack([[1]])._replace(lengths=np.array([2])), 0, {}, "prompt 0 has 2 tokens; 1 to 1 is"),
+        (pack([[1]]), (3, 11), {}, "eos is 11; 0 to 10 is right"),
+        (pack([[1]]), 0, dict(samples=0), "samples is 0: at least 1 is right"),
+        (pack([[1]]), 0, dict(chunk=0), "chunk is 0: at least 1 is right"),
+        (pack([[1]]), 0, dict(segment=0), "segment is 0: at least 1 is right"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate(TRANSFORMER, {}, prompts, KEY, GREEDY, eos, **how)
