@@ -325,11 +325,11 @@ class _Text(NamedTuple):
 
 
 class _Written(NamedTuple):
-    """A token, or with an axis more those of a segment."""
+    """A token, or with an axis more those of a segment; arrays of JAX, on the host of NumPy."""
 
-    token: Array
-    log_prob: Array
-    entropy: Array
+    token: Any
+    log_prob: Any
+    entropy: Any
 
 
 # Two functions of a member's parameters. They are objects that are equal where what they are made of
@@ -478,7 +478,7 @@ def _completions(written: _Written, prompts: int, new: int, eos: tuple[int, ...]
 
     tokens, log_probs, entropy = map(fit, written)
     is_end = np.isin(tokens, eos)
-    ended = is_end.any(-1)
+    ended = np.asarray(is_end.any(-1))
     lengths = np.where(ended, is_end.argmax(-1) + 1, new).astype(np.int32)
     mean = (entropy.sum(-1) / lengths).astype(np.float32)
     return Completions(tokens, lengths, ended, log_probs, mean)
