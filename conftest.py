@@ -9,10 +9,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 # Shapes and types in signatures are checked at every call.
@@ -27,6 +29,14 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("soak", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Compiled programs are pages of memory of their own, of which a process may have 65,530 on Linux."""
+    yield
+    jax.clear_caches()
+
 
 ORACLES = ("adamp", "lion_pytorch", "pytorch_optimizer", "rwkv", "torch", "transformers")
 

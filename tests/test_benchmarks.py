@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import common, forward, pretraining, step
+from benchmarks import arms, common, forward, pretraining, step
 from benchmarks.common import Row
 from experiments.pretrain import config as pretrain
 from experiments.run.cli import parse
@@ -103,3 +103,13 @@ def test_pretraining_names_its_lines(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         pretraining.main(["rules", "--only", "treshold"])
     assert "--only 'treshold': the lines of this part are threshold, 1, " in capsys.readouterr().err
+
+
+def test_arms_are_compared_at_equal_cost() -> None:
+    curves = {
+        "EGGROLL": [[(1.0, 0, 0.25), (5.0, 80, 0.5), (9.0, 200, 0.75)]],
+        "SFT": [[(1.0, 0, 0.25), (4.0, 0, 0.5), (6.0, 0, 1.0)]],
+    }
+    _, _, eggroll, sft = arms.table(curves)
+    assert eggroll == "| EGGROLL | 25.0% | 50.0% | 75.0% | **75.0%** (75.0%) | 9 | 200 |"
+    assert sft == "| SFT | 25.0% | 100.0% | - | **100.0%** (100.0%) | 6 | 0 |"

@@ -438,11 +438,14 @@ def _read(
         both = jnp.concatenate([before[None].astype(x.dtype), x])
         return both[:-1], both[last].astype(before.dtype)
 
-    def block(carry: tuple[Array, Array], own: Any) -> tuple[Any, State]:
-        (x, v_first), (is_first, layer, state) = carry, own
+    # The state is carried, not scanned over: under a vmap over sequences no axes are moved then, and one
+    # layer's is written in place.
+    def block(carry: tuple[Array, Array, State], own: Any) -> tuple[Any, None]:
+        (x, v_first, states), (i, layer) = carry, own
+        state = jax.tree.map(lambda s: lax.dynamic_index_in_dim(s, i, keepdims=False), states)
         normed = _layer_norm(x, layer["ln1"])
         before, att_x = shift(normed, state.att_x)
-        q = _projections(layer["att"], normed, before, v_first, is_first, config)
+        q = _projections(layer["att"], normed, before, v_first, i == 0, config)
         # What neither decays, nor is taken out or written, leaves a state as it is.
         keep = lambda x: jnp.where(real[:, None, None], x.astype(jnp.float32), 0)
         k, a, b = keep(q.k), keep(-q.kk), keep(q.kk * q.a)
@@ -451,11 +454,14 @@ def _read(
         normed = _layer_norm(x, layer["ln2"])
         before, ffn_x = shift(normed, state.ffn_x)
         x = x + _channel_mix(layer["ffn"], normed, before)
-        return (x, q.v_first), State(att_x, kv, ffn_x)
+        put = lambda s, new: lax.dynamic_update_index_in_dim(s, new, i, 0)
+        states = jax.tree.map(put, states, State(att_x, kv, ffn_x))
+        return (x, q.v_first, states), None
 
     x = _layer_norm(params["emb"][tokens], params["ln0"])
-    is_first = jnp.arange(config.num_hidden_layers) == 0
-    (x, _), state = lax.scan(block, (x, jnp.zeros_like(x)), (is_first, params["blocks"], state))
+    layers = jnp.arange(config.num_hidden_layers)
+    carry = (x, jnp.zeros_like(x), state)
+    (x, _, state), _ = lax.scan(block, carry, (layers, params["blocks"]))
     return x, state
 
 
