@@ -294,7 +294,7 @@ def show(folder: Path, course: Course, examiner: Examiner, carry: Carry, count: 
         for q, text, (r,) in zip(questions, texts, rewards, strict=True)
     ]
     table = diagnostics.samples(rows, width=48)
-    add_sample(folder / "samples.txt", int(carry.generation), table.encode())
+    add_sample(folder / "samples.txt", int(carry.generation), table)
 
 
 def evaluate(config: Config, state: Carry, episodes: int, seed: int) -> dict[str, list[float]]:

@@ -9,10 +9,11 @@ _HEADER = "after "
 _INDENT = "    "
 
 
-def add_sample(path: Path, generation: int, text: bytes) -> None:
+def add_sample(path: Path, generation: int, text: bytes | str) -> None:
     """Append a sample; what the file already holds from this generation on is replaced.
 
-    So a run that was killed and goes on leaves the file of an unbroken one.
+    So a run that was killed and goes on leaves the file of an unbroken one. Bytes are made readable; a
+    str is written as it is.
 
     Example:
         >>> import tempfile
@@ -28,11 +29,12 @@ def add_sample(path: Path, generation: int, text: bytes) -> None:
     """
     kept: list[str] = []
     # Not splitlines: only a newline ends a line of this file.
-    for line in path.read_text().split("\n")[:-1] if path.exists() else ():
+    for line in path.read_text("utf-8").split("\n")[:-1] if path.exists() else ():
         if line.startswith(_HEADER) and int(line.split()[1]) >= generation:
             break
         kept.append(line)
-    lines = [*kept, f"{_HEADER}{generation} updates", *(_INDENT + one for one in readable(text))]
+    own = text.split("\n") if isinstance(text, str) else readable(text)
+    lines = [*kept, f"{_HEADER}{generation} updates", *(_INDENT + one for one in own)]
     with full_disk_in_one_sentence(path):
         write_whole(path, lambda file: file.write("".join(f"{one}\n" for one in lines).encode()))
 
