@@ -171,7 +171,7 @@ BASELINES: dict[PresetName, dict[str, object]] = {
     "gru-sgd": dict(**BACKPROP, model="gru", optimizer="sgd", learning_rate=3.0),
     "gru-adamw": dict(**BACKPROP, model="gru", learning_rate=0.03),
     "transformer-sgd": dict(**BACKPROP, model="transformer", optimizer="sgd", learning_rate=1.0),
-    "transformer-adamw": dict(**BACKPROP, model="transformer", learning_rate=0.01),
+    "transformer-adamw": dict(**BACKPROP, model="transformer", learning_rate=0.003),
 }
 
 # The default text and the model of the laptop's presets. Every pair reads a stream of its own: bytes read
