@@ -85,7 +85,9 @@ def table(curves: dict[str, list[Curve]]) -> list[str]:
     for name, several in curves.items():
         before = np.mean([one[0][2] for one in several])
         timed = np.mean([at(one, 0, seconds) for one in several])
-        told = f"{np.mean([at(one, 1, tokens) for one in several]):.1%}" if several[0][-1][1] else "-"
+        told = (
+            f"{np.mean([at(one, 1, tokens) for one in several]):.1%}" if several[0][-1][1] else "-"
+        )
         ends = [one[-1][2] for one in several]
         each = ", ".join(f"{x:.1%}" for x in ends)
         lines.append(
