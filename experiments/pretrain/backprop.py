@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from experiments.pretrain.carry import Carry
 from experiments.pretrain.config import Config
 from experiments.pretrain.models import Model
-from experiments.run.optimizers import make_optimizer
+from experiments.run.optimizers import decayed, make_optimizer
 
 
 class Backprop:
@@ -22,12 +22,11 @@ class Backprop:
     """
 
     def __init__(self, config: Config, model: Model) -> None:
-        rate, decay = config.learning_rate, config.learning_rate_decay
         self._config, self._model = config, model
         self._optimizer = optax.chain(
             optax.clip_by_global_norm(config.gradient_norm),
             make_optimizer(
-                config.optimizer, rate if decay == 1 else lambda count: rate * decay**count
+                config.optimizer, decayed(config.learning_rate, config.learning_rate_decay)
             ),
         )
 

@@ -13,7 +13,7 @@ from experiments.pretrain.backprop import repeat
 from experiments.pretrain.carry import Carry
 from experiments.pretrain.config import Config
 from experiments.pretrain.models import Model
-from experiments.run.optimizers import make_optimizer
+from experiments.run.optimizers import decayed, make_optimizer
 
 
 class Evolution:
@@ -89,10 +89,9 @@ def integers(config: Config, model: Model) -> eggroll.EvolutionStrategy:
 
 def floats(config: Config, model: Model) -> eggroll.EvolutionStrategy:
     """The strategy for float32 models."""
-    rate, decay = config.learning_rate, config.learning_rate_decay
     return eggroll.EvolutionStrategy(
         optimizer=make_optimizer(
-            config.optimizer, rate if decay == 1 else lambda count: rate * decay**count
+            config.optimizer, decayed(config.learning_rate, config.learning_rate_decay)
         ),
         population=config.population,
         sigma=config.sigma,

@@ -13,7 +13,7 @@ from experiments.reasoning.engine import Completions, Prompts, generate
 from experiments.reasoning.examiner import Examiner, repeated, sampling_of
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question
-from experiments.run.errors import UsageError
+from experiments.run.optimizers import decayed
 
 
 class Backprop:
@@ -26,16 +26,17 @@ class Backprop:
 
     def __init__(self, config: Config, begin: Start) -> None:
         self._config, self._begin = config, begin
-        rate, decay = config.learning_rate, config.learning_rate_decay
         self._optimizer = sft.optimizer_of(
             config.optimizer,
-            rate if decay == 1 else lambda count: rate * decay**count,
+            decayed(config.learning_rate, config.learning_rate_decay),
             config.gradient_norm,
         )
 
     def start(self, seed: Array) -> Any:
         """The state before generation 0."""
-        params = self._begin.params(seed)
+        # Copies, as an EvolutionStrategy makes them: updates reuse the memory of what they are given, and
+        # the reference of the KL divergence, or a later run, wants these parameters as they were.
+        params = jax.tree.map(lambda x: jnp.array(x, copy=True), self._begin.params(seed))
         return params, self._optimizer.init(params)
 
     def params(self, state: Any) -> PyTree:
@@ -56,13 +57,8 @@ class Supervised(Backprop):
         """One update by the solutions of the questions."""
         examples = []
         for question in questions:
-            trace = question.columns.get("trace")
-            if trace is None:
-                raise UsageError(
-                    f"--task {self._config.task}: it has no worked solutions to learn from; "
-                    "choose another --algorithm"
-                )
-            examples.append((examiner.prompt(question), self._begin.tokenizer.encode(trace)))
+            trace = self._begin.tokenizer.encode(examiner.trace(question))
+            examples.append((examiner.prompt(question), trace))
         length = room(max(len(prompt) + len(trace) for prompt, trace in examples) + 1)
         tokens, mask = sft.pack(examples, length, end=self._begin.tokenizer.eos[0])
         params, inner, row = self._update(*state, tokens, mask)

@@ -65,7 +65,7 @@ class Config(RunSettings):
     """Its settings, as a JSON object."""
     reward: str | None = None
     """Rewards with weights, such as "countdown=1,format=0.1" or "my_rewards.py:score"; the task's own by
-    default."""
+    default. What has 1 or more counts as right."""
     reward_workers: int = 2
     """Processes that compute rewards; 0 for this one, without limits of time."""
     reward_seconds: float = 5.0
@@ -130,14 +130,29 @@ class Config(RunSettings):
         if self.memory_gib is not None:
             positive(self, "memory_gib")
         at_least_one(self.grpo, "epochs", "micro_batch", prefix="grpo.")
+        positive(self.grpo, "clip_high", prefix="grpo.")
+        fraction(self.grpo, "clip_low", prefix="grpo.")
         if self.grpo.group < 2:
             raise UsageError(
                 f"--grpo.group {self.grpo.group}: answers are compared with each other, so choose at least 2"
             )
-        for name in ("temperature", "anchor"):
-            value = getattr(self, name)
+        for name, value in (
+            ("temperature", self.temperature),
+            ("anchor", self.anchor),
+            ("grpo.kl", self.grpo.kl),
+        ):
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{flag(name)} {value}: choose 0 or a positive number")
+        answers = self.prompts * self.grpo.group
+        if self.grpo.micro_batch is not None and answers % self.grpo.micro_batch:
+            raise UsageError(
+                f"--grpo.micro-batch {self.grpo.micro_batch}: it does not divide the {answers} answers of a "
+                "generation (--prompts times --grpo.group)"
+            )
+        if self.quantised and self.algorithm != "eggroll":
+            raise UsageError(
+                f"--quantised: --algorithm {self.algorithm} trains floats alone; choose eggroll"
+            )
         if self.chunk is not None and self.chunk % 2:
             raise UsageError(f"--chunk {self.chunk}: pairs stay together, so choose an even number")
         if self.top_k < 0 or self.reward_workers < 0:
@@ -191,6 +206,20 @@ SFT: dict[str, object] = dict(
 WARM: dict[str, object] = dict(**SMALL, start=Path("runs/reasoning/warm-start"))
 EVOLVED: dict[str, object] = dict(population=128, prompts=32, sigma=0.01, learning_rate=1e-3)
 
+# A model of the Hugging Face hub on one GPU. arXiv 2511.16652: sigma 7e-4 to 2e-3, rank 1, greedy.
+HUB: dict[str, object] = dict(
+    model="Qwen/Qwen3-0.6B",
+    chat=True,
+    dtype="bfloat16",
+    population=512,
+    prompts=16,
+    prompt_chunk=4,
+    chunk=128,
+    sigma=1e-3,
+    learning_rate=5e-6,
+    max_new_tokens=512,
+)
+
 PRESETS: dict[str, Config] = {
     "warm-start": preset("warm-start", **SMALL, **SFT, max_generations=240),
     "sft": preset("sft", **WARM, **SFT, max_generations=600),
@@ -207,35 +236,8 @@ PRESETS: dict[str, Config] = {
     "eggroll": preset("eggroll", **WARM, **EVOLVED, max_generations=100),
     "dense-es": preset("dense-es", **WARM, **EVOLVED, rank="full", max_generations=100),
     "rwkv7": preset("rwkv7", **SMALL, **SFT, model="rwkv7", max_generations=240),
-    # A model of the Hugging Face hub on one GPU. arXiv 2511.16652: sigma 7e-4 to 2e-3, rank 1, greedy.
-    "countdown": preset(
-        "countdown",
-        model="Qwen/Qwen3-0.6B",
-        task="countdown",
-        chat=True,
-        dtype="bfloat16",
-        population=512,
-        prompts=16,
-        prompt_chunk=4,
-        chunk=128,
-        sigma=1e-3,
-        learning_rate=5e-6,
-        max_new_tokens=512,
-    ),
-    "gsm-symbolic": preset(
-        "gsm-symbolic",
-        model="Qwen/Qwen3-0.6B",
-        task="gsm_symbolic",
-        chat=True,
-        dtype="bfloat16",
-        population=512,
-        prompts=16,
-        prompt_chunk=4,
-        chunk=128,
-        sigma=1e-3,
-        learning_rate=5e-6,
-        max_new_tokens=512,
-    ),
+    "countdown": preset("countdown", **HUB, task="countdown"),
+    "gsm-symbolic": preset("gsm-symbolic", **HUB, task="gsm_symbolic"),
     "tiny": preset(
         "tiny",
         layers=1,

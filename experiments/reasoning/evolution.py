@@ -17,7 +17,7 @@ from experiments.reasoning.engine import stream
 from experiments.reasoning.examiner import Examiner, repeated, sampling_of
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question
-from experiments.run.optimizers import make_optimizer
+from experiments.run.optimizers import decayed, make_optimizer
 
 
 class Evolution:
@@ -30,12 +30,10 @@ class Evolution:
 
     def __init__(self, config: Config, begin: Start) -> None:
         self._config, self._begin = config, begin
-        rate, decay = config.learning_rate, config.learning_rate_decay
-        optimizer = make_optimizer(
-            config.optimizer, rate if decay == 1 else lambda count: rate * decay**count
-        )
+        rate = decayed(config.learning_rate, config.learning_rate_decay)
+        optimizer = make_optimizer(config.optimizer, rate)
         if config.anchor:
-            optimizer = optax.chain(optimizer, anchored(rate * config.anchor))
+            optimizer = optax.chain(optimizer, anchored(config.learning_rate * config.anchor))
         self.es = eggroll.EvolutionStrategy(
             optimizer=optimizer,
             population=config.population,

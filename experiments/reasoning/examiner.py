@@ -59,6 +59,20 @@ class Examiner:
             raise UsageError(f"the prompt {text!r} has no tokens: give the task another template")
         return found
 
+    def trace(self, question: Question) -> str:
+        """The worked solution of a question.
+
+        Raises:
+            UsageError: where there is none.
+        """
+        found = self._task.trace(question)
+        if found is None:
+            raise UsageError(
+                f"--task {self._config.task}: {question.prompt.strip()!r} has no worked solution to learn "
+                "from; choose another --algorithm"
+            )
+        return found
+
     def prompts(self, questions: Sequence[Question]) -> Prompts:
         """The prompts of questions."""
         return pack([self.prompt(question) for question in questions])

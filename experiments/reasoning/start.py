@@ -52,6 +52,11 @@ def start(config: Config) -> Start:
         found = _new(config)
     else:
         found = _of_folder(config)
+    # Tokenizers without any have no template: that of RWKV's World vocabulary.
+    if config.chat and getattr(found.tokenizer, "template", None) is None:
+        raise UsageError(
+            f"--chat: the tokenizer of {config.start or config.model} has no chat template; ask without it"
+        )
     if config.quantised:
         if not isinstance(found.shape, transformer.TransformerConfig):
             raise UsageError("--quantised: only transformers have a form in int8")

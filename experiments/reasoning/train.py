@@ -26,6 +26,7 @@ from experiments.reasoning.rewards import extract
 from experiments.reasoning.start import Start, start
 from experiments.reasoning.start import save as save_model
 from experiments.reasoning.tasks import Question, Task
+from experiments.run.errors import UsageError
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, run
 from experiments.run.metrics import Row
@@ -348,11 +349,16 @@ def write(
     tokenizer = begin.tokenizer
     if config.chat:
         prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in prompts]
+    given = [tokenizer.encode(text) for text in prompts]
+    if not all(given):
+        raise UsageError(
+            "--prompt '': this model begins with nothing; give it a text to go on from"
+        )
     sampling = Sampling(max_new_tokens=length or config.max_new_tokens, temperature=temperature)
     written = generate(
         begin.model,
         params,
-        pack([tokenizer.encode(text) for text in prompts]),
+        pack(given),
         jax.random.key(seed),
         sampling,
         tokenizer.eos,

@@ -11,7 +11,7 @@ from experiments.rl.environments import Task
 from experiments.rl.policy import Policy
 from experiments.rl.rollout import run_episodes
 from experiments.rl.statistics import Statistics, merge, nothing_seen
-from experiments.run.optimizers import make_optimizer
+from experiments.run.optimizers import decayed, make_optimizer
 
 
 class Carry(NamedTuple):
@@ -28,14 +28,12 @@ class Carry(NamedTuple):
 
 def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
     """The evolution strategy that the settings describe."""
-    rate, decay = config.learning_rate, config.learning_rate_decay
-    sigma, sigma_decay = config.sigma, config.sigma_decay
     return eggroll.EvolutionStrategy(
         optimizer=make_optimizer(
-            config.optimizer, rate if decay == 1 else lambda count: rate * decay**count
+            config.optimizer, decayed(config.learning_rate, config.learning_rate_decay)
         ),
         population=config.population,
-        sigma=sigma if sigma_decay == 1 else lambda count: sigma * sigma_decay**count,
+        sigma=decayed(config.sigma, config.sigma_decay),
         rank=config.rank,
         shaping=getattr(eggroll.shaping, config.shaping)(),
         on_dense="error",

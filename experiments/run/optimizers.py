@@ -27,6 +27,16 @@ def make_optimizer(name: str, learning_rate: Any, **settings: Any) -> optax.Grad
     return find_optimizer(name)(learning_rate, **settings)
 
 
+def decayed(value: float, decay: float) -> float | optax.Schedule:
+    """A learning rate or a sigma that is multiplied by `decay` after every step: a number, or a schedule.
+
+    Example:
+        >>> decayed(0.5, 1.0), decayed(0.5, 0.1)(2)
+        (0.5, 0.005000000000000001)
+    """
+    return value if decay == 1 else lambda count: value * decay**count
+
+
 def find_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:
     """The function that makes the optimizer called `name`; its first argument is the learning rate.
 

@@ -12,7 +12,7 @@ from experiments.models.mlp import MLP
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, run
 from experiments.run.metrics import Row
-from experiments.run.optimizers import make_optimizer
+from experiments.run.optimizers import decayed, make_optimizer
 from experiments.run.plots import learning_curve
 from experiments.run.seeds import average, each, many
 from experiments.run.stopwatch import Stopwatch
@@ -74,12 +74,6 @@ def logits_of(model: MLP, params: PyTree, x: Float[Array, "images pixels"]) -> A
     return cast(Array, model.apply({"params": params}, x))
 
 
-def schedule(config: Config) -> Any:
-    """The learning rate, a number or a schedule."""
-    rate, decay = config.learning_rate, config.learning_rate_decay
-    return rate if decay == 1 else lambda count: rate * decay**count
-
-
 def job(config: Config) -> Job:
     """The run as the loop takes it.
 
@@ -88,12 +82,12 @@ def job(config: Config) -> Job:
     """
     data = load(config.data)
     model = make_model(config, data)
-    optimizer = make_optimizer(config.optimizer, schedule(config))
-    sigma, decay = config.sigma, config.sigma_decay
+    rate = decayed(config.learning_rate, config.learning_rate_decay)
+    optimizer = make_optimizer(config.optimizer, rate)
     es = eggroll.EvolutionStrategy(
         optimizer=optimizer,
         population=config.population,
-        sigma=sigma if decay == 1 else lambda count: sigma * decay**count,
+        sigma=decayed(config.sigma, config.sigma_decay),
         rank=config.rank,
         on_dense="error",
     )

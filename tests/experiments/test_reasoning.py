@@ -78,7 +78,8 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "changes",
     [
         dict(population=32, sigma=0.03, learning_rate=1e-3, generations=25, prompts=16),
-        dict(ARMS["grpo"], learning_rate=3e-3, generations=30, prompts=16, grpo=Grpo(group=8)),
+        # With a reference: parameters that were read are not lost to the updates.
+        dict(ARMS["grpo"], learning_rate=3e-3, generations=30, prompts=16, grpo=Grpo(kl=0.01)),
     ],
     ids=["eggroll", "grpo"],
 )
@@ -111,8 +112,10 @@ def test_a_run_is_evaluated_sampled_and_exported(
     words = ["sample", str(folder), "--prompt", "2+2=", "--temperature", "0", "--length", "6"]
     assert main(words) == 0
     assert capsys.readouterr().out == sampled
+    assert main(["sample", str(folder)]) == 2
+    assert "--prompt '': this model begins with nothing" in capsys.readouterr().err
     config = settings(tmp_path / "run", model=str(folder), generations=1)
-    assert train(config).generated_tokens == 8 * 4 * 6 or config.max_new_tokens == 6
+    assert 8 * 4 <= train(config).generated_tokens <= 8 * 4 * 6
 
 
 def test_questions_are_passed_over_in_an_order_of_each_pass(tmp_path: Path) -> None:
@@ -180,6 +183,11 @@ def test_the_anchor_pulls_back() -> None:
         (["--anchor", "-1"], "--anchor -1.0: choose 0 or a positive number"),
         (["--width", "33"], "--width 33: it is divided among 1 heads of an even width"),
         (["--model", "rwkv7", "--quantised"], "--quantised: only transformers"),
+        (["--quantised", "--algorithm", "sft"], "--quantised: --algorithm sft trains floats alone"),
+        (["--chat"], "--chat: the tokenizer of transformer has no chat template"),
+        (["--grpo.kl", "-1"], "--grpo.kl -1.0: choose 0 or a positive number"),
+        (["--grpo.clip-low", "2"], "--grpo.clip-low 2.0: choose a number above 0, up to 1"),
+        (["--grpo.micro-batch", "5"], "--grpo.micro-batch 5: it does not divide the 32 answers"),
     ],
 )  # fmt: skip
 def test_mistakes_get_one_sentence(
