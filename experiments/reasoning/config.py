@@ -197,7 +197,7 @@ def preset(name: PresetName, **settings: object) -> Config:
     )
 
 
-# A model of 116,000 weights that learns to add two numbers, digit by digit, in half a minute.
+# A model of 131,000 weights that learns to add two numbers, digit by digit, in half a minute.
 SMALL: dict[str, object] = dict(layers=2, width=64, task="sums", max_new_tokens=24)
 SFT: dict[str, object] = dict(
     algorithm="sft", optimizer="adamw", learning_rate=3e-3, prompts=64, evaluate_every=40
