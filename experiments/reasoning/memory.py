@@ -112,12 +112,12 @@ def plan_memory(
         >>> rule = Sampling(max_new_tokens=65)
         >>> print(plan_memory(model, es, params, 64, 16, 60, rule, 2**30).describe())
         weights                   18.0 MiB
-        optimizer, float32 copies 0.0 MiB
-        noise                     0.1 MiB a pair x 32 pairs
+        optimizer, float32 copies 0.0 KiB
+        noise                     68.0 KiB a pair x 32 pairs
         caches                    1.0 MiB a sequence x 448
-        logits                    0.0 MiB a sequence x 448
+        logits                    48.0 KiB a sequence x 448
         activations               1.0 MiB a sequence x 448
-        total                     ...
+        total                     937.1 MiB of 1.0 GiB, 18.0 MiB of it held
         at a time                 64 of 64 members, 7 prompts
     """
     state = jax.eval_shape(lambda params: es.init(params, 0), params)
@@ -224,4 +224,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _size(n: int) -> str:
-    return f"{n / 2**20:.1f} MiB" if n < 2**30 else f"{n / 2**30:.1f} GiB"
+    for unit, bytes_of in (("GiB", 2**30), ("MiB", 2**20)):
+        if n >= bytes_of:
+            return f"{n / bytes_of:.1f} {unit}"
+    return f"{n / 2**10:.1f} KiB"
