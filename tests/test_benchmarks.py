@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import arms, common, forward, pretraining, step
+from benchmarks import arms, common, forward, pretraining, reasoning, step
 from benchmarks.common import Row
 from experiments.pretrain import config as pretrain
 from experiments.run.cli import parse
@@ -113,3 +113,19 @@ def test_arms_are_compared_at_equal_cost() -> None:
     _, _, eggroll, sft = arms.table(curves)
     assert eggroll == "| EGGROLL | 25.0% | 50.0% | 75.0% | **75.0%** (75.0%) | 9 | 200 |"
     assert sft == "| SFT | 25.0% | 100.0% | - | **100.0%** (100.0%) | 6 | 0 |"
+
+
+def test_reasoning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tiny = {"hidden": 32, "layers": 1, "vocab": 16, "population": 4, "prompts": 2, "tokens": 3}
+    flags = [word for name, value in tiny.items() for word in (f"--{name}", str(value))]
+    path = tmp_path / "table.json"
+    words = [*flags, "--prompt-tokens", "4", "--rounds", "1", "--models", "transformer"]
+    rows = reasoning.main([*words, "--json", str(path)])
+    assert [r.name for r in rows] == [reasoning.PLAIN, reasoning.PERTURBED, reasoning.DRAWING]
+    told = capsys.readouterr().out
+    assert "of plain inference" in told and all(row.name in told for row in rows)
+    document = json.loads(path.read_text())
+    assert document["tokens"] == 3 and len(document["rows"]) == 3
+    with pytest.raises(SystemExit):
+        reasoning.main(["--hidden", "33"])
+    assert "--hidden 33: a multiple of 32 is right" in capsys.readouterr().err
