@@ -106,6 +106,16 @@ def settings(es: Any) -> None:
     check_mesh(es.mesh)
 
 
+def quantised(plan: plans.Plan, master_weights: bool) -> None:
+    """That int8 parameters beside float ones have copies which can hold a part of a step."""
+    for leaf in plan.leaves:
+        if leaf.quantised and not master_weights:
+            raise ValueError(
+                f"master_weights=False: parameter {leaf.path!r} is int8 and would round every update "
+                "away; True is right"
+            )
+
+
 def parameters(plan: plans.Plan, params: Any) -> None:
     """That parameters start from numbers that training can go on from (where they are known)."""
     known = {

@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from jaxtyping import Int, Num, UInt32
 
 from eggroll import fixed_point
-from eggroll.lowrank import accumulator
 from eggroll.noise import Noise
 from eggroll.perturbation import Draw, Sigma, draw_pairs
 from eggroll.plan import Leaf, Matrix, Plan
@@ -79,8 +78,7 @@ def weighted_noise(
             return jax.tree.map(jnp.add, total, sums), None
 
         zero: Any = [
-            jnp.zeros(leaf.shape, accumulator(leaf.dtype)) if leaf.trainable else None
-            for leaf in plan.leaves
+            jnp.zeros(leaf.shape, leaf.sums) if leaf.trainable else None for leaf in plan.leaves
         ]
         zero = fixed_point.to_limbs(zero) if limbs else zero
         if share == at_once:
@@ -99,7 +97,7 @@ def contract(leaf: Leaf, drawn: Draw, d: Num[Array, "pairs"]) -> Array | None:
     """The weighted sum of one leaf's noise over a chunk of pairs, ``[*shape]``."""
     if not drawn:
         return None
-    sums = accumulator(leaf.dtype)
+    sums = leaf.sums
     # A product of int8 is summed in int32 as it stands: in int32 it would be several times as slow.
     dtype = leaf.dtype if leaf.integer else sums
     d = d.astype(dtype)

@@ -15,12 +15,12 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import UInt32
 
-from eggroll import estimator
+from eggroll import estimator, fixed_point
 from eggroll.interpreter import Context, interpret
 from eggroll.lowrank import is_narrow
 from eggroll.noise import stream
 from eggroll.perturbation import draw_pairs, perturb
-from eggroll.plan import Plan
+from eggroll.plan import Leaf, Plan
 from eggroll.population import AXIS, devices, map_pairs, split_pairs
 from eggroll.state import Metrics, State, trainable_of
 
@@ -246,6 +246,11 @@ def apply(
     return advance(plan, state, new, optimizer), optax.tree.norm(change)
 
 
+def narrowed(value: Array, leaf: Leaf) -> Array:
+    """What was trained in the type of its parameter: the nearest number, also where that is whole."""
+    return (jnp.round(value) if leaf.quantised else value).astype(leaf.dtype)
+
+
 def advance(plan: Plan, state: State, new: Any, optimizer: Any) -> State:
     """The state of the next generation, from the tree that the optimizer saw and its own state."""
     tree: Any = jax.tree.structure(state.params)
@@ -256,9 +261,11 @@ def advance(plan: Plan, state: State, new: Any, optimizer: Any) -> State:
         jax.tree.leaves(state.params),
         strict=True,
     ):
+        if leaf.quantised:
+            value = jnp.clip(value, -fixed_point.LARGEST, fixed_point.LARGEST)
         if leaf.path in state.master:
             master[leaf.path] = value
-        params.append(before if value is None else value.astype(leaf.dtype))
+        params.append(before if value is None else narrowed(value, leaf))
     return State(
         jax.tree.unflatten(tree, params), master, optimizer, state.generation + 1, state.seed
     )

@@ -26,14 +26,20 @@ from eggroll.lowrank import (
     Wide,
     build,
     is_narrow,
+    is_quantised,
     is_special,
     materialize,
     narrow,
 )
 from eggroll.rules import NOT_OF_INTEGERS, RULES, TAKE_SPREAD, UNHANDLED, dims, results
-from eggroll.wide import in_float32
+from eggroll.wide import MOVES, in_float32
 
 OnDense = Literal["error", "warn", "ignore"]
+
+# These move one array's numbers, of whatever type.
+MOVES_ALONE = (MOVES | {"broadcast_in_dim"}) - {
+    "concatenate", "dynamic_update_slice", "neg", "pad", "select_n", "stack"
+}  # fmt: skip
 
 
 class DenseBuildWarning(UserWarning):
@@ -75,6 +81,8 @@ class Context:
 
     def dense(self, value: Value, eqn: Any) -> Any:
         """The value as one array of its own type, reported where that is a matrix of parameters."""
+        if is_quantised(value):
+            refuse_quantised(value, eqn if isinstance(eqn, str) else eqn.primitive.name)
         return narrow(self.wide(value, eqn))
 
     def wide(self, value: Value, eqn: Any) -> Value:
@@ -84,7 +92,8 @@ class Context:
         if id(value) not in self._memo:
             self._report(value, eqn)
             array = build(value)
-            built = Wide(array, value.dtype) if is_narrow(value.dtype) else array
+            wide = is_narrow(value.dtype) or is_quantised(value)
+            built = Wide(array, value.dtype) if wide else array
             self._memo[id(value)] = (value, built)
         return self._memo[id(value)][1]
 
@@ -167,6 +176,7 @@ def evaluate(
 def step(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     """Evaluates one equation."""
     name = eqn.primitive.name
+    check_quantised(eqn, values)
     if name == "broadcast_in_dim" and len(values) == 1 and not isinstance(values[0], LowRank):
         return [put_off(eqn, values[0])]
     if name not in TAKE_SPREAD or not any(isinstance(v, LowRank) for v in values):
@@ -182,6 +192,25 @@ def step(context: Context, eqn: Any, values: list[Value]) -> list[Value]:
     if any(isinstance(v, Wide) for v in values):
         return in_float32(eqn, values)
     return results(eqn, values)
+
+
+def check_quantised(eqn: Any, values: list[Value]) -> None:
+    """Raises ValueError for what would treat float noise on an int8 parameter as integers."""
+    name = eqn.primitive.name
+    to_float = name == "convert_element_type" and jnp.issubdtype(
+        eqn.params["new_dtype"], jnp.floating
+    )
+    if name not in MOVES_ALONE and name not in CONTROL_FLOW and not to_float:
+        for value in filter(is_quantised, values):
+            refuse_quantised(value, name)
+
+
+def refuse_quantised(value: Value, where: str) -> None:
+    path = f" {value.paths[0]!r}" if isinstance(value, LowRank) and value.paths else ""
+    raise ValueError(
+        f"the int8 parameter{path} has noise of floats and enters {where!r} as integers; cast it to a "
+        "float type before, or freeze it by eggroll.Frozen()"
+    )
 
 
 def rule_of(name: str, values: list[Value]) -> Callable[..., Any]:

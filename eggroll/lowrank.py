@@ -90,7 +90,8 @@ class LowRank:
 
     @property
     def integer(self) -> bool:
-        return is_integer(self.dtype)
+        """Whether the perturbation is one of integers, as :mod:`eggroll.integer` has it."""
+        return is_integer(self.factors[0].dtype)
 
     def varies(self, k: int, axis: int) -> bool:
         """Whether factor ``k`` varies along ``axis``."""
@@ -103,7 +104,7 @@ class LowRank:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Wide:
-    """A perturbed array held in float32 that stands for one of the narrower ``dtype``."""
+    """A perturbed array held in float32 that stands for one of the narrower ``dtype``, float or int8."""
 
     value: Part
     dtype: Any = dataclasses.field(metadata={"static": True})
@@ -124,6 +125,13 @@ class Spread:
     @property
     def dtype(self) -> Any:
         return self.value.dtype
+
+
+def is_quantised(value: Any) -> bool:
+    """Whether this is a perturbed int8 parameter whose noise is of floats."""
+    if isinstance(value, LowRank):
+        return is_integer(value.dtype) and not value.integer
+    return isinstance(value, Wide) and is_integer(value.dtype)
 
 
 Special = LowRank | Wide | Spread
@@ -161,10 +169,10 @@ def accumulator(dtype: DTypeLike) -> DTypeLike:
 
 
 def build(value: LowRank) -> Array:
-    """The perturbed array itself, ``[*shape]``; float32 where ``w`` is a float narrower than that."""
+    """The perturbed array itself, ``[*shape]``; float32 where the noise is of narrower floats."""
     if value.integer:
         return fixed_point.built(value.w, value.factors, value.scale, value.shift)
-    dtype = accumulator(value.dtype)
+    dtype = accumulator(value.factors[0].dtype)
     noise = jnp.ones((), dtype)
     for factor in value.factors:
         noise = noise * factor.astype(dtype)

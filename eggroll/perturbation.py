@@ -8,7 +8,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int, UInt32
 
 from eggroll import fixed_point
-from eggroll.lowrank import LowRank, Wide, accumulator, build, is_narrow
+from eggroll.lowrank import LowRank, Wide, build
 from eggroll.noise import Noise, stream
 from eggroll.plan import Leaf, Matrix, Plan
 
@@ -109,9 +109,9 @@ def perturb(plan: Plan, params: Any, draws: list[Draw], sigma: Sigma, sign: Arra
         elif isinstance(leaf.treatment, Matrix):
             out.append(LowRank(w, drawn, sign * scale_of(leaf, sigma), (leaf.path,)))
         else:
-            wide = accumulator(w.dtype)
+            wide = leaf.sums
             value = w.astype(wide) + (sign * scale_of(leaf, sigma)).astype(wide) * drawn[0]
-            out.append(Wide(value, w.dtype) if is_narrow(w.dtype) else value)
+            out.append(Wide(value, w.dtype) if leaf.held else value)
     return jax.tree.unflatten(tree, out)
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from eggroll.fixed_point import is_integer
-from eggroll.lowrank import accumulator
+from eggroll.lowrank import accumulator, is_narrow
 from eggroll.roles import Roles, trace_roles
 
 Axes = int | Sequence[int]
@@ -75,13 +75,18 @@ Treatment = Matrix | Dense | Frozen
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One parameter and its treatment; of a :class:`Matrix` the rank is settled."""
+    """One parameter and its treatment; of a :class:`Matrix` the rank is settled.
+
+    ``quantised`` is an int8 parameter that is trained beside float ones: by noise of floats, in units of
+    its own steps, with a float32 copy of which it is the rounded form.
+    """
 
     path: str
     shape: tuple[int, ...]
     dtype: Any
     treatment: Treatment
     reason: str
+    quantised: bool = False
 
     @property
     def trainable(self) -> bool:
@@ -89,7 +94,21 @@ class Leaf:
 
     @property
     def integer(self) -> bool:
-        return is_integer(self.dtype)
+        return is_integer(self.dtype) and not self.quantised
+
+    @property
+    def held(self) -> bool:
+        """Whether a float32 copy of the parameter is what is trained."""
+        return self.trainable and (self.quantised or is_narrow(self.dtype))
+
+    @property
+    def sums(self) -> Any:
+        """The type in which the parameter's noise is summed up."""
+        return accumulator(self.float_dtype)
+
+    @property
+    def float_dtype(self) -> Any:
+        return jnp.dtype(jnp.float32) if self.quantised else self.dtype
 
     @property
     def sigma(self) -> float:
@@ -120,8 +139,8 @@ class Leaf:
     def noise_dtype(self) -> Any:
         """Factors are drawn in the parameter's type; dense noise is never narrower than float32."""
         if isinstance(self.treatment, Matrix) or self.integer:
-            return self.dtype
-        return accumulator(self.dtype)
+            return self.float_dtype
+        return self.sums
 
     @property
     def noise_bytes(self) -> int:
@@ -172,7 +191,9 @@ def by_shape(overrides: Overrides | None = None) -> Planner:
 
     Args:
       overrides: treatments by path pattern (``fnmatch`` on paths such as
-        ``"params/Dense_0/kernel"``); of several that match, the last counts.
+        ``"params/Dense_0/kernel"``); of several that match, the last counts. Beside float leaves one in
+        int8 is trained only where an override matches it: a quantised matrix, with noise of floats, whose
+        sigma is in its own steps.
 
     Returns:
       A planner, for ``EvolutionStrategy(plan=...)``.
@@ -283,7 +304,10 @@ def is_float(leaf: Any) -> bool:
 
 
 def trained_type(params: Any) -> Callable[[Any], bool]:
-    """Which leaves are trained: the float ones; of a tree without any, those in int8."""
+    """Which leaves are trained: the float ones; of a tree without any, those in int8.
+
+    Beside float ones int8 leaves are trained where an override names them.
+    """
     if any(is_float(leaf) for _, leaf in leaf_paths(params)):
         return is_float
     return lambda leaf: leaf.dtype == jnp.int8
@@ -301,16 +325,18 @@ def _settle(
     for path, leaf in leaves:
         shape = tuple(leaf.shape)
         treatment: Treatment
-        if not is_trained(leaf):
-            treatment, reason = Frozen(), f"{leaf.dtype}: passes through"
-        else:
+        if is_trained(leaf):
             treatment, reason = propose(path, shape)
+        else:
+            treatment, reason = Frozen(), f"{leaf.dtype}: passes through"
+        if is_trained(leaf) or leaf.dtype == jnp.int8:
             for pattern, chosen in overrides.items():
                 if fnmatch.fnmatchcase(path, pattern):
                     treatment, reason = chosen, f"override {pattern!r}"
         if isinstance(treatment, Matrix):
             treatment, reason = _settle_matrix(path, shape, treatment, rank, reason)
-        plan.append(Leaf(path, shape, leaf.dtype, treatment, reason))
+        quantised = not is_trained(leaf) and not isinstance(treatment, Frozen)
+        plan.append(Leaf(path, shape, leaf.dtype, treatment, reason, quantised))
     if not any(leaf.trainable for leaf in plan):
         kinds = {leaf.path: str(leaf.dtype) for leaf in plan}
         raise ValueError(

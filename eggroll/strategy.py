@@ -18,7 +18,6 @@ from eggroll import noise as noises
 from eggroll import plan as plans
 from eggroll import shaping as shapings
 from eggroll.interpreter import Context, interpret
-from eggroll.lowrank import is_narrow
 from eggroll.perturbation import built_member, draw, perturb
 from eggroll.population import devices, spread
 from eggroll.state import Metrics, State, trainable_of
@@ -91,7 +90,8 @@ class EvolutionStrategy:
 
         Args:
           params: any tree of arrays; floats are trained, other types pass through. In a tree without
-            floats those in int8 are trained, by the noise of :mod:`eggroll.integer`.
+            floats those in int8 are trained, by the noise of :mod:`eggroll.integer`; beside floats only
+            those that the plan names, by noise of floats in units of their steps.
           key: ``jax.random.key(seed)``, or a seed as a whole number.
 
         Raises:
@@ -100,6 +100,7 @@ class EvolutionStrategy:
         """
         plan = self.plan_of(params)
         checks.parameters(plan, params)
+        checks.quantised(plan, self.master_weights)
         if checks.is_whole(key):
             key = jax.random.key(key)
         # Fresh arrays, so that a donated state never takes the caller's parameters with it.
@@ -107,7 +108,7 @@ class EvolutionStrategy:
         master = {}
         if self.master_weights:
             for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True):
-                if leaf.trainable and is_narrow(leaf.dtype):
+                if leaf.held:
                     master[leaf.path] = value.astype(jnp.float32)
         trainable = trainable_of(plan, params, master)
         state = State(

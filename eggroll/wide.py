@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from eggroll.fixed_point import is_integer
 from eggroll.lowrank import Value, Wide, is_narrow, narrow
 from eggroll.rules import results
 
@@ -45,7 +46,7 @@ def in_float32(eqn: Any, values: list[Value]) -> list[Value]:
     outs = results(eqn, [widened(v) for v in values], **params)
     if name in MOVES or (name in ELEMENTWISE and constant):
         return [
-            Wide(out, dtype) if is_narrow(dtype) else out
+            Wide(out, dtype) if is_narrow(dtype) or is_integer(dtype) else out
             for out, dtype in zip(outs, dtypes, strict=True)
         ]
     return [out.astype(dtype) for out, dtype in zip(outs, dtypes, strict=True)]

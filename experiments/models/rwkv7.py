@@ -12,7 +12,7 @@ layer runs as a scan. Layer 0 uses none of its v0, v1 and v2: its values are wha
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,9 @@ from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from eggroll import Dense, Frozen, Matrix
-from eggroll.plan import Planner, by_shape
+from eggroll.plan import Planner, Treatment
+from experiments.models import quantised
+from experiments.models.quantised import linear, look_up
 
 Params = dict[str, Any]
 
@@ -32,6 +34,10 @@ GROUP_NORM_EPS = 64e-5
 
 ATTENTION = ("receptance", "key", "value", "output", "w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2")
 MATRICES = (*(f"blocks/att/{name}" for name in ATTENTION), "blocks/ffn/key", "blocks/ffn/value")
+LARGE = (
+    *(f"blocks/att/{name}" for name in ("receptance", "key", "value", "output")),
+    *("blocks/ffn/key", "blocks/ffn/value"),
+)
 OTHERS = ("vectors", "embeddings", "head")
 
 
@@ -134,11 +140,10 @@ def init(key: Key[Array, ""], config: RWKV7Config) -> Params:
     def uniform(limit: float, *shape: int) -> Array:
         return jax.random.uniform(next(keys), shape, minval=-limit, maxval=limit)
 
-    def orthogonal(gain: float, *shape: int) -> Array:
-        make = jax.nn.initializers.orthogonal(gain)
-        if len(shape) == 2:
-            return make(next(keys), shape)
-        return jax.vmap(lambda k: make(k, shape[1:]))(jax.random.split(next(keys), depth))
+    # The published code's are orthogonal. Entries of the same variance do without the QR of many
+    # matrices in one program, in which OpenBLAS can come to wait for itself on few cores.
+    def normal(gain: float, *shape: int) -> Array:
+        return gain / max(shape[-2:]) ** 0.5 * jax.random.normal(next(keys), shape)
 
     # The lower a channel and its layer, the more it takes of the token before.
     shifts = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.9, "x_v": 0.9, "x_a": 0.9, "x_g": 0.2}
@@ -158,7 +163,7 @@ def init(key: Key[Array, ""], config: RWKV7Config) -> Params:
         "a0": everywhere(0.0),
         "v0": everywhere(1.0),
         **{f"{name}1": jnp.zeros((depth, hidden, rank)) for name, rank in ranks.items()},
-        **{f"{name}2": orthogonal(0.1, depth, rank, hidden) for name, rank in ranks.items()},
+        **{f"{name}2": normal(0.1, depth, rank, hidden) for name, rank in ranks.items()},
         "k_k": everywhere(0.85),
         "k_a": everywhere(1.0),
         "r_k": jnp.zeros((depth, config.heads, config.head_dim)),
@@ -183,13 +188,36 @@ def init(key: Key[Array, ""], config: RWKV7Config) -> Params:
         "ln0": norm(hidden),
         "blocks": {"ln1": norm(depth, hidden), "ln2": norm(depth, hidden), "att": att, "ffn": ffn},
         "ln_out": norm(hidden),
-        "head": orthogonal(
+        "head": normal(
             0.5 * max(1.0, config.vocab_size / hidden) ** 0.5, hidden, config.vocab_size
         ),
     }
 
 
-def plan(train: Collection[str] = ()) -> Planner:
+def output_axis(path: str) -> int | None:
+    """The axis that :mod:`quantised` takes the scales of a matrix over: that of a token's row, or inputs."""
+    if path == "emb":
+        return -1
+    return -2 if path == "head" or path in LARGE else None
+
+
+def quantise(params: Params) -> Params:
+    """The same model with its large matrices in int8 (:mod:`quantised`); the thin ones that decide decays,
+    gates and rates stay, and so do vectors.
+
+    Args:
+        params: of :func:`init`, in any float dtype.
+
+    Example:
+        >>> config = RWKV7Config(vocab_size=7, hidden_size=16, num_hidden_layers=3, head_dim=8)
+        >>> att = quantise(init(jax.random.key(0), config))["blocks"]["att"]
+        >>> jax.tree.map(lambda x: (str(x.dtype), x.shape), att["key"]), str(att["w1"].dtype)
+        ({'int8': ('int8', (3, 16, 16)), 'scale': ('float32', (3, 16))}, 'float32')
+    """
+    return quantised.quantise(params, output_axis)
+
+
+def plan(train: Collection[str] = (), steps: Mapping[str, float] | None = None) -> Planner:
     """Which parameters an `EvolutionStrategy` trains, and by which noise.
 
     The matrices of the layers get low-rank noise, each layer its own. The rest is frozen, as arXiv
@@ -197,9 +225,10 @@ def plan(train: Collection[str] = ()) -> Planner:
 
     Args:
         train: any of "embeddings", "head", "vectors" (all that is no matrix, by dense noise).
+        steps: of a quantised model, `quantised.steps(params)`.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for another name, and (when used) for a quantised model without steps.
 
     Example:
         >>> config = RWKV7Config(vocab_size=7, hidden_size=64, num_hidden_layers=3)
@@ -210,15 +239,16 @@ def plan(train: Collection[str] = ()) -> Planner:
     for part in train:
         if part not in OTHERS:
             raise ValueError(f"train names {part!r}; any of {', '.join(OTHERS)} is right")
-    treated = lambda part, treatment: treatment if part in train else Frozen()
-    return by_shape(
-        {
-            "*": treated("vectors", Dense()),
-            **dict.fromkeys(MATRICES, Matrix(rows=1, columns=2, batch=0)),
-            "emb": treated("embeddings", Matrix(rows=0, columns=1)),
-            "head": treated("head", Matrix(rows=0, columns=1)),
-        }
-    )
+
+    def treatment(path: str) -> Treatment:
+        if path in MATRICES:
+            return Matrix(rows=1, columns=2, batch=0)
+        group = {"emb": "embeddings", "head": "head"}.get(path, "vectors")
+        if group not in train:
+            return Frozen()
+        return Dense() if group == "vectors" else Matrix(rows=0, columns=1)
+
+    return quantised.planner(treatment, steps)
 
 
 def initial_state(config: RWKV7Config, dtype: DTypeLike = jnp.float32) -> State:
@@ -312,7 +342,7 @@ def prefill(
     Returns:
         Logits of the token after the prompt's last, and the cache for :func:`decode`: the state.
     """
-    state = initial_state(config, params["emb"].dtype)
+    state = initial_state(config, _dtype(params))
     x, state = _read(params, state, tokens, config, length, recurrence_chunked)
     return _logits(params, x[length - 1]), state
 
@@ -458,7 +488,7 @@ def _read(
         states = jax.tree.map(put, states, State(att_x, kv, ffn_x))
         return (x, q.v_first, states), None
 
-    x = _layer_norm(params["emb"][tokens], params["ln0"])
+    x = _layer_norm(look_up(params["emb"], tokens, _dtype(params)), params["ln0"])
     layers = jnp.arange(config.num_hidden_layers)
     carry = (x, jnp.zeros_like(x), state)
     (x, _, state), _ = lax.scan(block, carry, (layers, params["blocks"]))
@@ -483,7 +513,11 @@ def _projections(
 ) -> _Projections:
     heads = lambda x: x.reshape(*x.shape[:-1], config.heads, config.head_dim)
     mixed = {name: x + (before - x) * p[f"x_{name}"] for name in "rwkvag"}
-    r, k, v = mixed["r"] @ p["receptance"], mixed["k"] @ p["key"], mixed["v"] @ p["value"]
+    r, k, v = (
+        linear(mixed["r"], p["receptance"]),
+        linear(mixed["k"], p["key"]),
+        linear(mixed["v"], p["value"]),
+    )
     w = p["w0"] + jnp.tanh(mixed["w"] @ p["w1"]) @ p["w2"]
     a = jax.nn.sigmoid(p["a0"] + mixed["a"] @ p["a1"] @ p["a2"])
     # In layer 0 the two are the same, so that nothing is mixed whatever v0, v1 and v2 are.
@@ -506,16 +540,20 @@ def _output(p: Params, y: Array, q: _Projections) -> Array:
     y = _standardised(y, GROUP_NORM_EPS).astype(q.gate.dtype).reshape(q.gate.shape)
     y = y * p["ln_x"]["weight"] + p["ln_x"]["bias"]
     own = jnp.sum(q.r * q.k * p["r_k"], -1, keepdims=True) * q.v
-    return ((y + own.reshape(y.shape)) * q.gate) @ p["output"]
+    return linear((y + own.reshape(y.shape)) * q.gate, p["output"])
 
 
 def _channel_mix(p: Params, x: Array, before: Array) -> Array:
-    k = (x + (before - x) * p["x_k"]) @ p["key"]
-    return jax.nn.relu(k) ** 2 @ p["value"]
+    k = linear(x + (before - x) * p["x_k"], p["key"])
+    return linear(jax.nn.relu(k) ** 2, p["value"])
+
+
+def _dtype(params: Params) -> DTypeLike:
+    return params["ln0"]["weight"].dtype
 
 
 def _logits(params: Params, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch vocab"]:
-    return _layer_norm(x, params["ln_out"]) @ params["head"]
+    return linear(_layer_norm(x, params["ln_out"]), params["head"])
 
 
 def _layer_norm(x: Array, p: Params) -> Array:

@@ -16,7 +16,7 @@ and Sennrich, arXiv 1910.07467; SwiGLU: Shazeer, arXiv 2002.05202; grouped queri
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from eggroll.plan import Dense, Frozen, Matrix, Plan, Planner, Treatment, by_shape, leaf_paths
+from eggroll.plan import Dense, Frozen, Matrix, Plan, Planner, Treatment
+from experiments.models import quantised
+from experiments.models.quantised import linear, look_up, transposed
 
 Params = dict[str, Any]
 
@@ -343,15 +345,15 @@ def decode(
     return _logits(params, x, config)[0], Cache(keys, values, cache.length, cache.prompt_slots)
 
 
+def output_axis(path: str) -> int | None:
+    """The axis that :mod:`quantised` takes the scales of a matrix over: that of a token's row, or inputs."""
+    if path == "embed_tokens":
+        return -1
+    return -2 if path.endswith("_proj") or path == "lm_head" else None
+
+
 def quantise(params: Params) -> Params:
-    """The same model with its matrices in int8, a quarter of float32's bytes; norms and biases stay.
-
-    A matrix becomes ``{"int8": matrix, "scale": float32}``, where each output (of the embedding: each
-    token) has a scale, its largest absolute entry over 127. Products are ``(x @ int8) * scale``.
-
-    Evolution strategies perturb float parameters here: the scales and, if wanted, vectors. The int8
-    matrices themselves are constants: the library has no float noise for int8 parameters beside float
-    ones, and `plan` leaves them frozen.
+    """The same model with its matrices in int8 (:mod:`quantised`); norms and biases stay.
 
     Args:
         params: of :func:`init`, in any float dtype.
@@ -363,33 +365,22 @@ def quantise(params: Params) -> Params:
         >>> jax.tree.map(lambda x: (str(x.dtype), x.shape), small["layers"]["up_proj"])
         {'int8': ('int8', (3, 8, 12)), 'scale': ('float32', (3, 12))}
     """
-
-    def rounded(name: str, w: Array) -> dict[str, Array]:
-        axis = -1 if name == "embed_tokens" else -2
-        w = w.astype(jnp.float32)
-        scale = jnp.abs(w).max(axis, keepdims=True) / 127
-        whole = jnp.round(w / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
-        return {"int8": whole, "scale": scale.squeeze(axis)}
-
-    def each(tree: Params) -> Params:
-        is_matrix = lambda name: name.endswith("_proj") or name in ("embed_tokens", "lm_head")
-        return {k: rounded(k, leaf) if is_matrix(k) else leaf for k, leaf in tree.items()}
-
-    return {**each(params), "layers": each(params["layers"])}
+    return quantised.quantise(params, output_axis)
 
 
-def plan(train: Collection[str] = ()) -> Planner:
+def plan(train: Collection[str] = (), steps: Mapping[str, float] | None = None) -> Planner:
     """Which parameters an `EvolutionStrategy` trains, and by which noise.
 
-    The matrices of the layers get low-rank noise, each layer its own. Of a quantised model their scales
-    get dense noise of sigma / 127, which moves the largest entries of a matrix by sigma. The rest is
-    frozen, as arXiv 2511.16652 has it for language models, unless it is named.
+    The matrices of the layers get low-rank noise, each layer its own. The rest is frozen, as arXiv
+    2511.16652 has it for language models, unless it is named.
 
     Args:
         train: any of "embeddings", "head", "vectors" (norms and biases).
+        steps: of a quantised model, `quantised.steps(params)`.
 
     Raises:
-        ValueError: for another name, and (when used) for the head of a model without one of its own.
+        ValueError: for another name, and (when used) for the head of a model without one of its own, or a
+            quantised model without steps.
 
     Example:
         >>> config = TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
@@ -407,24 +398,19 @@ def plan(train: Collection[str] = ()) -> Planner:
             )
 
     def treatment(path: str) -> Treatment:
-        groups = {"embed_tokens": "embeddings", "lm_head": "head"}
-        top, in_layers = path.split("/")[0], "_proj" in path
-        if not in_layers and groups.get(top, "vectors") not in train:
-            return Frozen()
-        if path.endswith("/int8"):
-            return Frozen()
-        if path.endswith("/scale"):
-            return Dense(sigma=1 / 127)
-        if in_layers:
+        if path.endswith("_proj"):
             return Matrix(rows=1, columns=2, batch=0)
-        return Matrix(rows=0, columns=1) if top in groups else Dense()
+        group = {"embed_tokens": "embeddings", "lm_head": "head"}.get(path, "vectors")
+        if group not in train:
+            return Frozen()
+        return Dense() if group == "vectors" else Matrix(rows=0, columns=1)
 
     def planner(params: Params, rank: Any) -> Plan:
         if "head" in train and "lm_head" not in params:
             raise ValueError(
                 "train names 'head', but the head is the embedding: name 'embeddings' instead"
             )
-        return by_shape({path: treatment(path) for path, _ in leaf_paths(params)})(params, rank)
+        return quantised.planner(treatment, steps)(params, rank)
 
     return planner
 
@@ -461,11 +447,7 @@ def _read(
 def _embed(
     params: Params, tokens: Int[Array, "*batch length"]
 ) -> Float[Array, "*batch length hidden"]:
-    table = params["embed_tokens"]
-    if isinstance(table, dict):
-        rows = table["int8"][tokens] * table["scale"][tokens][..., None]
-        return rows.astype(params["norm"].dtype)
-    return table[tokens]
+    return look_up(params["embed_tokens"], tokens, params["norm"].dtype)
 
 
 def _logits(
@@ -474,10 +456,7 @@ def _logits(
     x = rms_norm(x, params["norm"], config.rms_norm_eps)
     if not config.tie_word_embeddings:
         return linear(x, params["lm_head"])
-    table = params["embed_tokens"]
-    if isinstance(table, dict):
-        return linear(x, {"int8": table["int8"].T, "scale": table["scale"]})
-    return linear(x, table.T)
+    return linear(x, transposed(params["embed_tokens"]))
 
 
 def _project(
@@ -544,19 +523,6 @@ def mlp(layer: Params, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch
     """SwiGLU."""
     gate, up = linear(x, layer["gate_proj"]), linear(x, layer["up_proj"])
     return linear(jax.nn.silu(gate) * up, layer["down_proj"])
-
-
-def linear(
-    x: Float[Array, "*batch inputs"], w: Float[Array, "inputs outputs"] | dict[str, Array]
-) -> Float[Array, "*batch outputs"]:
-    """``x @ w``, with all rows of x in one axis: the gradient takes less time on a CPU so, as it is a
-    product of two matrices. ``w`` may be one of :func:`quantise`."""
-    rows = x.reshape(-1, x.shape[-1])
-    if isinstance(w, dict):
-        y = ((rows @ w["int8"].astype(x.dtype)) * w["scale"]).astype(x.dtype)
-    else:
-        y = rows @ w
-    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def rms_norm(

@@ -32,6 +32,16 @@ class Backprop:
             config.gradient_norm,
         )
 
+    def _compiled(self, update: Any) -> Any:
+        """An update that also tells how many narrow weights changed, in the memory of what it is given."""
+
+        def told(params: PyTree, state: Any, *data: Any) -> tuple[PyTree, Any, dict[str, Any]]:
+            new, state, row = update(params, state, *data)
+            narrow = self._config.narrow_type
+            return new, state, row | diagnostics.changed_weights(params, new, narrow)
+
+        return jax.jit(told, donate_argnums=(0, 1))
+
     def start(self, seed: Array) -> Any:
         """The state before generation 0."""
         # Copies, as an EvolutionStrategy makes them: updates reuse the memory of what they are given, and
@@ -49,19 +59,13 @@ class Supervised(Backprop):
 
     def __init__(self, config: Config, begin: Start) -> None:
         super().__init__(config, begin)
-        self._update = jax.jit(sft.make_update(begin.model, self._optimizer), donate_argnums=(0, 1))
+        self._update = self._compiled(sft.make_update(begin.model, self._optimizer))
 
     def generation(
         self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner
     ) -> tuple[Any, dict[str, Any]]:
         """One update by the solutions of the questions."""
-        examples = []
-        for question in questions:
-            trace = self._begin.tokenizer.encode(examiner.trace(question))
-            examples.append((examiner.prompt(question), trace))
-        length = room(max(len(prompt) + len(trace) for prompt, trace in examples) + 1)
-        tokens, mask = sft.pack(examples, length, end=self._begin.tokenizer.eos[0])
-        params, inner, row = self._update(*state, tokens, mask)
+        params, inner, row = self._update(*state, *examiner.solutions(questions))
         return (params, inner), {**row, "generated_tokens": 0}
 
 
@@ -83,8 +87,9 @@ class GroupPolicy(Backprop):
             epochs=own.epochs,
             micro_batch=own.micro_batch,
         )
-        update = grpo.make_update(begin.model, self._optimizer, self._settings)
-        self._update = jax.jit(update, donate_argnums=(0, 1))
+        self._update = self._compiled(
+            grpo.make_update(begin.model, self._optimizer, self._settings)
+        )
         self._reference = begin.params(jnp.int32(config.seed)) if own.kl else None
 
     def generation(
@@ -150,14 +155,4 @@ def joined(prompts: Prompts, written: Completions) -> sft.Packed:
         )
         for i in range(len(tokens))
     ]
-    return sft.pack(examples, room(int(prompts.lengths.max()) + tokens.shape[-1]))
-
-
-def room(length: int) -> int:
-    """Places for a text: a multiple of 16, so that few lengths are compiled.
-
-    Example:
-        >>> room(16), room(17)
-        (16, 32)
-    """
-    return -(-length // 16) * 16
+    return sft.pack(examples, sft.room(int(prompts.lengths.max()) + tokens.shape[-1]))

@@ -53,7 +53,7 @@ class Config(RunSettings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights that are read; evolution strategies and backpropagation train float32 copies."""
     quantised: bool = False
-    """Hold the matrices of a transformer in int8 and train their scales and all else."""
+    """Hold the matrices in int8, with float32 copies that collect their updates, and train their scales."""
     trained: tuple[str, ...] = ()
     """What is trained beside the matrices of layers: any of "embeddings", "head", "vectors"."""
     chat: bool = False
@@ -105,6 +105,9 @@ class Config(RunSettings):
     many as fit."""
     anchor: float = 0.0
     """Share of the way back to the model that training began with, times the learning rate, an update."""
+    fitness: Literal["reward", "likelihood", "match"] = "reward"
+    """Of a member: rewards of its answers; the mean log-probability of worked solutions, which "sft" raises
+    too; or the share of them that it would write, each token after the right ones before it."""
     objective: Literal["mean", "best"] = "mean"
     """Of several samples of a member for a question: their mean reward, or the best of them (pass@k)."""
     samples: int = 1
@@ -168,7 +171,21 @@ class Config(RunSettings):
             raise UsageError(
                 f"--samples {self.samples}: without --temperature they would all be the same"
             )
+        if self.fitness != "reward" and (self.algorithm != "eggroll" or self.samples > 1):
+            why = (
+                "nothing is sampled; leave --samples out"
+                if self.algorithm == "eggroll"
+                else "members of an evolution strategy have one; choose --algorithm eggroll"
+            )
+            raise UsageError(f"--fitness {self.fitness}: {why}")
         self.task_arguments()
+
+    @property
+    def narrow_type(self) -> str | None:
+        """The type of weights that a small update may leave as they are."""
+        if self.quantised:
+            return "int8"
+        return None if self.dtype == "float32" else self.dtype
 
     def task_arguments(self) -> dict[str, Any]:
         """The settings of the task.

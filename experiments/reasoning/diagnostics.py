@@ -99,7 +99,7 @@ def identical_pairs(completions: Texts) -> float:
     return _mean([np.array_equal(*both) for pair in pairs for both in zip(*pair, strict=True)])
 
 
-def changed_fraction(before: PyTree, after: PyTree, dtype: Any = None) -> float:
+def changed_fraction(before: PyTree, after: PyTree, dtype: Any = None) -> Any:
     """Share of entries that an update has changed.
 
     Of bfloat16 parameters few entries change in a small update, the others lose it to rounding, unless
@@ -111,7 +111,7 @@ def changed_fraction(before: PyTree, after: PyTree, dtype: Any = None) -> float:
         dtype: counts leaves of this type alone, such as ``jnp.bfloat16``.
 
     Returns:
-        NaN where nothing counts.
+        float32 scalar; NaN where nothing counts.
 
     Raises:
         ValueError: for trees or shapes that differ.
@@ -119,8 +119,8 @@ def changed_fraction(before: PyTree, after: PyTree, dtype: Any = None) -> float:
     Example:
         >>> before = {"w": jnp.array([1.0, 0.01], jnp.bfloat16), "b": jnp.zeros(2)}
         >>> after = jax.tree.map(lambda x: (x + 0.001).astype(x.dtype), before)
-        >>> changed_fraction(before, after, jnp.bfloat16), changed_fraction(before, after)
-        (0.5, 0.75)
+        >>> print(changed_fraction(before, after, jnp.bfloat16), changed_fraction(before, after))
+        0.5 0.75
     """
     changed, size = [], 0
 
@@ -130,11 +130,18 @@ def changed_fraction(before: PyTree, after: PyTree, dtype: Any = None) -> float:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(f"{name} has the shape {old.shape} before and {new.shape} after")
         if dtype is None or old.dtype == dtype:
-            changed.append(jnp.sum(old != new))
+            changed.append(jnp.sum(old != new, dtype=jnp.float32))
             size += old.size
 
     jax.tree_util.tree_map_with_path(count, before, after)
-    return sum(map(int, jax.device_get(changed))) / size if size else float("nan")
+    return sum(changed, jnp.float32(0)) / size if size else jnp.float32(jnp.nan)
+
+
+def changed_weights(before: PyTree, after: PyTree, dtype: str | None) -> dict[str, Any]:
+    """A row's `changed_fraction` of weights of a narrow type; nothing where there are none."""
+    if dtype is None:
+        return {}
+    return {"changed_weights": changed_fraction(before, after, jnp.dtype(dtype))}
 
 
 def samples(rows: Iterable[Mapping[str, Any]], width: int = 40) -> str:

@@ -1,7 +1,7 @@
 """Learning from rewards by evolution strategies: every member answers all questions of a generation."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +11,15 @@ import optax
 from jaxtyping import Array, PyTree
 
 import eggroll
-from experiments.reasoning import diagnostics, scores
+from experiments.reasoning import diagnostics, scores, sft
 from experiments.reasoning.config import Config
 from experiments.reasoning.engine import stream
 from experiments.reasoning.examiner import Examiner, repeated, sampling_of
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question
 from experiments.run.optimizers import decayed, make_optimizer
+
+FITNESS = {"likelihood": sft.cross_entropy_score, "match": sft.exact_match_score}
 
 
 class Evolution:
@@ -34,6 +36,9 @@ class Evolution:
         optimizer = make_optimizer(config.optimizer, rate)
         if config.anchor:
             optimizer = optax.chain(optimizer, anchored(config.learning_rate * config.anchor))
+        shapes = jax.eval_shape(begin.params, jnp.int32(0))
+        planned = begin.model.plan(shapes, config.rank)
+        optimizer = in_noise_units(optimizer, {leaf.path: leaf.sigma for leaf in planned.leaves})
         self.es = eggroll.EvolutionStrategy(
             optimizer=optimizer,
             population=config.population,
@@ -46,7 +51,7 @@ class Evolution:
             chunk=config.chunk,
             on_dense="error",
         )
-        self._update = jax.jit(self.es.update, donate_argnums=0)
+        self._update = jax.jit(self._updated, donate_argnums=0)
 
     def start(self, seed: Array) -> Any:
         """The state before generation 0."""
@@ -55,7 +60,39 @@ class Evolution:
     def generation(
         self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner
     ) -> tuple[Any, dict[str, Any]]:
-        """Answers, rewards, an update."""
+        """Scores of every member, and an update."""
+        told = self._rewarded if self._config.fitness == "reward" else self._likely
+        values, row = told(state, questions, examiner)
+        state, metrics, changed = self._update(state, values)
+        row |= {
+            "fitness_mean": metrics.fitness_mean,
+            "fitness_std": metrics.fitness_std,
+            "update_norm": metrics.update_norm,
+            "updated": metrics.updated,
+        }
+        return state, row | changed
+
+    def _updated(self, state: Any, values: Array) -> tuple[Any, Any, dict[str, Array]]:
+        new, metrics = self.es.update(state, values)
+        changed = diagnostics.changed_weights(state.params, new.params, self._config.narrow_type)
+        return new, metrics, changed
+
+    @functools.cached_property
+    def _score(self) -> Any:
+        """Scores of all members on worked solutions."""
+        score = functools.partial(FITNESS[self._config.fitness], self._begin.model)
+        return jax.jit(lambda state, tokens, mask: self.es.evaluate(state, score, tokens, mask))
+
+    def _likely(
+        self, state: Any, questions: Sequence[Question], examiner: Examiner
+    ) -> tuple[Array, dict[str, Any]]:
+        """Scores of worked solutions, with no answer written."""
+        return self._score(state, *examiner.solutions(questions)), {"generated_tokens": 0}
+
+    def _rewarded(
+        self, state: Any, questions: Sequence[Question], examiner: Examiner
+    ) -> tuple[Array, dict[str, Any]]:
+        """Rewards of what every member answers."""
         config = self._config
         asked = repeated(questions, config.samples)
         parts, texts, handles = [], [], []
@@ -81,8 +118,6 @@ class Evolution:
         by_name = {name: together(m.parts[name] for m in marks) for name in marks[0].parts}
         lengths = together(part.completions.lengths for part in parts)
 
-        values = jnp.asarray(objective(rewards, config))
-        state, metrics = self._update(state, values)
         row = diagnostics.summary(
             rewards,
             together(
@@ -93,14 +128,8 @@ class Evolution:
             together(part.completions.ended for part in parts),
             together(part.completions.entropy for part in parts),
         )
-        row |= {
-            "fitness_mean": metrics.fitness_mean,
-            "fitness_std": metrics.fitness_std,
-            "update_norm": metrics.update_norm,
-            "updated": metrics.updated,
-            "generated_tokens": int(lengths.sum()),
-        }
-        return state, row
+        row["generated_tokens"] = int(lengths.sum())
+        return jnp.asarray(objective(rewards, config)), row
 
     def params(self, state: Any) -> PyTree:
         """The trained parameters."""
@@ -121,6 +150,43 @@ def objective(rewards: np.ndarray, config: Config) -> np.ndarray:
     if config.objective == "best":
         return np.asarray(scores.max_at_k(several, config.samples))
     return several.mean(-1)
+
+
+def in_noise_units(
+    optimizer: optax.GradientTransformation, sigmas: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """The optimizer on parameters in units of their own noise: one learning rate is right for all of them
+    then, also for a matrix in int8, whose noise is many of its steps, and for its small scales.
+
+    Args:
+        optimizer: any.
+        sigmas: by path, the factor on the strategy's sigma.
+
+    Example:
+        >>> rule = in_noise_units(optax.sgd(1.0), {"w": 10.0})
+        >>> rule.update({"w": jnp.array(0.2)}, rule.init({"w": jnp.array(0.0)}))[0]["w"].item()
+        -20.0
+    """
+    if all(sigma in (0.0, 1.0) for sigma in sigmas.values()):
+        return optimizer
+    inner = optax.with_extra_args_support(optimizer)
+
+    def times(tree: PyTree, power: int) -> PyTree:
+        def one(keys: Any, x: Array) -> Array:
+            return x * sigmas[jax.tree_util.keystr(keys, simple=True, separator="/")] ** power
+
+        return None if tree is None else jax.tree_util.tree_map_with_path(one, tree)
+
+    def init(params: PyTree) -> Any:
+        return inner.init(times(params, -1))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
+        updates, state = inner.update(times(updates, 1), state, times(params, -1), **extra)
+        return times(updates, 1), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class AnchorState(NamedTuple):

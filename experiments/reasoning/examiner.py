@@ -9,6 +9,8 @@ from experiments.reasoning.config import Config
 from experiments.reasoning.engine import Completions, Prompts, Sampling, pack
 from experiments.reasoning.pool import Handle, RewardPool
 from experiments.reasoning.rewards import Reward, load, weighted
+from experiments.reasoning.sft import Packed, room
+from experiments.reasoning.sft import pack as pack_examples
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question, Task, columns
 from experiments.run.errors import UsageError
@@ -72,6 +74,13 @@ class Examiner:
                 "from; choose another --algorithm"
             )
         return found
+
+    def solutions(self, questions: Sequence[Question]) -> Packed:
+        """Prompts of questions with their worked solutions behind them, to learn from."""
+        encode = self._begin.tokenizer.encode
+        examples = [(self.prompt(one), encode(self.trace(one))) for one in questions]
+        length = room(max(len(prompt) + len(trace) for prompt, trace in examples) + 1)
+        return pack_examples(examples, length, end=self._begin.tokenizer.eos[0])
 
     def prompts(self, questions: Sequence[Question]) -> Prompts:
         """The prompts of questions."""

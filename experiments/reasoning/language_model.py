@@ -1,7 +1,7 @@
 """What the rest of this folder knows of a language model: functions of one sequence, and nothing else."""
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, PyTree
@@ -33,9 +33,11 @@ class LanguageModel(NamedTuple):
 
 
 def of_transformer(
-    config: transformer.TransformerConfig, train: Collection[str] = ()
+    config: transformer.TransformerConfig,
+    train: Collection[str] = (),
+    steps: Mapping[str, float] | None = None,
 ) -> LanguageModel:
-    """A decoder of the Llama family; `train` as in `transformer.plan`.
+    """A decoder of the Llama family; `train` and `steps` as in `transformer.plan`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -59,12 +61,16 @@ def of_transformer(
         functools.partial(transformer.apply, config=config),
         prefill,
         decode,
-        transformer.plan(train),
+        transformer.plan(train, steps),
     )
 
 
-def of_rwkv7(config: rwkv7.RWKV7Config, train: Collection[str] = ()) -> LanguageModel:
-    """An RWKV-7; `train` as in `rwkv7.plan`.
+def of_rwkv7(
+    config: rwkv7.RWKV7Config,
+    train: Collection[str] = (),
+    steps: Mapping[str, float] | None = None,
+) -> LanguageModel:
+    """An RWKV-7; `train` and `steps` as in `rwkv7.plan`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -87,5 +93,5 @@ def of_rwkv7(config: rwkv7.RWKV7Config, train: Collection[str] = ()) -> Language
         lambda params, tokens: rwkv7.sequence(params, begin, tokens, config)[0],
         prefill,
         decode,
-        rwkv7.plan(train),
+        rwkv7.plan(train, steps),
     )

@@ -35,7 +35,7 @@ class MemoryPlan(NamedTuple):
         prompts: at a time, for `engine.answer(chunk=...)`.
         total: with so many members and prompts.
         budget: that it is within.
-        tokens_per_s: of all members together, where it has been measured.
+        tokens_per_s: of all members together at most (`speed.expected_tokens_per_s`), where it is known.
     """
 
     weights: int
@@ -69,7 +69,7 @@ class MemoryPlan(NamedTuple):
             ("at a time", f"{self.members} of {self.population} members, {self.prompts} prompts"),
         ]
         if self.tokens_per_s is not None:
-            rows.append(("speed", f"{self.tokens_per_s:.0f} tokens/s"))
+            rows.append(("speed", f"at most {self.tokens_per_s:,.0f} tokens/s (products alone)"))
         return "\n".join(f"{name:<26}{text}" for name, text in rows)
 
 

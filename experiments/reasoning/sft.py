@@ -80,6 +80,16 @@ def pack(
     return Packed(tokens, mask)
 
 
+def room(length: int) -> int:
+    """Places for a text: a multiple of 16, so that few lengths are compiled.
+
+    Example:
+        >>> room(16), room(17)
+        (16, 32)
+    """
+    return -(-length // 16) * 16
+
+
 def batches(data: Packed, size: int, seed: int, epoch: int) -> Iterator[Packed]:
     """All of the data once, in an order that seed and epoch alone decide.
 

@@ -1,15 +1,16 @@
 """The model and tokenizer that training begins with: new ones, a folder's, or those of an earlier run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, DTypeLike, PyTree
 
 from experiments.models import (
     hugging_face,
+    quantised,
     rwkv7,
     rwkv7_weights,
     tokens,
@@ -57,12 +58,24 @@ def start(config: Config) -> Start:
         raise UsageError(
             f"--chat: the tokenizer of {config.start or config.model} has no chat template; ask without it"
         )
-    if config.quantised:
-        if not isinstance(found.shape, transformer.TransformerConfig):
-            raise UsageError("--quantised: only transformers have a form in int8")
-        params = found.params
-        found = found._replace(params=lambda seed: transformer.quantise(params(seed)))
-    return found
+    return in_int8(found, config) if config.quantised else found
+
+
+def in_int8(found: Start, config: Config) -> Start:
+    """The same with its matrices in int8. What a step of them is worth is that of the first parameters."""
+    quantise = _family(found.shape).quantise
+    params = quantise(found.params(jnp.int32(config.seed)))
+    model = _functions(found.shape, config, quantised.steps(params))
+    return found._replace(model=model, params=lambda seed: quantise(found.params(seed)))
+
+
+def in_floats(shape: Any, params: PyTree, dtype: DTypeLike) -> PyTree:
+    """The parameters of a model in floats, if some are in int8."""
+    return quantised.dequantise(params, dtype, _family(shape).output_axis)
+
+
+def _family(shape: Any) -> Any:
+    return rwkv7 if isinstance(shape, rwkv7.RWKV7Config) else transformer
 
 
 NEW = ("transformer", "rwkv7")
@@ -126,24 +139,27 @@ def _of_run(config: Config) -> Start:
         raise UsageError(f"--start {config.start}: that run is of another driver")
     before = start(found.config)
     params = found.module.parameters(found.config, found.state)
+    params = in_floats(before.shape, params, found.config.dtype)
     return before._replace(model=_functions(before.shape, config), params=lambda seed: params)
 
 
-def _functions(shape: Any, config: Config) -> LanguageModel:
+def _functions(
+    shape: Any, config: Config, steps: Mapping[str, float] | None = None
+) -> LanguageModel:
     try:
         if isinstance(shape, rwkv7.RWKV7Config):
-            return of_rwkv7(shape, config.trained)
-        return of_transformer(shape, config.trained)
+            return of_rwkv7(shape, config.trained, steps)
+        return of_transformer(shape, config.trained, steps)
     except ValueError as error:
         raise UsageError(f"--trained: {error}") from error
 
 
-def save(begin: Start, params: PyTree, folder: Path) -> None:
+def save(begin: Start, params: PyTree, folder: Path, dtype: DTypeLike) -> None:
     """Writes a model as a folder that `--model` takes, and transformers where it knows the model.
 
-    Raises:
-        UsageError: for a quantised model, whose int8 matrices no such folder holds.
+    Matrices in int8 are written as the floats of `dtype` that they stand for.
     """
+    params = in_floats(begin.shape, params, dtype)
     if isinstance(begin.shape, rwkv7.RWKV7Config):
         rwkv7_weights.save(folder, begin.shape, params)
         return

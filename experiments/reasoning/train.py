@@ -23,6 +23,7 @@ from experiments.reasoning.examiner import Examiner, repeated, reward_of, sampli
 from experiments.reasoning.memory import MemoryPlan, device_bytes, plan_memory
 from experiments.reasoning.pool import RewardPool
 from experiments.reasoning.rewards import extract
+from experiments.reasoning.speed import expected_tokens_per_s
 from experiments.reasoning.start import Start, start
 from experiments.reasoning.start import save as save_model
 from experiments.reasoning.tasks import Question, Task
@@ -97,10 +98,11 @@ class Course:
         turns."""
         config = self.config
         asked = examiner.prompts(examiner.questions(0))
+        shapes = jax.eval_shape(self.begin.params, jnp.int32(0))
         plan = plan_memory(
             self.begin.model,
             self.method.es,
-            jax.eval_shape(self.begin.params, jnp.int32(0)),
+            shapes,
             config.population,
             config.prompts * config.samples,
             asked.tokens.shape[1],
@@ -115,7 +117,9 @@ class Course:
             prompt_chunk=config.prompt_chunk or (few if few < config.prompts else None),
         )
         self.method = METHODS[config.algorithm](self.config, self.begin)
-        return plan
+        return plan._replace(
+            tokens_per_s=expected_tokens_per_s(shapes, plan.members * plan.prompts)
+        )
 
     @functools.cached_property
     def held_out(self) -> Sequence[Question]:
@@ -330,7 +334,7 @@ def save(config: Config, state: Carry, folder: Path) -> str:
     """Writes the model as a folder of its own, for `--model`, `eggroll sample` and transformers."""
     begin = start(config)
     params = parameters(config, state)
-    save_model(begin, params, folder)
+    save_model(begin, params, folder, config.dtype)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
     return f"Wrote a model of {numbers:,} numbers to {folder}."
 

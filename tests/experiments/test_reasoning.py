@@ -157,6 +157,41 @@ def test_a_completion_that_cannot_be_told_leaves_its_pair_out() -> None:
     assert objective(rewards, best)[0, 1] == 1
 
 
+def test_weights_in_int8_are_trained_on_and_exported_as_floats(warm: Path, tmp_path: Path) -> None:
+    changes = dict(quantised=True, population=32, sigma=0.03, learning_rate=1e-3, prompts=16)
+    config = settings(tmp_path / "run", start=warm, generations=8, evaluate_every=100, **changes)
+    train(config)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert np.mean([row["reward_mean"] for row in rows[-3:]]) > rows[0]["reward_mean"]
+    # A fifth of sigma is several steps for some matrices and a part of one for none.
+    assert all(0.1 < row["changed_weights"] < 1 for row in rows)
+    state = read_run(tmp_path / "run").state.training
+    layers = state.params["layers"]
+    assert layers["up_proj"]["int8"].dtype == jnp.int8
+    before = read_run(warm).state.training[0]
+    apart = layers["up_proj"]["int8"] * layers["up_proj"]["scale"][:, None]
+    assert 0 < float(jnp.abs(apart - before["layers"]["up_proj"]).max()) < 0.5
+    assert main(["export", str(tmp_path / "run")]) == 0
+    floats = hugging_face.load(tmp_path / "run" / "exported")[1]
+    np.testing.assert_allclose(floats["layers"]["up_proj"], apart, rtol=1e-6)
+    # Another run may go on from it, in either form.
+    for quantised in (True, False):
+        config = settings(tmp_path / f"{quantised}", start=tmp_path / "run", quantised=quantised)
+        again = Course(config).begin.params(jnp.int32(0))["layers"]["up_proj"]
+        if quantised:
+            again = again["int8"] * again["scale"][:, None]
+        np.testing.assert_allclose(again, apart, atol=float(jnp.abs(apart).max()) / 200)
+
+
+@pytest.mark.parametrize("fitness", ["likelihood", "match"])
+def test_worked_solutions_are_a_fitness(fitness: Any, warm: Path, tmp_path: Path) -> None:
+    changes = dict(fitness=fitness, population=32, sigma=0.03, learning_rate=1e-3, prompts=16)
+    config = settings(tmp_path / "run", start=warm, generations=12, evaluate_every=100, **changes)
+    assert train(config).generated_tokens == 0
+    scores = [row["fitness_mean"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert np.mean(scores[-3:]) > np.mean(scores[:3])
+
+
 def test_the_anchor_pulls_back() -> None:
     rule = anchored(0.25)
     params = {"w": jnp.array([1.0, 2.0])}
@@ -182,7 +217,8 @@ def test_the_anchor_pulls_back() -> None:
         (["--optimizer", "sdg"], "did you mean 'sgd'"),
         (["--anchor", "-1"], "--anchor -1.0: choose 0 or a positive number"),
         (["--width", "33"], "--width 33: it is divided among 1 heads of an even width"),
-        (["--model", "rwkv7", "--quantised"], "--quantised: only transformers"),
+        (["--fitness", "match", "--samples", "2", "--temperature", "1"], "--fitness match: nothing is"),
+        (["--fitness", "match", "--algorithm", "sft"], "--fitness match: members of an evolution"),
         (["--quantised", "--algorithm", "sft"], "--quantised: --algorithm sft trains floats alone"),
         (["--chat"], "--chat: the tokenizer of transformer has no chat template"),
         (["--grpo.kl", "-1"], "--grpo.kl -1.0: choose 0 or a positive number"),

@@ -304,8 +304,8 @@ def test_what_fits_is_within_the_budget() -> None:
 
 
 def test_a_plan_is_told() -> None:
-    told = planned()._replace(tokens_per_s=1234.5).describe()
-    assert "64 of 64 members, 16 prompts" in told and "1234 tokens/s" in told
+    told = planned()._replace(tokens_per_s=1234.0).describe()
+    assert "64 of 64 members, 16 prompts" in told and "at most 1,234 tokens/s" in told
     assert "tokens/s" not in planned().describe()
 
 

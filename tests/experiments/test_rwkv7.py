@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import eggroll
-from experiments.models import rwkv7
+from experiments.models import quantised, rwkv7
 from experiments.models.rwkv7 import RWKV7Config
 from experiments.models.rwkv7_weights import convert_pth, is_folder, load, save, to_pth
 from experiments.run.errors import UsageError
@@ -382,3 +382,29 @@ def test_sizes_and_parts_that_there_are_not_are_refused() -> None:
         ValueError, match="train names 'biases'; any of vectors, embeddings, head is right"
     ):
         rwkv7.plan(["biases"])
+
+
+def test_beginning_calls_no_outside_library() -> None:
+    """Several factorisations in one program can wait for each other for ever on few cores."""
+    text = jax.jit(functools.partial(rwkv7.init, config=CONFIG)).lower(jax.random.key(0)).as_text()
+    assert "custom_call" not in text
+
+
+def test_a_quantised_model_is_close_and_perturbed_as_floats_are(params: Any) -> None:
+    small = rwkv7.quantise(params)
+    begin = rwkv7.initial_state(CONFIG)
+    logits, _ = sequence(small, begin, TOKENS, CONFIG)
+    back = quantised.dequantise(small, jnp.float32, rwkv7.output_axis)
+    close(logits, sequence(back, begin, TOKENS, CONFIG)[0], atol=1e-4)
+    right = sequence(params, begin, TOKENS, CONFIG)[0]
+    assert 0 < jnp.abs(logits - right).max() < 0.1 * jnp.abs(right).max()
+    sizes = quantised.steps(small)
+    es = eggroll.EvolutionStrategy(
+        optimizer=optax.sgd(0.1), population=2, sigma=0.1, on_dense="error",
+        plan=rwkv7.plan(["embeddings", "head"], sizes),
+    )  # fmt: skip
+    state, tokens = es.init(small, jax.random.key(2)), jnp.asarray(TOKENS)
+    members = es.map(state, lambda params, key: rwkv7.sequence(params, begin, tokens, CONFIG)[0])
+    assert jnp.abs(members[0] - logits).max() > 0.01
+    for i in range(2):
+        close(members[i], sequence(es.member(state, i), begin, TOKENS, CONFIG)[0], atol=3e-4)

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import eggroll
+from experiments.models.quantised import dequantise, steps
 from experiments.models.transformer import (
     GROUPS,
     RopeScaling,
@@ -19,6 +20,7 @@ from experiments.models.transformer import (
     attend,
     decode,
     init,
+    output_axis,
     plan,
     prefill,
     quantise,
@@ -232,7 +234,7 @@ def test_perturbed_members_decode_as_built_ones_do(config: TransformerConfig) ->
         np.testing.assert_allclose(members[i], right, atol=2e-4)
 
 
-def test_a_quantised_model_is_close_and_its_scales_are_perturbed() -> None:
+def test_a_quantised_model_is_close_and_perturbed_as_floats_are() -> None:
     config = dataclasses.replace(QWEN2, initializer_range=0.1)
     params = init(jax.random.key(0), config)
     small = quantise(params)
@@ -254,19 +256,27 @@ def test_a_quantised_model_is_close_and_its_scales_are_perturbed() -> None:
     np.testing.assert_allclose(logits, run(built, TOKENS, config), atol=1e-4)
     assert 0 < jnp.abs(logits - right).max() < 0.02 * jnp.abs(right).max()
 
+    with pytest.raises(ValueError, match="'layers/down_proj/int8' is quantised: plan"):
+        plan()(small, 1)
+    sizes = steps(small)
     es = eggroll.EvolutionStrategy(
-        optimizer=optax.sgd(0.1), population=4, sigma=0.1, plan=plan(), on_dense="error"
+        optimizer=optax.sgd(0.1), population=4, sigma=0.1, plan=plan([], sizes), on_dense="error"
     )
     state = es.init(small, jax.random.key(2))
     trained = {leaf.path: leaf.sigma for leaf in es.plan_of(small).leaves if leaf.trainable}
-    assert set(trained.values()) == {1 / 127}
-    assert set(trained) == {f"layers/{name}/scale" for name in small["layers"] if "_proj" in name}
+    matrices = {f"layers/{name}" for name in small["layers"] if "_proj" in name}
+    assert set(trained) == {f"{name}/{part}" for name in matrices for part in ("int8", "scale")}
+    assert {trained[f"{name}/scale"] for name in matrices} == {1 / 127}
+    # What a weight moves by is that of the float model.
+    assert all(trained[f"{name}/int8"] * sizes[name] == pytest.approx(1) for name in matrices)
     tokens = jnp.asarray(TOKENS)
     members = es.map(state, lambda params, key: apply(params, tokens, config))
     for i in range(4):
         right = run(es.member(state, i), TOKENS, config)
-        np.testing.assert_allclose(members[i], right, atol=1e-4)
+        np.testing.assert_allclose(members[i], right, atol=2e-4)
     assert jnp.abs(members[0] - logits).max() > 0.01
+    back = dequantise(small, jnp.float32, output_axis)
+    np.testing.assert_allclose(run(back, TOKENS, config), logits, atol=1e-4)
 
 
 def test_a_plan_of_unknown_parts_is_refused() -> None:

@@ -1,0 +1,124 @@
+"""int8 parameters beside float ones: perturbed by floats in their own steps, trained as float32 copies."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import eggroll
+from eggroll import Dense, EvolutionStrategy, Frozen, Matrix
+from eggroll.plan import by_shape
+
+SCALE = 0.02
+
+
+def make_params():
+    whole = jax.random.randint(jax.random.key(0), (3, 6, 5), -100, 101).astype(jnp.int8)
+    return {"layers": whole, "head": whole[0], "bias": jnp.linspace(-1, 1, 5)}
+
+
+def fitness(params, key, x):
+    """A scan over int8 layers, and a head that is used as it is and transposed."""
+    layer = lambda x, w: (jnp.tanh(SCALE * x @ w.astype(x.dtype) @ jnp.eye(5, 6)), None)
+    x = jax.lax.scan(layer, x, params["layers"])[0]
+    y = SCALE * x @ params["head"].astype(x.dtype) + params["bias"]
+    return (y @ params["head"].astype(x.dtype).T).sum()
+
+
+def make(layers=None, head=None, **changes):
+    layers, head = (
+        layers or Matrix(rows=1, columns=2, batch=0, sigma=40.0),
+        head or Dense(sigma=40.0),
+    )
+    settings = dict(optimizer=optax.sgd(1.0), population=8, sigma=0.1, on_dense="error")
+    plan = by_shape({"layers": layers, "head": head})
+    return EvolutionStrategy(**settings | {"plan": plan} | changes)
+
+
+@pytest.mark.parametrize("head", [Dense(sigma=40.0), Matrix(rows=0, columns=1, sigma=40.0)])
+def test_members_are_those_built_densely(head):
+    es, params, x = make(head=head), make_params(), jnp.linspace(-1, 1, 6)
+    state = es.init(params, 0)
+    values = es.evaluate(state, fitness, x)
+    assert np.ptp(values) > 0.1
+    for i in range(8):
+        member = es.member(state, i)
+        assert member["layers"].dtype == member["head"].dtype == jnp.float32
+        assert float(jnp.abs(member["layers"] - params["layers"]).max()) > 1
+        np.testing.assert_allclose(values[i], fitness(member, None, x), rtol=1e-4)
+
+
+def test_the_mean_is_the_rounded_copy_and_small_updates_add_up():
+    es, params = make(), make_params()
+    state = es.init(params, 0)
+    assert state.master.keys() == {"layers", "head"}
+    # A fifth of a step an update: the int8 matrix follows after the third.
+    push = {"layers": jnp.full((3, 6, 5), -0.2), "head": jnp.zeros((6, 5)), "bias": jnp.zeros(5)}
+    for i in range(5):
+        moved = state.params["layers"].astype(int) - params["layers"]
+        assert (moved == (0 if i < 3 else 1)).all()
+        state, _ = es.apply_gradient(state, push)
+    assert state.params["layers"].dtype == jnp.int8
+    np.testing.assert_allclose(state.master["layers"], params["layers"] + 1.0, atol=1e-4)
+
+
+def test_copies_stay_in_the_range_of_int8():
+    es = make()
+    state = es.init(make_params(), 0)
+    push = jax.tree.map(lambda x: jnp.full(x.shape, -1000.0), make_params())
+    state, _ = es.apply_gradient(state, push)
+    assert (state.params["layers"] == 127).all() and (state.master["layers"] == 127).all()
+
+
+def test_the_gradient_is_that_of_the_same_numbers_in_floats():
+    es, params, x = make(), make_params(), jnp.linspace(-1, 1, 6)
+    floats = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    values = es.evaluate(es.init(params, 0), fitness, x)
+    state = es.init(floats, 0)
+    np.testing.assert_allclose(values, es.evaluate(state, fitness, x), rtol=1e-5)
+    ours, right = es.gradient(es.init(params, 0), values), es.gradient(state, values)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, right)
+
+
+def test_training_moves_int8_matrices_towards_the_target():
+    target = make_params()["head"].astype(jnp.float32) + 20.0
+    error = lambda params, key: -jnp.square(params["head"].astype(jnp.float32) - target).mean()
+    es = make(optimizer=optax.adam(0.5), population=64)
+    state = es.init(make_params(), 0)
+    step = jax.jit(lambda state: es.step(state, error)[0])
+    before = float(error(state.params, None))
+    for _ in range(100):
+        state = step(state)
+    assert float(error(state.params, None)) > before / 20
+
+
+def test_without_an_override_they_pass_through():
+    params = make_params()
+    plan = by_shape()(params, 1)
+    assert plan["layers"].treatment == Frozen() and plan["layers"].reason == "int8: passes through"
+    assert not plan.integer
+
+
+def test_what_would_round_the_noise_is_refused():
+    params, x = make_params(), jnp.ones(6)
+    with pytest.raises(ValueError, match="master_weights=False: parameter 'head' is int8"):
+        make(master_weights=False).init(params, 0)
+    es = make()
+    state = es.init(params, 0)
+    whole = lambda params, key: (params["layers"].astype(jnp.int32)).sum()
+    with pytest.raises(ValueError, match="int8 parameter 'layers' has noise of floats and enters"):
+        es.evaluate(state, whole)
+    added = lambda params, key: (params["head"] + jnp.int8(1)).astype(jnp.float32).sum()
+    with pytest.raises(ValueError, match="has noise of floats and enters 'add' as integers"):
+        es.evaluate(state, added)
+    dot = lambda params, key: jax.lax.dot(x.astype(jnp.int8), params["layers"][0]).sum()
+    with pytest.raises(ValueError, match="'layers' has noise of floats and enters 'dot_general'"):
+        es.evaluate(state, dot)
+    with pytest.raises(ValueError, match="enters 'output' as integers"):
+        es.map(state, lambda params, key: params["layers"])
+
+
+def test_eggroll_names_them_in_its_table():
+    assert "low rank, rows 1, columns 2, batch 0, sigma x40" in make().describe(make_params())
+    assert eggroll.Matrix is Matrix
