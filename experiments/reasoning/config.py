@@ -58,6 +58,8 @@ class Config(RunSettings):
     """What is trained beside the matrices of layers: any of "embeddings", "head", "vectors"."""
     chat: bool = False
     """Ask in the model's chat template."""
+    chat_settings: str = "{}"
+    """What else the template knows, as a JSON object, such as {"enable_thinking": false} of Qwen3."""
 
     task: str = "countdown-easy"
     """"sums", "countdown-easy", a task of reasoning-gym, or a file of questions that ends with .jsonl."""
@@ -169,6 +171,8 @@ class Config(RunSettings):
                 f"--samples {self.samples}: without --temperature they would all be the same"
             )
         self.task_arguments()
+        if self.chat_arguments() and not self.chat:
+            raise UsageError(f"--chat-settings {self.chat_settings!r}: they are those of --chat")
 
     def task_arguments(self) -> dict[str, Any]:
         """The settings of the task.
@@ -176,17 +180,25 @@ class Config(RunSettings):
         Raises:
             UsageError: where they are no JSON object.
         """
-        try:
-            found = json.loads(self.task_settings)
-        except ValueError as error:
-            raise UsageError(
-                f"--task-settings {self.task_settings!r} is no JSON: {error}"
-            ) from error
-        if not isinstance(found, dict):
-            raise UsageError(
-                f"--task-settings {self.task_settings!r}: an object such as '{{\"size\": 1000}}' is right"
-            )
-        return found
+        return _object("task_settings", self.task_settings, '{"size": 1000}')
+
+    def chat_arguments(self) -> dict[str, Any]:
+        """The settings of the chat template.
+
+        Raises:
+            UsageError: where they are no JSON object.
+        """
+        return _object("chat_settings", self.chat_settings, '{"enable_thinking": false}')
+
+
+def _object(name: str, text: str, example: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{flag(name)} {text!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{flag(name)} {text!r}: an object such as '{example}' is right")
+    return found
 
 
 def preset(name: PresetName, **settings: object) -> Config:

@@ -51,9 +51,7 @@ class Examiner:
 
     def prompt(self, question: Question) -> list[int]:
         """The tokens of a question."""
-        text = question.prompt
-        if self._config.chat:
-            text = self._begin.tokenizer.chat([{"role": "user", "content": text}])
+        text = asked(self._config, self._begin.tokenizer, question.prompt)
         found = self._begin.tokenizer.encode(text)
         if not found:
             raise UsageError(f"the prompt {text!r} has no tokens: give the task another template")
@@ -93,6 +91,13 @@ class Examiner:
         return Marks(
             table(batch.rewards), {name: table(values) for name, values in batch.parts.items()}
         )
+
+
+def asked(config: Config, tokenizer: Any, text: str) -> str:
+    """A prompt as the model reads it: in its chat template, where the settings say so."""
+    if not config.chat:
+        return text
+    return tokenizer.chat([{"role": "user", "content": text}], **config.chat_arguments())
 
 
 def texts_of(tokenizer: Any, completions: Completions) -> list[str]:

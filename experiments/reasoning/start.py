@@ -55,7 +55,7 @@ def start(config: Config) -> Start:
     # Tokenizers without any have no template: that of RWKV's World vocabulary.
     if config.chat and getattr(found.tokenizer, "template", None) is None:
         raise UsageError(
-            f"--chat: the tokenizer of {config.start or config.model} has no chat template; ask without it"
+            f"--chat: the tokenizer of {config.start or config.model} has no chat template; choose --no-chat"
         )
     if config.quantised:
         if not isinstance(found.shape, transformer.TransformerConfig):
@@ -107,7 +107,9 @@ def _of_folder(config: Config) -> Start:
     if rwkv7_weights.is_folder(folder):
         shape: Any
         shape, params = rwkv7_weights.load(folder, dtype)
-        tokenizer: Any = world_tokenizer.WorldTokenizer()
+        # One that was trained here has a tokenizer of its own; the published ones have theirs in common.
+        own = (folder / "tokenizer.json").exists()
+        tokenizer: Any = tokens.from_folder(folder) if own else world_tokenizer.WorldTokenizer()
     else:
         shape, params = hugging_face.load(folder, dtype)
         tokenizer = tokens.from_folder(folder)
@@ -146,6 +148,8 @@ def save(begin: Start, params: PyTree, folder: Path) -> None:
     """
     if isinstance(begin.shape, rwkv7.RWKV7Config):
         rwkv7_weights.save(folder, begin.shape, params)
+        if isinstance(begin.tokenizer, tokens.Tokenizer):
+            begin.tokenizer.save(folder)
         return
     hugging_face.save(folder, begin.shape, params, source=begin.folder)
     if begin.folder is None:
