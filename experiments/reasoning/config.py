@@ -50,6 +50,10 @@ class Config(RunSettings):
     """Blocks of a new model."""
     width: int = 128
     """Its width."""
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    """What it reads: bytes, or byte pairs that are learned from the questions and solutions of the task."""
+    vocabulary: int = 512
+    """Tokens of "bpe", at most."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights that are read; evolution strategies and backpropagation train float32 copies."""
     quantised: bool = False
@@ -169,6 +173,10 @@ class Config(RunSettings):
         if self.samples > 1 and not self.temperature:
             raise UsageError(
                 f"--samples {self.samples}: without --temperature they would all be the same"
+            )
+        if self.tokenizer == "bpe" and self.vocabulary < 258:
+            raise UsageError(
+                f"--vocabulary {self.vocabulary}: bytes and two special tokens make 258; choose at least these"
             )
         self.task_arguments()
         if self.chat_arguments() and not self.chat:

@@ -30,7 +30,7 @@ from experiments.reasoning.examiner import (
 from experiments.reasoning.memory import MemoryPlan, device_bytes, plan_memory
 from experiments.reasoning.pool import RewardPool
 from experiments.reasoning.rewards import extract
-from experiments.reasoning.start import Start, start
+from experiments.reasoning.start import Start, keep_tokenizer, start
 from experiments.reasoning.start import save as save_model
 from experiments.reasoning.tasks import Question, Task
 from experiments.run.errors import UsageError
@@ -95,7 +95,7 @@ class Course:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.task: Task = tasks.load(config.task, **config.task_arguments())
-        self.begin: Start = start(config)
+        self.begin: Start = start(config, self.task)
         self.reward = reward_of(config, self.task)
         self.method: Any = METHODS[config.algorithm](config, self.begin)
 
@@ -242,6 +242,7 @@ def train(config: Config, started: float | None = None) -> Result:
     print(describe(course), file=sys.stderr)
 
     with open_run_folder("reasoning", config) as folder, course.examiner() as examiner:
+        keep_tokenizer(config, course.begin)
         if config.algorithm == "eggroll":
             print(course.fit_memory(examiner).describe(), file=sys.stderr)
         task_job = job(config, course, examiner)

@@ -115,6 +115,8 @@ def read_run(path: Path) -> Found:
     if name not in DRIVERS:
         raise UsageError(f"{path}/config.json names the driver {name!r}, which there is not")
     config = from_json(importlib.import_module(DRIVERS[name].config).Config, content)
+    # The folder may have been moved, and what is in it is to be read, not replaced.
+    config = replace(config, run_dir=path, overwrite=False)
     module = importlib.import_module(DRIVERS[name].train)
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
         found = checkpoints.restore(module.job(config).start)
