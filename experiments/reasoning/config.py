@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +45,8 @@ class Config(RunSettings):
     """"transformer" or "rwkv7" for a new one; else a folder or hub id of the Llama, Qwen2 or Qwen3 family,
     or a folder that RWKV-7 was exported to."""
     start: Path | None = None
-    """Run folder of this driver whose model is trained on."""
+    """Run folder of this driver whose model is trained on. A model that is named takes the place of a
+    preset's start."""
     layers: int = 4
     """Blocks of a new model."""
     width: int = 128
@@ -176,9 +177,10 @@ class Config(RunSettings):
             )
         if self.tokenizer == "bpe" and self.vocabulary < 258:
             raise UsageError(
-                f"--vocabulary {self.vocabulary}: bytes and two special tokens make 258; choose at least these"
+                f"--vocabulary {self.vocabulary}: bytes and two special tokens make 258; choose as many"
             )
         self.task_arguments()
+        self.settled()
         if self.chat_arguments() and not self.chat:
             raise UsageError(f"--chat-settings {self.chat_settings!r}: they are those of --chat")
 
@@ -189,6 +191,21 @@ class Config(RunSettings):
             UsageError: where they are no JSON object.
         """
         return _object("task_settings", self.task_settings, '{"size": 1000}')
+
+    def settled(self) -> "Config":
+        """The same with one model: a preset's start gives way to a model that was chosen beside it.
+
+        Raises:
+            UsageError: where both were chosen.
+        """
+        usual = PRESETS[self.preset]
+        if self.start is None or self.model == usual.model:
+            return self
+        if self.start != usual.start:
+            raise UsageError(
+                f"--start {self.start} and --model {self.model}: each names a model; choose one of them"
+            )
+        return replace(self, start=None)
 
     def chat_arguments(self) -> dict[str, Any]:
         """The settings of the chat template.

@@ -8,7 +8,7 @@ import numpy as np
 from experiments.reasoning.config import Config
 from experiments.reasoning.engine import Completions, Prompts, Sampling, pack
 from experiments.reasoning.pool import Handle, RewardPool
-from experiments.reasoning.rewards import Reward, load, weighted
+from experiments.reasoning.rewards import Reward, named
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question, Task, columns
 from experiments.run.errors import UsageError
@@ -113,19 +113,7 @@ def reward_of(config: Config, task: Task) -> Reward:
     Raises:
         UsageError: for a reward that there is not, or a weight that is no number.
     """
-    if config.reward is None:
-        return task.reward
-    parts = {}
-    for term in config.reward.split(","):
-        name, _, text = term.strip().partition("=")
-        try:
-            weight = float(text or 1)
-        except ValueError as error:
-            raise UsageError(
-                f"--reward {config.reward}: {text!r} is no weight; name=0.5 is right"
-            ) from error
-        parts[name] = load(name), weight
-    return weighted(parts)
+    return task.reward if config.reward is None else named(config.reward)
 
 
 def sampling_of(config: Config, greedy: bool = False) -> Sampling:

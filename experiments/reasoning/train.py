@@ -238,6 +238,7 @@ def train(config: Config, started: float | None = None) -> Result:
     watch = Stopwatch(started)
     watch.finish("imports")
     config.check()
+    config = config.settled()
     course = Course(config)
     print(describe(course), file=sys.stderr)
 
