@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import shutil
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ def resolve(name: str) -> Path:
         ) from error
     # Over a network the package, and those under it, raise errors of many types.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = textwrap.shorten(str(error).strip().split("\n")[0], 200, placeholder=" ...")
         raise UsageError(
             f"{name} is no folder, and the Hugging Face hub does not give it ({type(error).__name__}: "
             f"{reason}); connect this machine, or name a folder with config.json and safetensors"
@@ -94,7 +95,11 @@ def load(folder: Path, dtype: DTypeLike | None = None) -> tuple[TransformerConfi
         UsageError: for a file that is absent or damaged, a setting that is not supported, a tensor that
             is missing, left over or of another shape.
     """
-    config = config_of(read_json(folder / "config.json"))
+    told = read_json(folder / "config.json")
+    try:
+        config = config_of(told)
+    except UsageError as error:
+        raise UsageError(f"{folder}: {error}") from error
     files, wanted = _opened(folder), list(_tensors(config))
     for one in wanted:
         _check(folder, files, one)

@@ -114,8 +114,9 @@ def from_folder(folder: Path) -> Tokenizer:
     told = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
     specials = {k: _text(v) for k, v in told.items() if k.endswith("_token") and _text(v)}
     eos = list(_end_tokens(folder))
+    # The tokenizer's own is what ends an answer; others, such as the end of a document, also stop a model.
     if "eos_token" in specials:
-        eos.append(_token(model, path, specials["eos_token"]))
+        eos.insert(0, _token(model, path, specials["eos_token"]))
     if not eos:
         raise UsageError(
             f"{folder} names no token that ends a text: eos_token of tokenizer_config.json or "

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +45,16 @@ class Config(RunSettings):
     """"transformer" or "rwkv7" for a new one; else a folder or hub id of the Llama, Qwen2 or Qwen3 family,
     or a folder that RWKV-7 was exported to."""
     start: Path | None = None
-    """Run folder of this driver whose model is trained on."""
+    """Run folder of this driver whose model is trained on. A model that is named takes the place of a
+    preset's start."""
     layers: int = 4
     """Blocks of a new model."""
     width: int = 128
     """Its width."""
+    tokenizer: Literal["bytes", "bpe"] = "bytes"
+    """What it reads: bytes, or byte pairs that are learned from the questions and solutions of the task."""
+    vocabulary: int = 512
+    """Tokens of "bpe", at most."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights that are read; evolution strategies and backpropagation train float32 copies."""
     quantised: bool = False
@@ -58,6 +63,8 @@ class Config(RunSettings):
     """What is trained beside the matrices of layers: any of "embeddings", "head", "vectors"."""
     chat: bool = False
     """Ask in the model's chat template."""
+    chat_settings: str = "{}"
+    """What else the template knows, as a JSON object, such as {"enable_thinking": false} of Qwen3."""
 
     task: str = "countdown-easy"
     """"sums", "countdown-easy", a task of reasoning-gym, or a file of questions that ends with .jsonl."""
@@ -178,7 +185,14 @@ class Config(RunSettings):
                 else "members of an evolution strategy have one; choose --algorithm eggroll"
             )
             raise UsageError(f"--fitness {self.fitness}: {why}")
+        if self.tokenizer == "bpe" and self.vocabulary < 258:
+            raise UsageError(
+                f"--vocabulary {self.vocabulary}: bytes and two special tokens make 258; choose as many"
+            )
         self.task_arguments()
+        self.settled()
+        if self.chat_arguments() and not self.chat:
+            raise UsageError(f"--chat-settings {self.chat_settings!r}: they are those of --chat")
 
     @property
     def narrow_type(self) -> str | None:
@@ -193,17 +207,40 @@ class Config(RunSettings):
         Raises:
             UsageError: where they are no JSON object.
         """
-        try:
-            found = json.loads(self.task_settings)
-        except ValueError as error:
+        return _object("task_settings", self.task_settings, '{"size": 1000}')
+
+    def settled(self) -> "Config":
+        """The same with one model: a preset's start gives way to a model that was chosen beside it.
+
+        Raises:
+            UsageError: where both were chosen.
+        """
+        usual = PRESETS[self.preset]
+        if self.start is None or self.model == usual.model:
+            return self
+        if self.start != usual.start:
             raise UsageError(
-                f"--task-settings {self.task_settings!r} is no JSON: {error}"
-            ) from error
-        if not isinstance(found, dict):
-            raise UsageError(
-                f"--task-settings {self.task_settings!r}: an object such as '{{\"size\": 1000}}' is right"
+                f"--start {self.start} and --model {self.model}: each names a model; choose one of them"
             )
-        return found
+        return replace(self, start=None)
+
+    def chat_arguments(self) -> dict[str, Any]:
+        """The settings of the chat template.
+
+        Raises:
+            UsageError: where they are no JSON object.
+        """
+        return _object("chat_settings", self.chat_settings, '{"enable_thinking": false}')
+
+
+def _object(name: str, text: str, example: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{flag(name)} {text!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"{flag(name)} {text!r}: an object such as '{example}' is right")
+    return found
 
 
 def preset(name: PresetName, **settings: object) -> Config:

@@ -8,7 +8,7 @@ import numpy as np
 from experiments.reasoning.config import Config
 from experiments.reasoning.engine import Completions, Prompts, Sampling, pack
 from experiments.reasoning.pool import Handle, RewardPool
-from experiments.reasoning.rewards import Reward, load, weighted
+from experiments.reasoning.rewards import Reward, named
 from experiments.reasoning.sft import Packed, room
 from experiments.reasoning.sft import pack as pack_examples
 from experiments.reasoning.start import Start
@@ -53,9 +53,7 @@ class Examiner:
 
     def prompt(self, question: Question) -> list[int]:
         """The tokens of a question."""
-        text = question.prompt
-        if self._config.chat:
-            text = self._begin.tokenizer.chat([{"role": "user", "content": text}])
+        text = asked(self._config, self._begin.tokenizer, question.prompt)
         found = self._begin.tokenizer.encode(text)
         if not found:
             raise UsageError(f"the prompt {text!r} has no tokens: give the task another template")
@@ -104,6 +102,13 @@ class Examiner:
         )
 
 
+def asked(config: Config, tokenizer: Any, text: str) -> str:
+    """A prompt as the model reads it: in its chat template, where the settings say so."""
+    if not config.chat:
+        return text
+    return tokenizer.chat([{"role": "user", "content": text}], **config.chat_arguments())
+
+
 def texts_of(tokenizer: Any, completions: Completions) -> list[str]:
     """What was written, one after another, without the end tokens."""
     tokens = completions.tokens.reshape(-1, completions.tokens.shape[-1])
@@ -117,19 +122,7 @@ def reward_of(config: Config, task: Task) -> Reward:
     Raises:
         UsageError: for a reward that there is not, or a weight that is no number.
     """
-    if config.reward is None:
-        return task.reward
-    parts = {}
-    for term in config.reward.split(","):
-        name, _, text = term.strip().partition("=")
-        try:
-            weight = float(text or 1)
-        except ValueError as error:
-            raise UsageError(
-                f"--reward {config.reward}: {text!r} is no weight; name=0.5 is right"
-            ) from error
-        parts[name] = load(name), weight
-    return weighted(parts)
+    return task.reward if config.reward is None else named(config.reward)
 
 
 def sampling_of(config: Config, greedy: bool = False) -> Sampling:

@@ -358,6 +358,34 @@ REWARDS: dict[str, Reward] = {
 # ---------------------------------------------------------------- a user's own
 
 
+def named(text: str, where: str = "--reward") -> Weighted:
+    """Rewards with weights, as they are typed: "exact", "countdown=1,format=0.1", "my_rewards.py:score=2".
+
+    Args:
+        text: names, each with "=" and a weight where it is not 1.
+        where: this text is from, for messages.
+
+    Raises:
+        UsageError: for a reward that there is not, or a weight that is no number.
+
+    Example:
+        >>> named("exact,format=0.5")(["<answer>4</answer>", "4"], ["4", "4"])
+        [1.5, 1.0]
+    """
+    parts = {}
+    for term in text.split(","):
+        name, _, weight = term.strip().partition("=")
+        try:
+            parts[name] = load(name), float(weight or 1)
+        except UsageError:
+            raise
+        except ValueError as error:
+            raise UsageError(
+                f"{where} {text}: {weight!r} is no weight; name=0.5 is right"
+            ) from error
+    return weighted(parts)
+
+
 def load(name: str) -> Reward:
     """A reward by its name, or the user's own as "module:function" or "folder/file.py:function".
 

@@ -1,11 +1,13 @@
 """The model and tokenizer that training begins with: new ones, a folder's, or those of an earlier run."""
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, PyTree
 
 from experiments.models import (
@@ -19,6 +21,7 @@ from experiments.models import (
 )
 from experiments.reasoning.config import Config
 from experiments.reasoning.language_model import LanguageModel, of_rwkv7, of_transformer
+from experiments.reasoning.tasks import Task
 from experiments.run.drivers import read_run
 from experiments.run.errors import UsageError
 
@@ -41,22 +44,30 @@ class Start(NamedTuple):
     folder: Path | None = None
 
 
-def start(config: Config) -> Start:
+def start(config: Config, task: Task | None = None) -> Start:
     """The model that the settings name.
+
+    Args:
+        config: the settings.
+        task: what byte pairs are learned from, unless the run folder has them; None where it does.
 
     Raises:
         UsageError: for a folder or a run that cannot be read, or settings that it does not take.
     """
+    if config.tokenizer == "bpe" and (config.start is not None or config.model not in NEW):
+        raise UsageError(
+            f"--tokenizer bpe: {config.start or config.model} has a tokenizer of its own; leave this out"
+        )
     if config.start is not None:
         found = _of_run(config)
     elif config.model in NEW:
-        found = _new(config)
+        found = _new(config, task)
     else:
         found = _of_folder(config)
     # Tokenizers without any have no template: that of RWKV's World vocabulary.
     if config.chat and getattr(found.tokenizer, "template", None) is None:
         raise UsageError(
-            f"--chat: the tokenizer of {config.start or config.model} has no chat template; ask without it"
+            f"--chat: the tokenizer of {config.start or config.model} has no chat template; choose --no-chat"
         )
     return in_int8(found, config) if config.quantised else found
 
@@ -81,9 +92,9 @@ def _family(shape: Any) -> Any:
 NEW = ("transformer", "rwkv7")
 
 
-def _new(config: Config) -> Start:
-    """A model of random parameters that reads bytes."""
-    tokenizer = tokens.bytes_tokenizer()
+def _new(config: Config, task: Task | None) -> Start:
+    """A model of random parameters that reads bytes or byte pairs."""
+    tokenizer = tokens.bytes_tokenizer() if config.tokenizer == "bytes" else _pairs(config, task)
     if config.model == "rwkv7":
         narrow = min(64, config.width)
         if config.width % narrow:
@@ -114,13 +125,45 @@ def _new(config: Config) -> Start:
     return Start(model, shape, tokenizer, lambda seed: model.init(jax.random.key(seed)))
 
 
+# Questions that byte pairs are learned from, at most.
+ENOUGH = 2000
+
+
+def _pairs(config: Config, task: Task | None) -> tokens.Tokenizer:
+    """The byte pairs of the run folder, or of the task where the run has not begun."""
+    folder = config.run_dir / "tokenizer"
+    # The file that is written last.
+    if (folder / "tokenizer_config.json").exists() and not config.overwrite:
+        return tokens.from_folder(folder)
+    if task is None:
+        raise UsageError(
+            f"{config.run_dir} has lost its folder tokenizer, without which it is not read"
+        )
+    order = np.random.default_rng(config.seed).permutation(len(task.train))[:ENOUGH]
+    text = lambda question: question.prompt + (task.trace(question) or question.answer)
+    return tokens.train_bpe((text(task.train[int(i)]) for i in order), config.vocabulary)
+
+
+def keep_tokenizer(config: Config, begin: Start) -> None:
+    """Writes byte pairs into the run folder, once: another version of tokenizers may learn others."""
+    folder = config.run_dir / "tokenizer"
+    if config.tokenizer == "bpe" and not (folder / "tokenizer_config.json").exists():
+        begin.tokenizer.save(folder)
+
+
+# One for a process: its 65,529 lines take a second to read.
+_world = functools.cache(world_tokenizer.WorldTokenizer)
+
+
 def _of_folder(config: Config) -> Start:
     """A checkpoint of the Hugging Face layout, or of RWKV-7."""
     folder, dtype = hugging_face.resolve(config.model), jnp.dtype(config.dtype)
     if rwkv7_weights.is_folder(folder):
         shape: Any
         shape, params = rwkv7_weights.load(folder, dtype)
-        tokenizer: Any = world_tokenizer.WorldTokenizer()
+        # One that was trained here has a tokenizer of its own; the published ones have theirs in common.
+        own = (folder / "tokenizer.json").exists()
+        tokenizer: Any = tokens.from_folder(folder) if own else _world()
     else:
         shape, params = hugging_face.load(folder, dtype)
         tokenizer = tokens.from_folder(folder)
@@ -162,6 +205,8 @@ def save(begin: Start, params: PyTree, folder: Path, dtype: DTypeLike) -> None:
     params = in_floats(begin.shape, params, dtype)
     if isinstance(begin.shape, rwkv7.RWKV7Config):
         rwkv7_weights.save(folder, begin.shape, params)
+        if isinstance(begin.tokenizer, tokens.Tokenizer):
+            begin.tokenizer.save(folder)
         return
     hugging_face.save(folder, begin.shape, params, source=begin.folder)
     if begin.folder is None:

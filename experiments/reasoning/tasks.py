@@ -100,15 +100,17 @@ def load(name: str, **settings: Any) -> Task:
         experiments.run.errors.UsageError: the task 'sums' has no setting 'digit'; did you mean 'digits'?
     """
     if name.endswith(".jsonl"):
-        make: Callable[..., Task] = jsonl
-        settings = {"path": Path(name), **settings}
+        make: Callable[..., Task] = functools.partial(jsonl, Path(name))
     elif name in HOME_MADE:
         make = HOME_MADE[name]
     else:
-        return gym(name, **settings)
+        make = functools.partial(gym, name)
     known = inspect.signature(make).parameters
-    for setting in settings:
-        if setting not in known:
+    others = any(one.kind is one.VAR_KEYWORD for one in known.values())
+    for setting, value in settings.items():
+        if setting in known:
+            _check_kind(f"the task {name!r}: {setting}", value, known[setting].annotation)
+        elif not others:
             raise UsageError(
                 f"the task {name!r} has no setting {setting!r}{suggestion(setting, known)}"
             )
@@ -224,12 +226,13 @@ HOME_MADE: dict[str, Callable[..., Task]] = {"sums": sums, "countdown-easy": cou
 def jsonl(
     path: Path,
     *,
-    held_out: float | Path = 0.1,
+    held_out: float | str | Path = 0.1,
     question: str = "question",
     answer: str = "answer",
+    trace: str | None = None,
     columns: Sequence[str] = (),
     template: str = TEMPLATE,
-    reward: Reward = rewards.exact,
+    reward: str | Reward = rewards.exact,
 ) -> Task:
     """Questions of a file, a JSON object a line.
 
@@ -238,13 +241,15 @@ def jsonl(
 
     Args:
         path: of the file.
-        held_out: a share, chosen by a hash of the question and so the same in every order; or another
-            file, whose questions are removed from the first.
+        held_out: a share, chosen by a hash of the question and so the same in every order; or the path of
+            another file, whose questions are removed from the first.
         question: the column of questions.
         answer: the column of answers, texts or numbers.
+        trace: the column of worked solutions, where answers have none. One in which no answer is marked,
+            by "####", `<answer>` or `\\boxed`, ends with "####" and the answer.
         columns: others that the reward needs.
         template: with {question} in it.
-        reward: takes completions, answers and the columns.
+        reward: takes completions, answers and the columns; or rewards by name, "exact=1,format=0.1".
 
     Raises:
         UsageError: for a file that cannot be read, or naming the line that has a mistake.
@@ -255,9 +260,19 @@ def jsonl(
             raise UsageError(
                 f"a column for the reward cannot be called {name!r}: rename it in {path}"
             )
-    found = _questions(path, question, answer, columns, template)
-    if isinstance(held_out, Path):
-        others = _questions(held_out, question, answer, columns, template)
+    if isinstance(reward, str):
+        reward = rewards.named(reward, "reward")
+    read = functools.partial(
+        _questions,
+        question=question,
+        answer=answer,
+        solved=trace,
+        columns=columns,
+        template=template,
+    )
+    found = read(path)
+    if isinstance(held_out, str | Path):
+        others = read(Path(held_out))
         train = [one for text, one in found.items() if text not in others]
         if not train:
             raise UsageError(f"every question of {path} is held out in {held_out} too")
@@ -266,7 +281,13 @@ def jsonl(
 
 
 def _questions(
-    path: Path, question: str, answer: str, columns: Sequence[str], template: str
+    path: Path,
+    *,
+    question: str,
+    answer: str,
+    solved: str | None,
+    columns: Sequence[str],
+    template: str,
 ) -> dict[str, Question]:
     """The questions of a file by their text, of which the first counts."""
     found: dict[str, Question] = {}
@@ -280,7 +301,8 @@ def _questions(
             f"{path} is empty; a line such as {{{question!r}: ..., {answer!r}: ...}} is right"
         )
     for number, line in rows:
-        row = _row(line, f"{path}, line {number}", (question, answer, *columns))
+        texts = (question, answer) if solved is None else (question, answer, solved)
+        row = _row(line, f"{path}, line {number}", texts, columns)
         solution = str(row[answer])
         _, mark, after = solution.rpartition("####")
         right = after.strip() if mark else solution.strip()
@@ -289,24 +311,39 @@ def _questions(
             if not value:
                 raise UsageError(f"{path}, line {number}: {column!r} is empty")
         known = {name: row[name] for name in columns}
-        if mark:
+        if solved is not None:
+            known["trace"] = _ending(str(row[solved]), right)
+        elif mark:
             known["trace"] = solution
         asked = Question(template.replace("{question}", text), right, known)
         found.setdefault(_plain(text), asked)
     return found
 
 
-def _row(line: str, place: str, wanted: Sequence[str]) -> dict[str, Any]:
+def _ending(solution: str, answer: str) -> str:
+    """A worked solution that ends with its answer.
+
+    Example:
+        >>> _ending("7 and 7 make 14.", "14"), _ending("It is <answer>14</answer>", "14")
+        ('7 and 7 make 14.\\n#### 14', 'It is <answer>14</answer>')
+    """
+    if "####" in solution or rewards.tagged(solution) is not None:
+        return solution
+    return f"{solution.rstrip()}\n#### {answer}"
+
+
+def _row(line: str, place: str, texts: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{place} is no JSON: {error}") from error
     if not isinstance(row, dict):
         raise UsageError(f"{place} is {type(row).__name__} where an object {{...}} is right")
-    for name in wanted:
+    for name in (*texts, *others):
         if name not in row:
-            raise UsageError(f"{place} has no {name!r} but {', '.join(map(repr, row))}")
-    for name in wanted[:2]:
+            known = ", ".join(map(repr, row)) or "no column at all"
+            raise UsageError(f"{place} has no {name!r} but {known}")
+    for name in texts:
         if not isinstance(row[name], str | int | float):
             raise UsageError(f"{place}: {name!r} is {row[name]!r} where a text is right")
     return row
@@ -317,6 +354,7 @@ def _row(line: str, place: str, wanted: Sequence[str]) -> dict[str, Any]:
 
 def gym(
     name: str,
+    /,
     *,
     size: int = 10_000,
     held_out: int = 200,
@@ -346,6 +384,8 @@ def gym(
         raise UsageError(
             f"the verifier of {name!r} in reasoning-gym runs what a model answers as a program"
         )
+    if "name" in settings:
+        raise UsageError(f"the task {name!r} has no setting 'name'")
     settings = {**PRESETS.get(name, {}), **settings}
     make = functools.partial(_made, name, settings, template)
     # Question i of a data set is decided by its seed + i: seeds side by side would share most of them.
@@ -424,6 +464,28 @@ def _made(
 
 
 # ---------------------------------------------------------------- helpers
+
+
+# What a setting may be, by the annotation of the argument.
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+    str | None: ((str, type(None)), "a text"),
+    float | str | Path: ((int, float, str, Path), "a share, or the path of a file,"),
+    Sequence[str]: ((list, tuple), "a list of names"),
+}
+
+
+def _check_kind(place: str, value: Any, kind: Any) -> None:
+    types, words = KINDS.get(kind, ((object,), ""))
+    listed = value if isinstance(value, list | tuple) else ()
+    if (
+        not isinstance(value, types)
+        or isinstance(value, bool)
+        or not all(isinstance(one, str) for one in listed)
+    ):
+        raise UsageError(f"{place} is {value!r} where {words} is right")
 
 
 def _check(template: str, **positive: int) -> None:

@@ -19,12 +19,19 @@ from experiments.reasoning.backprop import GroupPolicy, Supervised
 from experiments.reasoning.config import Config
 from experiments.reasoning.engine import Completions, Sampling, generate, pack
 from experiments.reasoning.evolution import Evolution
-from experiments.reasoning.examiner import Examiner, repeated, reward_of, sampling_of, texts_of
+from experiments.reasoning.examiner import (
+    Examiner,
+    asked,
+    repeated,
+    reward_of,
+    sampling_of,
+    texts_of,
+)
 from experiments.reasoning.memory import MemoryPlan, device_bytes, plan_memory
 from experiments.reasoning.pool import RewardPool
 from experiments.reasoning.rewards import extract
 from experiments.reasoning.speed import expected_tokens_per_s
-from experiments.reasoning.start import Start, start
+from experiments.reasoning.start import Start, keep_tokenizer, start
 from experiments.reasoning.start import save as save_model
 from experiments.reasoning.tasks import Question, Task
 from experiments.run.errors import UsageError
@@ -89,7 +96,7 @@ class Course:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.task: Task = tasks.load(config.task, **config.task_arguments())
-        self.begin: Start = start(config)
+        self.begin: Start = start(config, self.task)
         self.reward = reward_of(config, self.task)
         self.method: Any = METHODS[config.algorithm](config, self.begin)
 
@@ -97,7 +104,7 @@ class Course:
         """What a population takes of the memory; where not all fits at once, members and questions take
         turns."""
         config = self.config
-        asked = examiner.prompts(examiner.questions(0))
+        prompts = examiner.prompts(examiner.questions(0))
         shapes = jax.eval_shape(self.begin.params, jnp.int32(0))
         plan = plan_memory(
             self.begin.model,
@@ -105,7 +112,7 @@ class Course:
             shapes,
             config.population,
             config.prompts * config.samples,
-            asked.tokens.shape[1],
+            prompts.tokens.shape[1],
             sampling_of(config),
             device_bytes() if config.memory_gib is None else int(config.memory_gib * 2**30),
         )
@@ -235,10 +242,12 @@ def train(config: Config, started: float | None = None) -> Result:
     watch = Stopwatch(started)
     watch.finish("imports")
     config.check()
+    config = config.settled()
     course = Course(config)
     print(describe(course), file=sys.stderr)
 
     with open_run_folder("reasoning", config) as folder, course.examiner() as examiner:
+        keep_tokenizer(config, course.begin)
         if config.algorithm == "eggroll":
             print(course.fit_memory(examiner).describe(), file=sys.stderr)
         task_job = job(config, course, examiner)
@@ -268,13 +277,14 @@ def train(config: Config, started: float | None = None) -> Result:
         watch.finish("results")
         params = course.method.params(outcome.state.training)
         tokens = outcome.rows[-1]["generated_tokens"] if outcome.rows else 0
+        updates = "update" if outcome.generations == 1 else "updates"
         result = Result(
             held_out_accuracy=after,
             held_out_accuracy_before=before,
             generations=outcome.generations,
             generated_tokens=tokens,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-            sentence=f"{lesson}, after {outcome.generations} updates {how(config)}"
+            sentence=f"{lesson}, after {outcome.generations} {updates} {how(config)}"
             f"{f', {tokens:,} tokens written' if tokens else ''}, {watch.total():.1f} s from start.",
             timing=watch.phases,
         )
@@ -351,9 +361,7 @@ def write(
     begin = start(config)
     params = begin.params(jnp.int32(config.seed)) if state is None else parameters(config, state)
     tokenizer = begin.tokenizer
-    if config.chat:
-        prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in prompts]
-    given = [tokenizer.encode(text) for text in prompts]
+    given = [tokenizer.encode(asked(config, tokenizer, text)) for text in prompts]
     if not all(given):
         raise UsageError(
             "--prompt '': this model begins with nothing; give it a text to go on from"

@@ -87,6 +87,8 @@ class SampleSettings:
     """Tokens (bytes, for those that read bytes) of an answer at most; by default as in training."""
     temperature: float = 1.0
     """Of sampling; 0 takes the likeliest token."""
+    chat: bool = False
+    """Ask in the chat template of a folder with a model; that of a run is asked as it was in training."""
     seed: int = 0
     """Decides what is drawn."""
 
@@ -113,6 +115,8 @@ def read_run(path: Path) -> Found:
     if name not in DRIVERS:
         raise UsageError(f"{path}/config.json names the driver {name!r}, which there is not")
     config = from_json(importlib.import_module(DRIVERS[name].config).Config, content)
+    # The folder may have been moved, and what is in it is to be read, not replaced.
+    config = replace(config, run_dir=path, overwrite=False)
     module = importlib.import_module(DRIVERS[name].train)
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
         found = checkpoints.restore(module.job(config).start)
@@ -153,7 +157,12 @@ def sample(settings: SampleSettings) -> str:
     else:
         # A model's folder: the driver that takes such ones has no run of it.
         module, found = (importlib.import_module(m) for m in DRIVERS["reasoning"][:0:-1])
-        config = replace(found.PRESETS["tiny"], model=str(settings.run), max_new_tokens=64)
+        config = replace(
+            found.PRESETS["tiny"],
+            model=str(settings.run),
+            chat=settings.chat,
+            max_new_tokens=64,
+        )
         run = Found(config, module, 0, None)
     if not hasattr(run.module, "write"):
         raise UsageError(

@@ -7,6 +7,7 @@
 - result.json: what the run came to
 - curve.png: the learning curve
 - anchors.json, samples.txt: of language models, what the text costs otherwise, and texts of the model's own
+- tokenizer/: of language models that read byte pairs, learned when the run began
 - damaged/: checkpoints that could not be read, if there ever were any
 """
 
@@ -28,7 +29,7 @@ FILES = (
     *("config.json", "versions.json", "metrics.jsonl", "result.json", "curve.png"),
     *("anchors.json", "samples.txt"),
 )
-FOLDERS = ("checkpoints", "damaged", "tensorboard", "wandb")
+FOLDERS = ("checkpoints", "damaged", "tensorboard", "tokenizer", "wandb")
 PACKAGES = ("eggroll-jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint", "gymnax")
 
 

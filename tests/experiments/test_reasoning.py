@@ -13,9 +13,11 @@ import pytest
 pytest.importorskip("tokenizers")
 
 from experiments.models import hugging_face, tokens
+from experiments.reasoning import tasks
 from experiments.reasoning.config import PRESETS, Config, Grpo
 from experiments.reasoning.evolution import anchored, objective
 from experiments.reasoning.examiner import reward_of
+from experiments.reasoning.start import start
 from experiments.reasoning.train import Course, train
 from experiments.run.cli import main
 from experiments.run.drivers import read_run
@@ -116,6 +118,62 @@ def test_a_run_is_evaluated_sampled_and_exported(
     assert "--prompt '': this model begins with nothing" in capsys.readouterr().err
     config = settings(tmp_path / "run", model=str(folder), generations=1)
     assert 8 * 4 <= train(config).generated_tokens <= 8 * 4 * 6
+
+
+@pytest.mark.slow
+def test_byte_pairs_are_learned_once_and_stay_with_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = dict(tokenizer="bpe", vocabulary=280, algorithm="sft", task_settings='{"digits": 2}')
+    config = settings(tmp_path / "run", **pairs, generations=1)
+    train(config)
+    kept = tokens.from_folder(tmp_path / "run" / "tokenizer")
+    assert len(kept.encode("47+85=7+5=12")) < len("47+85=7+5=12")
+    saved = kept.model.to_str()
+    train(dataclasses.replace(config, run_dir=tmp_path / "again"))
+    again = tokens.from_folder(tmp_path / "again" / "tokenizer")
+    assert again.model.to_str() == saved
+    read = lambda folder: jax.tree.leaves(read_run(folder).state)
+    for leaf, right in zip(read(tmp_path / "again"), read(tmp_path / "run"), strict=True):
+        np.testing.assert_array_equal(leaf, right)
+
+    # From here on they are read: learning others would be told.
+    monkeypatch.setattr(tokens, "train_bpe", None)
+    train(dataclasses.replace(config, generations=2))
+    moved = tmp_path / "moved"
+    (tmp_path / "run").rename(moved)
+    words = ["--prompt", "47+85=", "--length", "5"]
+    assert main(["sample", str(moved), *words]) == 0
+    sampled = capsys.readouterr().out
+    assert main(["export", str(moved)]) == 0
+    exported = moved / "exported"
+    assert tokens.from_folder(exported).model.to_str() == saved
+    capsys.readouterr()
+    assert main(["sample", str(exported), *words]) == 0
+    assert capsys.readouterr().out == sampled
+    train(settings(tmp_path / "next", start=moved, generations=1))
+    assert (
+        read_run(tmp_path / "next").state.training.params["embed_tokens"].shape[0]
+        == kept.vocab_size
+    )
+
+    monkeypatch.undo()
+    overwritten = dataclasses.replace(config, run_dir=moved, overwrite=True, vocabulary=270)
+    train(overwritten)
+    assert tokens.from_folder(moved / "tokenizer").vocab_size == 270
+    assert read_run(moved).config.overwrite is False
+    (moved / "tokenizer" / "tokenizer_config.json").unlink()
+    assert main(["sample", str(tmp_path / "next"), "--prompt", "1"]) == 2
+    assert f"{moved} has lost its folder tokenizer" in capsys.readouterr().err
+
+
+def test_another_seed_learns_from_other_questions(tmp_path: Path) -> None:
+    task = tasks.load("sums", digits=3)
+    learned = []
+    for seed in (0, 0, 1):
+        config = settings(tmp_path, tokenizer="bpe", vocabulary=300, seed=seed)
+        learned.append(start(config, task).tokenizer.model.to_str())
+    assert learned[0] == learned[1] != learned[2]
 
 
 def test_questions_are_passed_over_in_an_order_of_each_pass(tmp_path: Path) -> None:
@@ -220,7 +278,11 @@ def test_the_anchor_pulls_back() -> None:
         (["--fitness", "match", "--samples", "2", "--temperature", "1"], "--fitness match: nothing is"),
         (["--fitness", "match", "--algorithm", "sft"], "--fitness match: members of an evolution"),
         (["--quantised", "--algorithm", "sft"], "--quantised: --algorithm sft trains floats alone"),
-        (["--chat"], "--chat: the tokenizer of transformer has no chat template"),
+        (["--chat"], "--chat: the tokenizer of transformer has no chat template; choose --no-chat"),
+        (["--chat-settings", "{"], "--chat-settings '{' is no JSON"),
+        (["--chat-settings", '{"x": 1}'], "they are those of --chat"),
+        (["--tokenizer", "bpe", "--vocabulary", "257"], "--vocabulary 257: bytes and two special tokens"),
+        (["--tokenizer", "bpe", "--model", "a/b"], "--tokenizer bpe: a/b has a tokenizer of its own"),
         (["--grpo.kl", "-1"], "--grpo.kl -1.0: choose 0 or a positive number"),
         (["--grpo.clip-low", "2"], "--grpo.clip-low 2.0: choose a number above 0, up to 1"),
         (["--grpo.micro-batch", "5"], "--grpo.micro-batch 5: it does not divide the 32 answers"),

@@ -18,7 +18,6 @@ from experiments.reasoning.tasks import (
     Task,
     columns,
     countdown_easy,
-    gym,
     jsonl,
     load,
     sums,
@@ -89,6 +88,16 @@ def test_a_template_goes_around_the_question() -> None:
     ("name", "settings", "words"),
     [
         ("sums", dict(digit=1), "the task 'sums' has no setting 'digit'; did you mean 'digits'"),
+        ("sums", dict(digits="two"), "the task 'sums': digits is 'two' where a whole number is right"),
+        ("sums", dict(template=3), "template is 3 where a text is right"),
+        ("sums", dict(held_out=True), "held_out is True where a number is right"),
+        ("a.jsonl", dict(columns="level"), "columns is 'level' where a list of names is right"),
+        ("a.jsonl", dict(columns=[1]), r"columns is \[1\] where a list of names is right"),
+        ("a.jsonl", dict(held_out=[0.1]), "where a share, or the path of a file, is right"),
+        ("a.jsonl", dict(qestion="q"), "no setting 'qestion'; did you mean 'question'"),
+        ("a.jsonl", dict(path="b.jsonl"), "no setting 'path'"),
+        ("a.jsonl", dict(reward="exat"), "there is no reward 'exat'.* did you mean 'exact'"),
+        ("a.jsonl", dict(reward="exact=x"), "reward exact=x: 'x' is no weight"),
         ("sums", dict(digits=0), "digits is 0: choose a whole number of at least 1"),
         ("sums", dict(held_out=1.0), "held_out is 1.0: choose a share between 0 and 1"),
         ("sums", dict(template="Q:"), "the template 'Q:' has no {question} in it"),
@@ -148,6 +157,28 @@ def test_questions_of_a_held_out_file_are_not_trained_on(tmp_path: Path) -> None
         jsonl(path, held_out=path, question="q", answer="a")
 
 
+def test_a_file_is_read_as_the_settings_of_a_command_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"q": f"q{i}", "a": str(i), "how": f"It is {i}, I think."} for i in range(9)]
+    write(Path("train.jsonl"), rows)
+    write(Path("test.jsonl"), rows[:3])
+    words = '{"question": "q", "answer": "a", "trace": "how", "held_out": "test.jsonl", "reward": "exact=2,format"}'
+    task = load("train.jsonl", **json.loads(words))
+    assert [q.prompt for q in task.held_out] == ["q0\n", "q1\n", "q2\n"]
+    assert [q.answer for q in task.train] == list("345678")
+    assert task.trace(task.train[0]) == "It is 3, I think.\n#### 3"
+    traces = [str(task.trace(q)) for q in task.train]
+    assert score(task, list(task.train), traces) == [2.0] * 6
+    assert score(task, list(task.train[:1]), ["<answer>3</answer>"]) == [3.0]
+    with pytest.raises(UsageError, match="train.jsonl, line 1 has no 'b' but 'q', 'a', 'how'"):
+        load("train.jsonl", question="q", answer="a", trace="b")
+    write(Path("test.jsonl"), [*rows[:1], {"q": "q1"}])
+    with pytest.raises(UsageError, match="test.jsonl, line 2 has no 'a' but 'q'"):
+        load("train.jsonl", **json.loads(words))
+
+
 GOOD = {"question": "1+1", "answer": "2"}
 
 
@@ -158,6 +189,7 @@ GOOD = {"question": "1+1", "answer": "2"}
         ([GOOD, "[" * 100_000], "a.jsonl, line 2 is no JSON: "),
         ([GOOD, "[1]"], "a.jsonl, line 2 is list where an object {...} is right"),
         ([GOOD, {"question": "x"}], "a.jsonl, line 2 has no 'answer' but 'question'"),
+        ([GOOD, {}], "a.jsonl, line 2 has no 'question' but no column at all"),
         ([GOOD, {"question": "x", "answer": " "}], "a.jsonl, line 2: 'answer' is empty"),
         ([{"question": "x", "answer": "so\n####"}, GOOD], "a.jsonl, line 1: 'answer' is empty"),
         ([{"question": "", "answer": "3"}, GOOD], "a.jsonl, line 1: 'question' is empty"),
@@ -233,6 +265,9 @@ def test_answers_of_several_lines_reach_their_verifier() -> None:
         ("countdwn", {}, "there is no task 'countdwn'; choose one of sums, countdown-easy, a task.*; did you mean 'countdown"),
         ("chain_sum", dict(max_term=3), "the task 'chain_sum' does not take .*unexpected keyword argument 'max_term'"),
         ("chain_sum", dict(min_terms=9), "the task 'chain_sum' does not take .*max_terms must be"),
+        ("chain_sum", dict(size="3"), "the task 'chain_sum': size is '3' where a whole number is right"),
+        ("chain_sum", dict(min_terms="3"), "the task 'chain_sum' does not take .*not supported between"),
+        ("chain_sum", dict(name="sums"), "the task 'chain_sum' has no setting 'name'"),
         ("chain_sum", dict(size=0), "size is 0: choose a whole number of at least 1"),
         ("n_queens", {}, "the verifier of 'n_queens' in reasoning-gym runs what a model answers as a program"),
     ],
@@ -242,7 +277,7 @@ def test_wrong_names_and_settings_of_reasoning_gym_are_told(
 ) -> None:
     pytest.importorskip("reasoning_gym")
     with pytest.raises(UsageError, match=words):
-        gym(name, **settings)
+        load(name, **settings)
 
 
 def test_every_verifier_that_would_run_answers_is_known() -> None:

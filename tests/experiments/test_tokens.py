@@ -70,12 +70,12 @@ def test_byte_pairs_are_learned_and_reread(folder: Path) -> None:
 
 def test_end_tokens_are_those_of_all_files(folder: Path) -> None:
     write(folder / "config.json", eos_token_id=9)
-    assert from_folder(folder).eos == (9, 0)
+    assert from_folder(folder).eos == (0, 9)
     write(folder / "generation_config.json", eos_token_id=[7, 0, 8])
-    assert from_folder(folder).eos == (7, 0, 8)
+    assert from_folder(folder).eos == (0, 7, 8)
     write(folder / "tokenizer_config.json", eos_token={"content": "<|pad|>"}, bos_token=None)
     tokenizer = from_folder(folder)
-    assert (tokenizer.eos, tokenizer.pad) == ((7, 0, 8, 1), 7)
+    assert (tokenizer.eos, tokenizer.pad) == ((1, 7, 0, 8), 1)
     assert tokenizer.specials == {"eos_token": "<|pad|>"}
 
 
