@@ -80,6 +80,10 @@ class Config(RunSettings):
     held_out_questions: int = 256
     """Questions that are measured on, none of which is trained on."""
 
+    patience: int | None = None
+    """Stop after so many held-out measurements without a better one than before, unless --generations says
+    how long to train."""
+
     algorithm: Literal["eggroll", "grpo", "sft"] = "eggroll"
     """"sft" is supervised, on worked solutions; "grpo" samples groups of answers and backpropagates."""
     prompts: int = 16
@@ -136,7 +140,7 @@ class Config(RunSettings):
         positive(self, "sigma", "learning_rate", "gradient_norm", "reward_seconds")
         fraction(self, "learning_rate_decay", "top_p")
         at_least_one(self, "layers", "width", "prompts", "noise_reuse", "chunk", "prompt_chunk")
-        at_least_one(self, "samples", "max_new_tokens", "held_out_questions", "rank")
+        at_least_one(self, "samples", "max_new_tokens", "held_out_questions", "rank", "patience")
         if self.memory_gib is not None:
             positive(self, "memory_gib")
         at_least_one(self.grpo, "epochs", "micro_batch", prefix="grpo.")

@@ -40,16 +40,21 @@ class Examiner:
 
     def __init__(self, config: Config, begin: Start, task: Task, pool: RewardPool) -> None:
         self._config, self._begin, self._task, self._pool = config, begin, task, pool
+        self._asked: Sequence[Question] = task.train
+        if config.algorithm == "sft" or config.fitness != "reward":
+            solved = [one for one in task.train if task.trace(one) is not None]
+            # Where none has one, the first is told.
+            self._asked = solved or task.train
 
     def questions(self, generation: int) -> list[Question]:
         """Those of a generation: a part of a pass over the questions, each pass in an order of its own."""
-        count, size = len(self._task.train), self._config.prompts
+        count, size = len(self._asked), self._config.prompts
         numbers = np.arange(generation * size, (generation + 1) * size)
         orders = {
             turn: np.random.default_rng([self._config.seed, turn]).permutation(count)
             for turn in {int(n) // count for n in numbers}
         }
-        return [self._task.train[int(orders[int(n) // count][int(n) % count])] for n in numbers]
+        return [self._asked[int(orders[int(n) // count][int(n) % count])] for n in numbers]
 
     def prompt(self, question: Question) -> list[int]:
         """The tokens of a question."""

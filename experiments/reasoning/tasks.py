@@ -121,13 +121,20 @@ def load(name: str, **settings: Any) -> Task:
 
 
 def sums(
-    *, digits: int = 2, size: int = 10_000, held_out: float = 0.1, seed: int = 0, template: str = "{question}"
-) -> Task:  # fmt: skip
+    *,
+    digits: int = 2,
+    size: int = 10_000,
+    solved: int | None = None,
+    held_out: float = 0.1,
+    seed: int = 0,
+    template: str = "{question}",
+) -> Task:
     """Sums of two numbers, in digits, + and =; the trace adds digit by digit from the right.
 
     Args:
         digits: of a number, at most.
         size: questions at most; where there are more, a sample is drawn. For two digits all 10,000 are.
+        solved: so many of those to train on have a worked solution, the others an answer alone.
         held_out: share of the questions, roughly; a+b and b+a are both held out or both not.
         seed: decides the sample and the order.
         template: with {question} in it.
@@ -141,7 +148,7 @@ def sums(
         >>> one.answer, task.trace(one)
         ('132', '7+5=12\\n4+8+1=13\\n132')
     """
-    _check(template, digits=digits, size=size)
+    _check(template, digits=digits, size=size, solved=solved)
     chance, count = random.Random(seed), 10**digits
     drawn = chance.sample(range(count**2), min(size, count**2))
 
@@ -150,7 +157,18 @@ def sums(
         prompt = template.replace("{question}", f"{a}+{b}=")
         return f"{min(a, b)}+{max(a, b)}", Question(prompt, str(a + b), {"trace": _added(a, b)})
 
-    return Task("sums", *_split(map(question, drawn), held_out), rewards.exact)
+    train, others = _split(map(question, drawn), held_out)
+    return Task("sums", _solved(train, solved), others, rewards.exact)
+
+
+def _solved(questions: list[Question], count: int | None) -> list[Question]:
+    """The first `count` with their worked solutions, the rest without."""
+    if count is None:
+        return questions
+    bare = lambda one: one._replace(
+        columns={name: value for name, value in one.columns.items() if name != "trace"}
+    )
+    return [*questions[:count], *map(bare, questions[count:])]
 
 
 def _added(a: int, b: int) -> str:
@@ -165,7 +183,12 @@ def _added(a: int, b: int) -> str:
 
 
 def countdown_easy(
-    *, size: int = 10_000, held_out: float = 0.1, seed: int = 0, template: str = "{question}"
+    *,
+    size: int = 10_000,
+    solved: int | None = None,
+    held_out: float = 0.1,
+    seed: int = 0,
+    template: str = "{question}",
 ) -> Task:
     """Three or four numbers from 1 to 9, to be made into a target with +, - and *, each used once.
 
@@ -174,6 +197,7 @@ def countdown_easy(
 
     Args:
         size: questions, of some 21,000 that there are; fewer where that many different are not drawn.
+        solved: so many of those to train on have a worked solution, the others an answer alone.
         held_out: share of the questions, roughly.
         seed: decides which questions, and their order.
         template: with {question} in it.
@@ -187,7 +211,7 @@ def countdown_easy(
         >>> one.prompt, one.answer, task.trace(one)
         ('3,4,6,9=14:', '6-4+9+3', '6-4=2\\n2+9=11\\n11+3=14\\n6-4+9+3')
     """
-    _check(template, size=size)
+    _check(template, size=size, solved=solved)
     chance = random.Random(seed)
     found: dict[str, Question] = {}
     # With so many tries, those that are rarely drawn are missing and no others.
@@ -202,7 +226,8 @@ def countdown_easy(
             trace = "\n".join([*steps, expression])
             prompt = template.replace("{question}", text)
             found.setdefault(text, Question(prompt, expression, {**known, "trace": trace}))
-    return Task("countdown-easy", *_split(found.items(), held_out), rewards.countdown)
+    train, others = _split(found.items(), held_out)
+    return Task("countdown-easy", _solved(train, solved), others, rewards.countdown)
 
 
 def _solution(numbers: list[int], chance: random.Random) -> tuple[str, list[str], int]:
@@ -488,11 +513,11 @@ def _check_kind(place: str, value: Any, kind: Any) -> None:
         raise UsageError(f"{place} is {value!r} where {words} is right")
 
 
-def _check(template: str, **positive: int) -> None:
+def _check(template: str, **positive: int | None) -> None:
     if "{question}" not in template:
         raise UsageError(f"the template {template!r} has no {{question}} in it")
     for name, value in positive.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UsageError(f"{name} is {value}: choose a whole number of at least 1")
 
 

@@ -37,7 +37,7 @@ from experiments.reasoning.tasks import Question, Task
 from experiments.run.errors import UsageError
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, run
-from experiments.run.metrics import Row
+from experiments.run.metrics import Row, read_metrics
 from experiments.run.plots import learning_curve
 from experiments.run.samples import add_sample
 from experiments.run.stopwatch import Stopwatch
@@ -211,11 +211,22 @@ def job(config: Config, course: Course | None = None, examiner: Examiner | None 
         start=course.first,
         generation=generation,
         measure=measure,
-        reached=lambda row: False,
+        reached=functools.partial(no_longer_rises, config),
         tell=tell,
         measured=("held_out_accuracy", "held_out_reward", "held_out_length"),
         totals=("generated_tokens",),
     )
+
+
+def no_longer_rises(config: Config, measured: Row) -> bool:
+    """Whether the last `patience` measurements of a run, this one with them, are no better than one before."""
+    if config.patience is None:
+        return False
+    rows = read_metrics(config.run_dir / "metrics.jsonl")
+    found = [r["held_out_accuracy"] for r in rows if r["held_out_accuracy"] is not None]
+    found.append(measured["held_out_accuracy"])
+    before, last = found[: -config.patience], found[-config.patience :]
+    return bool(before) and max(last) <= max(before)
 
 
 def tell(row: Row) -> str:
