@@ -110,7 +110,7 @@ def load(name: str, **settings: Any) -> Task:
     for setting, value in settings.items():
         if setting in known:
             _check_kind(f"the task {name!r}: {setting}", value, known[setting].annotation)
-        elif not others:
+        elif not others or setting == "name":
             raise UsageError(
                 f"the task {name!r} has no setting {setting!r}{suggestion(setting, known)}"
             )
@@ -354,7 +354,6 @@ def _row(line: str, place: str, texts: Sequence[str], others: Sequence[str]) -> 
 
 def gym(
     name: str,
-    /,
     *,
     size: int = 10_000,
     held_out: int = 200,
@@ -384,8 +383,6 @@ def gym(
         raise UsageError(
             f"the verifier of {name!r} in reasoning-gym runs what a model answers as a program"
         )
-    if "name" in settings:
-        raise UsageError(f"the task {name!r} has no setting 'name'")
     settings = {**PRESETS.get(name, {}), **settings}
     make = functools.partial(_made, name, settings, template)
     # Question i of a data set is decided by its seed + i: seeds side by side would share most of them.
