@@ -110,7 +110,7 @@ def load(name: str, **settings: Any) -> Task:
     for setting, value in settings.items():
         if setting in known:
             _check_kind(f"the task {name!r}: {setting}", value, known[setting].annotation)
-        elif not others or setting == "name":
+        elif not others:
             raise UsageError(
                 f"the task {name!r} has no setting {setting!r}{suggestion(setting, known)}"
             )
