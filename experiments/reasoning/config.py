@@ -211,7 +211,12 @@ class Config(RunSettings):
         Raises:
             UsageError: where they are no JSON object.
         """
-        return _object("task_settings", self.task_settings, '{"size": 1000}')
+        found = _object("task_settings", self.task_settings, '{"size": 1000}')
+        if "name" in found:
+            raise UsageError(
+                f"--task-settings {self.task_settings!r}: the name of a task is that of --task"
+            )
+        return found
 
     def settled(self) -> "Config":
         """The same with one model: a preset's start gives way to a model that was chosen beside it.

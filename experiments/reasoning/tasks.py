@@ -379,7 +379,6 @@ def _row(line: str, place: str, texts: Sequence[str], others: Sequence[str]) -> 
 
 def gym(
     name: str,
-    /,
     *,
     size: int = 10_000,
     held_out: int = 200,
@@ -409,8 +408,6 @@ def gym(
         raise UsageError(
             f"the verifier of {name!r} in reasoning-gym runs what a model answers as a program"
         )
-    if "name" in settings:
-        raise UsageError(f"the task {name!r} has no setting 'name'")
     settings = {**PRESETS.get(name, {}), **settings}
     make = functools.partial(_made, name, settings, template)
     # Question i of a data set is decided by its seed + i: seeds side by side would share most of them.

@@ -267,6 +267,7 @@ def test_the_anchor_pulls_back() -> None:
         (["--grpo.group", "1"], "--grpo.group 1: answers are compared with each other"),
         (["--task", "sum"], "there is no task 'sum'"),
         (["--task-settings", "[1]"], "an object such as"),
+        (["--task-settings", '{"name": "sums"}'], "the name of a task is that of --task"),
         (["--task-settings", "{"], "--task-settings '{' is no JSON"),
         (["--task-settings", '{"digit": 1}'], "no setting 'digit'; did you mean 'digits'"),
         (["--reward", "exat"], "did you mean 'exact'"),

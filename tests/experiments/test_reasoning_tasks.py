@@ -267,7 +267,6 @@ def test_answers_of_several_lines_reach_their_verifier() -> None:
         ("chain_sum", dict(min_terms=9), "the task 'chain_sum' does not take .*max_terms must be"),
         ("chain_sum", dict(size="3"), "the task 'chain_sum': size is '3' where a whole number is right"),
         ("chain_sum", dict(min_terms="3"), "the task 'chain_sum' does not take .*not supported between"),
-        ("chain_sum", dict(name="sums"), "the task 'chain_sum' has no setting 'name'"),
         ("chain_sum", dict(size=0), "size is 0: choose a whole number of at least 1"),
         ("n_queens", {}, "the verifier of 'n_queens' in reasoning-gym runs what a model answers as a program"),
     ],
