@@ -429,9 +429,8 @@ def recurrence_chunked(
     scores = lambda x, y, seen: jnp.where(seen, x @ y.mT, 0)
     # Numbers of very different sizes are summed: no TF32 or bfloat16 where float32 is asked for.
     with jax.default_matmul_precision("highest"):
-        system = jnp.eye(chunk) - scores(a, b, before)
         known = jnp.concatenate([a, scores(a, k, before) @ v], -1)
-        solved = jax.scipy.linalg.solve_triangular(system, known, lower=True, unit_diagonal=True)
+        solved = _inverse_of_one_minus(scores(a, b, before)) @ known
         # Of a state s before the chunk: u = of_s s^T + own, and what is read is read_s s^T + read.
         of_s, own = jnp.split(solved, 2, axis=-1)
         seen = scores(r, b, until)
@@ -446,6 +445,26 @@ def recurrence_chunked(
         decay = jnp.exp(total[..., -1:, :])
         state, y = lax.scan(one, state, (of_s, own, read_s, read, b, written, decay))
     return y.swapaxes(1, 2).reshape(-1, *y.shape[1:2], y.shape[-1])[:length], state
+
+
+def _inverse_of_one_minus(lower: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """``(1 - L)^-1`` of strictly lower triangular matrices, by products alone.
+
+    What is known are the inverses X of diagonal blocks; two neighbours and the block C of L below them make
+    one of twice the size, ``X + X C X``. (OpenBLAS, which would solve the system on a CPU, can come to wait
+    for itself where several programs' threads call it.)
+    """
+    n = lower.shape[-1]
+    inverse, size, place = (
+        jnp.broadcast_to(jnp.eye(n, dtype=lower.dtype), lower.shape),
+        1,
+        jnp.arange(n),
+    )
+    while size < n:
+        of = lambda width: place[:, None] // width == place // width
+        inverse = inverse + inverse @ jnp.where(of(2 * size) & ~of(size), lower, 0) @ inverse
+        size *= 2
+    return inverse
 
 
 # ---------------------------------------------------------------- the parts of a layer
