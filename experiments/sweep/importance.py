@@ -53,7 +53,7 @@ def importances(
         maximise: whether more is better.
 
     Example:
-        >>> rates, metrics = [0.1, 0.2, 0.3, 0.4] * 2, [1, 2, 3, 4, 1, 2, 3, 4]
+        >>> rates, metrics = [0.1, 0.2, 0.3, 0.4] * 2, [1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 3.0, 4.0]
         >>> found = importances({"rate": rates, "other": list("aaaabbbb")}, metrics, True)
         >>> [(one.field, round(one.share, 3), one.trend) for one in found]
         [('rate', 1.0, 1.0), ('other', 0.0, None)]
@@ -130,7 +130,7 @@ def draw(
     values: Sequence[float | None],
     metric: str,
     when: str,
-    logarithmic: set[str],
+    scales: Mapping[str, str],
 ) -> None:
     """The importances as bars, and the metric against the fields that have most of it.
 
@@ -141,12 +141,12 @@ def draw(
         values: as there.
         metric: its name.
         when: at what length the settings are compared, in words.
-        logarithmic: fields with an axis of decades.
+        scales: of fields that are drawn from a range: "linear" or "log".
     """
     from matplotlib.figure import Figure
 
     panels = found[:PANELS]
-    bars = 0.9 + 0.34 * len(found)
+    bars = 1.15 + 0.34 * len(found)
     size = (max(7.2, 2.6 * len(panels)), bars + 3.4)
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     above, below = figure.subfigures(  # type: ignore[misc]
@@ -161,7 +161,7 @@ def draw(
     )
     axes = below.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for one, panel in zip(panels, axes, strict=True):
-        _points(panel, one.field, fields[one.field], values, one.field in logarithmic)
+        _points(panel, one.field, fields[one.field], values, scales.get(one.field))
     axes[0].set_ylabel(in_words(metric))
     write_whole(path, lambda file: figure.savefig(file, format="png"))
 
@@ -169,41 +169,37 @@ def draw(
 def _bars(axes: Any, found: Sequence[Importance]) -> None:
     at = np.arange(len(found))
     axes.barh(at, [one.share for one in found], color=POPULATION, height=0.62)
-    axes.plot(
-        [one.chance for one in found], at, ls="", marker="|", ms=15, mew=2, color=HELD_OUT,
-        label="shuffled metrics stay below this, 95 times of 100",
-    )  # fmt: skip
+    chance: dict[str, Any] = {"ls": "", "marker": "|", "ms": 15, "mew": 2, "color": HELD_OUT}
+    axes.plot([one.chance for one in found], at, **chance)
     axes.set_yticks(at, [one.field for one in found])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("share of the variance of ranks explained by the setting alone")
+    axes.set_xlabel(
+        "share of the variance of ranks that the setting alone explains\n"
+        "(red: 95 of 100 shuffles of the metric stay below)"
+    )
     finish(axes)
-    axes.margins(x=0)
     axes.set_xlim(0, 1)
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
 
 
 def _points(
-    axes: Any, field: str, own: Sequence[Any], values: Sequence[float | None], logarithmic: bool
+    axes: Any, field: str, own: Sequence[Any], values: Sequence[float | None], scale: str | None
 ) -> None:
+    """A point a setting; where there are no more than a few values, side by side with their means."""
     y = np.array([np.nan if v is None else v for v in values], float)
     style: dict[str, Any] = {"color": POPULATION, "alpha": 0.75, "s": 28, "lw": 0}
-    if _numbers(own) and len(set(own)) > 5:
-        axes.scatter(np.array(own, float), y, **style)
-        if logarithmic:
-            axes.set_xscale("log")
-    else:
-        names = sorted(set(own), key=lambda v: v if _numbers(own) else str(v))
-        at = np.array([names.index(v) for v in own])
-        axes.scatter(at, y, **style)
-        means = [
-            np.nanmean(y[at == i]) if np.isfinite(y[at == i]).any() else np.nan
-            for i in range(len(names))
-        ]
-        axes.plot(range(len(names)), means, ls="", marker="_", ms=20, mew=2, color=GREY)
-        axes.set_xticks(range(len(names)), [str(name) for name in names])
-        axes.set_xlim(-0.5, len(names) - 0.5)
-    axes.set_xlabel(field)
     finish(axes)
-    if not axes.get_xscale() == "log":
-        axes.margins(x=0.08)
+    axes.margins(x=0.08)
+    axes.set_xlabel(field)
+    if scale is not None:
+        axes.set_xscale(scale)
+        axes.scatter(np.array(own, float), y, **style)
+        return
+    names = sorted(set(own), key=(lambda v: v) if _numbers(own) else str)
+    at = np.array([names.index(v) for v in own])
+    axes.scatter(at, y, **style)
+    for i in range(len(names)):
+        known = y[(at == i) & np.isfinite(y)]
+        if known.size:
+            axes.plot([i], [known.mean()], marker="_", ms=22, mew=2, color=GREY, zorder=0)
+    axes.set_xticks(range(len(names)), [str(name) for name in names])
+    axes.set_xlim(-0.5, len(names) - 0.5)

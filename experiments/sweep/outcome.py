@@ -95,8 +95,9 @@ def _importance(records: Records) -> list[Path]:
     found = importances(varied, list(values.values()), spec.maximise)
     paths = [spec.out / "importance.json", spec.out / "importance.png"]
     write_json(paths[0], {"of": when, "settings": {one.field: _as_json(one) for one in found}})
-    logarithmic = {axis.field for axis in spec.axes if axis.kind == "log-uniform"}
-    draw(paths[1], found, varied, list(values.values()), spec.metric, when, logarithmic)
+    ranges = {"uniform": "linear", "log-uniform": "log"}
+    scales = {axis.field: ranges[axis.kind] for axis in spec.axes if axis.kind in ranges}
+    draw(paths[1], found, varied, list(values.values()), spec.metric, when, scales)
     return paths
 
 

@@ -63,7 +63,9 @@ def run_tasks(
 def _begin(task: Task) -> subprocess.Popen:
     task.log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, PARENT: str(os.getpid())}
-    command = [sys.executable, "-m", "experiments.run.cli", *task.words]
+    # The same packages as in this process, whatever the folder that it was started in holds.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from experiments.run.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *task.words]
     with task.log.open("a") as log:
         # In a session of its own: Ctrl-C is for this process, which passes it on as SIGTERM.
         return subprocess.Popen(

@@ -39,7 +39,7 @@ class Axis(NamedTuple):
         Example:
             >>> axis = Axis("sigma", "log-uniform", (0.01, 1.0))
             >>> [axis.draw(0, number) for number in range(3)]
-            [0.4157, 0.03217, 0.1044]
+            [0.1487, 0.8098, 0.9063]
         """
         digest = hashlib.sha256(f"{seed}/{number}/{self.field}".encode()).digest()
         u = int.from_bytes(digest[:8], "big") / 2**64
@@ -108,10 +108,10 @@ def points(axes: Sequence[Axis], samples: int, seed: int) -> Iterator[dict[str, 
         >>> axes = [Axis("rank", "grid", (1, 2)), Axis("sigma", "uniform", (0.0, 1.0))]
         >>> for point in points(axes, 2, 0):
         ...     print(point)
-        {'rank': 1, 'sigma': 0.8093}
-        {'rank': 2, 'sigma': 0.8093}
-        {'rank': 1, 'sigma': 0.2537}
-        {'rank': 2, 'sigma': 0.2537}
+        {'rank': 1, 'sigma': 0.5861}
+        {'rank': 2, 'sigma': 0.5861}
+        {'rank': 1, 'sigma': 0.9542}
+        {'rank': 2, 'sigma': 0.9542}
     """
     grids = [axis for axis in axes if axis.kind == "grid"]
     drawn = [axis for axis in axes if axis.kind != "grid"]
