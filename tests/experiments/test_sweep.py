@@ -31,7 +31,6 @@ SMALL = {
     "width": 4,
     "generations": 4,
     "evaluate_every": 2,
-    "checkpoint_seconds": 0.0,
 }
 
 
@@ -80,6 +79,7 @@ def touched(file: Path) -> list[int]:
     return [(run.config.run_dir / "result.json").stat().st_mtime_ns for run in runs]
 
 
+@pytest.mark.slow
 def test_a_job_is_done_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path)
     assert main(["sweep", str(file), "--index", "0"]) == 0
@@ -102,6 +102,7 @@ def test_a_job_is_done_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "4 done." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_failures_are_kept_apart_and_tried_again_when_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +140,7 @@ def test_any_error_of_a_run_is_its_own(tmp_path: Path, monkeypatch: pytest.Monke
     assert error == "of someone"
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_process_writes_is_left_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +166,7 @@ def test_two_sweeps_do_not_share_a_folder(
     assert "in use by another sweep" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_rung_goes_on_from_the_one_below(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,18 +242,20 @@ def final(out: Path) -> tuple[Any, ...]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="children are looked for in /proc")
-@pytest.mark.parametrize("halving", [None, {"first": 6, "eta": 2}])
+@pytest.mark.parametrize(
+    "halving", [None, pytest.param({"first": 6, "eta": 2}, marks=pytest.mark.soak)]
+)
 def test_a_sweep_that_is_killed_goes_on(halving: Any, tmp_path: Path) -> None:
     # Two widths are two programs, so that two processes work at once.
     space = {"width": [4, 8], "learning_rate": {"log-uniform": [0.01, 0.3]}}
-    fixed = {**SMALL, "generations": 24}
+    fixed = {**SMALL, "generations": 24, "checkpoint_seconds": 0.0}
     del fixed["width"]
     file = write(tmp_path, space=space, fixed=fixed, samples=3, halving=halving)
     whole = tmp_path / "whole"
     whole.mkdir()
     unbroken = write(whole, space=space, fixed=fixed, samples=3, halving=halving)
     assert "6 done" in (said := finish(begin(unbroken))) or halving, said
-    for wanted in (1, 40):
+    for wanted in (1, 40) if halving else (30,):
         process = begin(file)
         until(lambda wanted=wanted: rows(tmp_path / "out") >= wanted, process)
         workers = children(process.pid)
@@ -271,7 +276,7 @@ def test_a_sweep_that_is_killed_goes_on(halving: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_stops_the_workers_and_saves(tmp_path: Path) -> None:
-    file = write(tmp_path, fixed={**SMALL, "generations": 2000, "checkpoint_seconds": 100})
+    file = write(tmp_path, fixed={**SMALL, "generations": 2000})
     process = begin(file)
     until(lambda: rows(tmp_path / "out") >= 8, process)
     process.send_signal(signal.SIGINT)
@@ -300,6 +305,7 @@ def test_a_worker_that_dies_fails_its_runs_alone(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- clusters
 
 
+@pytest.mark.slow
 def test_the_script_of_slurm_runs_its_index(tmp_path: Path) -> None:
     code = "import sys; from experiments.run.cli import main; sys.exit(main())"
     executor = {

@@ -7,7 +7,7 @@ import pytest
 from experiments.run.cli import main
 from experiments.run.errors import UsageError
 from experiments.sweep.plan import make_plan
-from experiments.sweep.spec import Halving, read_spec
+from experiments.sweep.spec import KEYS, Halving, read_spec
 
 GOOD = """
 driver: rl
@@ -131,6 +131,24 @@ def test_settings_that_the_driver_refuses_are_told_with_their_point(tmp_path: Pa
         UsageError, match=r"at population 7, rank 1: --population 7: members come in"
     ):
         make_plan(read_spec(write(tmp_path, text)))
+
+
+def test_the_sweep_of_the_page_is_right() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    plan = make_plan(read_spec(docs / "sweep-digits.yaml"))
+    assert len(plan.runs) == 32
+    # The page's own example, with everything that a file may say.
+    text = (docs / "sweeps.md").read_text().split("```yaml\n")[1].split("```")[0]
+    assert {line.split(":")[0] for line in text.splitlines() if line[0] != " "} == set(KEYS)
+
+
+def test_the_example_of_the_page_is_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
+    for example in page.split("```yaml\n")[1:]:
+        text = example.split("```")[0]
+        if "driver:" not in text:
+            text = f"driver: rl\nspace: {{sigma: [0.1]}}\n{text}"
+        assert make_plan(read_spec(write(tmp_path, text))).jobs
 
 
 @pytest.mark.parametrize("text", [None, b"\xff\xfe\xff"])

@@ -59,6 +59,7 @@ def assert_close(folder: Path, right: Path) -> None:
     assert results[0]["generations"] == results[1]["generations"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "base", "decays"),
     [
@@ -75,10 +76,9 @@ def test_runs_together_are_the_runs_alone(
     configs = three(base, tmp_path, **decays)
     results = module.train_many(configs)
     assert [type(result) for result in results] == [module.Result] * 3
-    for config in configs[:2]:
-        alone = replace(config, run_dir=config.run_dir.with_suffix(".alone"))
-        module.train(alone)
-        assert_close(config.run_dir, alone.run_dir)
+    alone = replace(configs[1], run_dir=tmp_path / "alone")
+    module.train(alone)
+    assert_close(configs[1].run_dir, alone.run_dir)
     first, second = (read_metrics(c.run_dir / "metrics.jsonl")[-1] for c in configs[:2])
     assert (
         first["sigma" if "sigma" in first else "loss"]
@@ -99,6 +99,7 @@ def test_their_folders_are_read_by_the_other_commands(
     assert (configs[2].run_dir / "curve.png").exists()
 
 
+@pytest.mark.slow
 def test_each_goes_on_from_where_its_own_folder_stands(tmp_path: Path) -> None:
     configs, whole = three(digits, tmp_path / "a"), three(digits, tmp_path / "b")
     supervised.train(replace(configs[0], generations=1))
@@ -111,7 +112,7 @@ def test_each_goes_on_from_where_its_own_folder_stands(tmp_path: Path) -> None:
 
 
 def test_a_run_ends_when_it_reaches_its_target_and_the_others_go_on(tmp_path: Path) -> None:
-    settings = {"generations": None, "max_generations": 4, "evaluate_every": 1, "target": 0.12}
+    settings = {"generations": None, "max_generations": 8, "evaluate_every": 1, "target": 0.25}
     configs = three(digits, tmp_path, **settings)
     generations = [result.generations for result in supervised.train_many(configs)]
     alone = [
@@ -119,7 +120,7 @@ def test_a_run_ends_when_it_reaches_its_target_and_the_others_go_on(tmp_path: Pa
         for c in configs
     ]
     assert generations == alone
-    assert len(set(generations)) > 1
+    assert generations == [3, 8, 6]
     for config, count in zip(configs, generations, strict=True):
         assert len(read_metrics(config.run_dir / "metrics.jsonl")) == count
 
