@@ -22,6 +22,7 @@ from experiments.run.report import in_words
 LEAST = 4  # settings that can be told apart from chance at all
 SHUFFLES = 2000
 PANELS = 4
+LETTERS = 22  # that stand side by side under a panel
 
 
 class Importance(NamedTuple):
@@ -191,8 +192,10 @@ def _points(
     axes.margins(x=0.08)
     axes.set_xlabel(field)
     if scale is not None:
-        axes.set_xscale(scale)
-        axes.scatter(np.array(own, float), y, **style)
+        x = np.array(own, float)
+        axes.scatter(x, y, **style)
+        if scale == "log":
+            _decades(axes, x.max() / x.min())
         return
     names = sorted(set(own), key=(lambda v: v) if _numbers(own) else str)
     at = np.array([names.index(v) for v in own])
@@ -201,5 +204,18 @@ def _points(
         known = y[(at == i) & np.isfinite(y)]
         if known.size:
             axes.plot([i], [known.mean()], marker="_", ms=22, mew=2, color=GREY, zorder=0)
-    axes.set_xticks(range(len(names)), [str(name) for name in names])
+    labels = [str(name) for name in names]
+    aslant: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+    crowded = sum(map(len, labels)) > LETTERS
+    axes.set_xticks(range(len(names)), labels, **(aslant if crowded else {}))
     axes.set_xlim(-0.5, len(names) - 0.5)
+
+
+def _decades(axes: Any, span: float) -> None:
+    """A logarithmic axis, with numbers that do not touch."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 30 else (1,)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -265,6 +265,8 @@ def test_a_sweep_that_is_killed_goes_on(halving: Any, tmp_path: Path) -> None:
         while any(map(alive, workers)):
             assert time.monotonic() < deadline, "workers outlive the sweep"
             time.sleep(0.02)
+        # They were told to stop, and did not just come to their end.
+        assert halving or rows(tmp_path / "out") < 6 * 24
         assert not (tmp_path / "out" / "failed").exists()
     finish(begin(file))
     broken, right = final(tmp_path / "out"), final(whole / "out")
