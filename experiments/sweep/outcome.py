@@ -1,13 +1,12 @@
 """What a sweep came to: the best settings, and which settings the metric depends on."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from experiments.run.folder import write_json, write_whole
 from experiments.sweep.halving import best_first, mean, settings_of
-from experiments.sweep.importance import LEAST, Importance, draw, importances
 from experiments.sweep.plan import Run
 from experiments.sweep.records import Records, plain
 from experiments.sweep.status import markdown, print_table, shown
@@ -79,6 +78,8 @@ def write_outcome(records: Records) -> list[Path]:
 
 
 def _importance(records: Records) -> list[Path]:
+    from experiments.sweep.importance import LEAST, draw, importances
+
     spec, (values, when) = records.spec, compared(records)
     settings = settings_of(records.plan.runs)
     varied = {
@@ -94,15 +95,12 @@ def _importance(records: Records) -> list[Path]:
         return []
     found = importances(varied, list(values.values()), spec.maximise)
     paths = [spec.out / "importance.json", spec.out / "importance.png"]
-    write_json(paths[0], {"of": when, "settings": {one.field: _as_json(one) for one in found}})
+    told = {one.field: {k: v for k, v in one._asdict().items() if k != "field"} for one in found}
+    write_json(paths[0], {"of": when, "settings": told})
     ranges = {"uniform": "linear", "log-uniform": "log"}
     scales = {axis.field: ranges[axis.kind] for axis in spec.axes if axis.kind in ranges}
     draw(paths[1], found, varied, list(values.values()), spec.metric, when, scales)
     return paths
-
-
-def _as_json(one: Importance) -> Mapping[str, Any]:
-    return {name: value for name, value in one._asdict().items() if name != "field"}
 
 
 def compared(records: Records) -> tuple[dict[int, float | None], str]:

@@ -10,13 +10,13 @@
 
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.run.errors import RunError, UsageError
 from experiments.run.folder import is_held, read_config, read_result, write_json
 from experiments.run.metrics import Row, read_metrics
-from experiments.run.seeds import average
 from experiments.sweep.plan import Plan, Run
 from experiments.sweep.spec import Spec
 
@@ -180,7 +180,7 @@ def _finite(value: Any) -> float | None:
     """The mean of a number or a list; None where it is not finite, or there is none."""
     if value is None or (isinstance(value, list) and None in value):
         return None
-    number = average(value)
+    number = statistics.fmean(value) if isinstance(value, list) else float(value)
     return number if math.isfinite(number) else None
 
 

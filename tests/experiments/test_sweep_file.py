@@ -137,6 +137,7 @@ def test_the_sweep_of_the_page_is_right() -> None:
     docs = Path(__file__).parents[2] / "docs"
     plan = make_plan(read_spec(docs / "sweep-digits.yaml"))
     assert len(plan.runs) == 32
+    assert (docs / "sweep-digits.yaml").read_text() in (docs / "sweeps.md").read_text()
     # The page's own example, with everything that a file may say.
     text = (docs / "sweeps.md").read_text().split("```yaml\n")[1].split("```")[0]
     assert {line.split(":")[0] for line in text.splitlines() if line[0] != " "} == set(KEYS)
