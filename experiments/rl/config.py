@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments.run.errors import UsageError
-from experiments.run.settings import RunSettings, at_least_one, even, flag, fraction, positive
+from experiments.run.settings import (
+    RunSettings,
+    at_least_one,
+    even,
+    flag,
+    fraction,
+    positive,
+    program_of,
+)
 
 PresetName = Literal[
     "cartpole",
@@ -113,6 +121,12 @@ class Config(RunSettings):
         if self.generations is None and self.algorithm == "ppo":
             return self.ppo.generations
         return super().limit
+
+    @property
+    def together(self) -> str | None:
+        """Runs of which this is the same can be one program; None for one that cannot be with others."""
+        alone = self.env.startswith(GYMNASIUM) or self.algorithm != "eggroll"
+        return None if alone else program_of(self)
 
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""

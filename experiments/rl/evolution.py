@@ -11,7 +11,7 @@ from experiments.rl.environments import Task
 from experiments.rl.policy import Policy
 from experiments.rl.rollout import run_episodes
 from experiments.rl.statistics import Statistics, merge, nothing_seen
-from experiments.run.optimizers import decayed, make_optimizer
+from experiments.run.optimizers import Rates, make_optimizer, rates_of
 
 
 class Carry(NamedTuple):
@@ -26,14 +26,13 @@ class Carry(NamedTuple):
     statistics: Statistics
 
 
-def make_strategy(config: Config) -> eggroll.EvolutionStrategy:
-    """The evolution strategy that the settings describe."""
+def make_strategy(config: Config, rates: Rates | None = None) -> eggroll.EvolutionStrategy:
+    """The evolution strategy that the settings describe, at other rates than theirs if any are given."""
+    rates = rates or rates_of(config)
     return eggroll.EvolutionStrategy(
-        optimizer=make_optimizer(
-            config.optimizer, decayed(config.learning_rate, config.learning_rate_decay)
-        ),
+        optimizer=make_optimizer(config.optimizer, rates.step),
         population=config.population,
-        sigma=decayed(config.sigma, config.sigma_decay),
+        sigma=rates.noise,
         rank=config.rank,
         shaping=getattr(eggroll.shaping, config.shaping)(),
         on_dense="error",
@@ -46,16 +45,18 @@ def keys(seed: Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Arra
     return init, search, held_out
 
 
-def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> Carry:
+def start(
+    config: Config, policy: Policy, task: Task, seed: Int[Array, ""], rates: Rates | None = None
+) -> Carry:
     """The state before generation 0."""
     init_key, search_key, _ = keys(seed)
-    state = make_strategy(config).init(policy.init(init_key), search_key)
+    state = make_strategy(config, rates).init(policy.init(init_key), search_key)
     return Carry(state, nothing_seen(task.observations))
 
 
-def make_generation(config: Config, policy: Policy, task: Task) -> Any:
+def make_generation(config: Config, policy: Policy, task: Task, rates: Rates | None = None) -> Any:
     """carry -> (next carry, metric row)."""
-    es = make_strategy(config)
+    es = make_strategy(config, rates)
 
     def fitness(
         params: PyTree, key: Key[Array, ""], statistics: Statistics

@@ -1,7 +1,7 @@
 """`eggroll rl`: from settings to a trained policy, its curve and a sentence about it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +18,11 @@ from experiments.rl.rollout import run_episode
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, Outcome, run
 from experiments.run.metrics import Row
+from experiments.run.optimizers import Rates
 from experiments.run.plots import learning_curve
 from experiments.run.seeds import average, each, many
 from experiments.run.stopwatch import Stopwatch
+from experiments.run.together import Pieces, run_together
 
 # How a result is put into words, and what returns are counted in.
 SKILLS = {"CartPole-v1": "to balance the pole"}
@@ -71,19 +73,26 @@ def job(config: Config) -> Job:
         outside = Outside(config)
         return Job(outside.start, outside.generation, outside.measure, **common)
     task, policy = parts(config)
-    method: Any = ppo if config.algorithm == "ppo" else evolution
     seeds = config.seed + jnp.arange(config.seeds)
     every = many(config.seeds)
-    generation = every(method.make_generation(config, policy, task))
-    held_out = every(make_measure(config, policy, task))
-    begin = every(lambda seed: method.start(config, policy, task, seed))
-
+    begin, generation, held_out = (every(f) for f in pieces(config, task, policy))
     return Job(
         start=jax.jit(lambda: begin(seeds if config.seeds > 1 else seeds[0])),
         generation=jax.jit(generation, donate_argnums=0),
         measure=jax.jit(lambda carry: held_out(carry, seeds if config.seeds > 1 else seeds[0])),
         **common,
     )
+
+
+def pieces(config: Config, task: Task, policy: Policy, rates: Rates | None = None) -> Pieces:
+    """What a run with one seed is made of; evolution strategies take other rates than the settings'."""
+    if config.algorithm == "ppo":
+        begin: Any = lambda seed: ppo.start(config, policy, task, seed)
+        generation = ppo.make_generation(config, policy, task)
+    else:
+        begin = lambda seed: evolution.start(config, policy, task, seed, rates)
+        generation = evolution.make_generation(config, policy, task, rates)
+    return Pieces(begin, generation, make_measure(config, policy, task))
 
 
 def parts(config: Config) -> tuple[Task, Policy]:
@@ -197,12 +206,32 @@ def train(config: Config, started: float | None = None) -> Result:
         outcome = run(task_job, config, folder, watch)
         watch.finish("training")
 
-        # ------------------------------------------------------------ what was learned
-        lesson = put_in_words(config, each(outcome.after["held_out_return"]))
-        draw(config, folder, outcome, lesson)
-        watch.finish("results")
-        result = summarise(config, outcome, lesson, watch)
-        write_json(folder / "result.json", result._asdict())
+        return finish(config, folder, outcome, watch)
+
+
+def train_many(configs: Sequence[Config], started: float | None = None) -> list[Result | Exception]:
+    """Several runs of the same `config.together`, in one program; each fills its own folder.
+
+    A run's result is that of :func:`train` to rounding; what stops one run alone stands in its place.
+
+    Raises:
+        UsageError: for settings that cannot be right, or that do not fit into one program.
+        Interrupted: after SIGTERM or Ctrl-C.
+    """
+    watch = Stopwatch(started)
+    watch.finish("imports")
+    task, policy = parts(configs[0])
+    one = lambda config, rates: pieces(config, task, policy, rates)
+    return run_together("rl", configs, job(configs[0]), one, finish, watch)
+
+
+def finish(config: Config, folder: Path, outcome: Outcome, watch: Stopwatch) -> Result:
+    """Writes what was learned into the folder."""
+    lesson = put_in_words(config, each(outcome.after["held_out_return"]))
+    draw(config, folder, outcome, lesson)
+    watch.finish("results")
+    result = summarise(config, outcome, lesson, watch)
+    write_json(folder / "result.json", result._asdict())
     return result
 
 

@@ -127,6 +127,12 @@ def _study(args: Sequence[str]) -> int:
     return 0
 
 
+def _sweep(args: Sequence[str]) -> int:
+    from experiments.sweep.sweep import SweepSettings, sweep
+
+    return sweep(_plain_cli(SweepSettings, args, "eggroll sweep"), STARTED)
+
+
 def _report(args: Sequence[str]) -> int:
     from experiments.run.report import Settings, report
 
@@ -200,6 +206,7 @@ COMMANDS = {
         "train by backpropagation, by any optimizer", functools.partial(_train, "optimizers")
     ),
     "study": Command("compare optimizers, each at its best learning rate", _study),
+    "sweep": Command("run a driver at many settings, from a file that says what varies", _sweep),
     "report": Command("draw and compare the curves of runs", _report),
     "eval": Command("measure the newest checkpoint of a run", _eval),
     "sample": Command("let the language model of a run write", _sample),

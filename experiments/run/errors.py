@@ -11,6 +11,10 @@ class UsageError(ValueError):
     """A wrong command or setting; the command line prints its sentence and exits with code 2."""
 
 
+class InUse(UsageError):
+    """A folder that another process holds: nothing is wrong with the settings, only with the moment."""
+
+
 class RunError(RuntimeError):
     """Something outside the settings stops a run, such as a full disk; exit code 1."""
 

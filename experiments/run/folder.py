@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from experiments.run.errors import RunError, UsageError
+from experiments.run.errors import InUse, RunError, UsageError
 from experiments.run.settings import RunSettings, differences, to_json
 
 FILES = (
@@ -45,7 +45,7 @@ def open_run_folder(driver: str, settings: RunSettings) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_held(path))
+            stack.enter_context(held(path))
             if settings.overwrite:
                 _remove_run(path)
             known = _read_json(path / "config.json")
@@ -68,16 +68,31 @@ def open_run_folder(driver: str, settings: RunSettings) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """The folder is locked until the end of the block, or of the process however it ends."""
+def held(path: Path) -> Iterator[None]:
+    """The folder is locked until the end of the block, or of the process however it ends.
+
+    Raises:
+        InUse: where another process holds it.
+    """
     import fcntl
 
     with (path / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UsageError(f"{path} is in use by another process") from error
+            raise InUse(f"{path} is in use by another process") from error
         yield
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process, this one too, holds the folder at the moment."""
+    if not (path / ".lock").exists():
+        return False
+    try:
+        with held(path):
+            return False
+    except InUse:
+        return True
 
 
 def _remove_run(path: Path) -> None:

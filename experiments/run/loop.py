@@ -18,6 +18,7 @@ Everything random is a function of the settings and the generation, and a checkp
 else decides the future, so that a run killed anywhere and continued gives the bits of an unbroken one.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -81,6 +82,115 @@ class Outcome(NamedTuple):
     rows: list[Row]
 
 
+class Record:
+    """What a run has on disk, and where it stands: one order of things for one run and for many at once.
+
+    Args:
+        job: what is run.
+        settings: of the run.
+        folder: the run folder, held by this process.
+        watch: whose seconds the rows carry.
+
+    Attributes:
+        state: the one to go on from.
+        generation: how many are done.
+        after: what was measured when the run ended; None before.
+    """
+
+    def __init__(self, job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> None:
+        self.job, self.settings, self.watch = job, settings, watch
+        self.after: Row | None = None
+        self._latest: Row = {}  # the last measured values, for the progress bar
+        self._useless = 0
+        with contextlib.ExitStack() as stack:
+            self._checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
+            found = self._checkpoints.restore(job.start)
+            self.generation, self.state, self._totals = found or (0, job.start(), {})
+            self._saved = self._begun = self.generation
+            if found:
+                print(f"Continuing {folder} at generation {self.generation}.", file=sys.stderr)
+            path = folder / "metrics.jsonl"
+            self._metrics = stack.enter_context(MetricsFile(path, self.generation))
+            self._log = stack.enter_context(loggers(settings, folder, self.generation))
+            self._stack = stack.pop_all()
+        self._last_save = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the state has to be measured before anything else."""
+        return (
+            self.generation % self.settings.evaluate_every == 0
+            or self.generation >= self.settings.limit
+        )
+
+    def over(self, measured: Mapping[str, Any] | None) -> bool:
+        """Takes what was measured of the state, if it was; says whether the run ends here."""
+        self._measured: Row | None = None if measured is None else plain(measured)
+        if self._measured is not None:
+            self._latest = self._measured
+        if self.generation >= self.settings.limit or (
+            self.settings.generations is None
+            and self._measured
+            and self.job.reached(self._measured)
+        ):
+            self.after = self._measured
+        return self.after is not None
+
+    def add(self, found: Mapping[str, Any], began: float, **timing: Any) -> None:
+        """Appends the row of a generation that is done."""
+        row = {"generation": self.generation, **plain(found)}
+        for name in self.job.totals:
+            row[name] = self._totals[name] = _add(self._totals.get(name, 0), row[name])
+        row.update(self._measured or dict.fromkeys(self.job.measured))
+        times = {"seconds": time.perf_counter() - began, "since_start": self.watch.total()}
+        row["timing"] = {**times, **timing, **row.get("timing", {})}
+        row = self._metrics.write(row)
+        self._log(row)
+        self.generation += 1
+        self._row = row
+        self._useless = self._useless + 1 if _nothing(row.get("fitness_mean", 0)) else 0
+
+    @property
+    def told(self) -> str:
+        """The newest row in a few words."""
+        return self.job.tell({**self._row, **self._latest})
+
+    @property
+    def save_due(self) -> bool:
+        """Whether the last checkpoint is too long ago."""
+        return time.monotonic() - self._last_save >= self.settings.checkpoint_seconds
+
+    def save(self, state: Any) -> None:
+        """The rows are synced, then the state is saved, unless nothing happened since it last was."""
+        if self.generation > self._saved:
+            self._metrics.sync()
+            self._checkpoints.save(self.generation, state, self._totals)
+            self._saved, self._last_save = self.generation, time.monotonic()
+
+    @property
+    def hopeless(self) -> RunError | None:
+        """Why there is no sense in going on, if there is none."""
+        if self._useless < HOPELESS:
+            return None
+        return RunError(
+            f"no member had a usable score in the last {HOPELESS} generations (up to {self.generation - 1}): "
+            "look at the fitness, or for steps that are too large"
+        )
+
+    def outcome(self, state: Any) -> Outcome:
+        """What the run came to, once it is over."""
+        assert self.after is not None
+        rows = self._metrics.rows
+        before = {name: rows[0][name] for name in self.after} if rows else self.after
+        return Outcome(state, self.generation, before, self.after, rows)
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+
 def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outcome:
     """Run the generations of a job, from wherever the run folder says that it stands.
 
@@ -88,68 +198,38 @@ def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outc
         Interrupted: after SIGTERM or Ctrl-C, with everything saved.
         RunError: where a file cannot be written, or where no generation gives a usable score.
     """
-    with stop_requests() as stop, Checkpoints(folder / "checkpoints") as checkpoints:
-        found = checkpoints.restore(job.start)
-        begun, state, totals = found or (0, job.start(), {})
-        if found:
-            print(f"Continuing {folder} at generation {begun}.", file=sys.stderr)
+    with stop_requests() as stop, Record(job, settings, folder, watch) as record:
+        state = record.state
+        del record.state  # its memory is the next generation's
         watch.finish("start")
-        with (
-            MetricsFile(folder / "metrics.jsonl", begun) as metrics,
-            loggers(settings, folder, begun) as log,
-            Progress(settings.limit) as progress,
-        ):
-            g, saved, useless, after = begun, time.monotonic(), 0, None
-            progress.update(g, "compiling")
-            latest: Row = {}  # the last measured values, for the progress bar
-
-            def save() -> None:
-                metrics.sync()
-                checkpoints.save(g, state, totals)
-
+        with Progress(settings.limit) as progress:
+            progress.update(record.generation, "compiling")
             while True:
                 began = time.perf_counter()
-                measured = None
-                if g % settings.evaluate_every == 0 or g >= settings.limit:
-                    measured = latest = plain(jax.device_get(job.measure(state)))
-                if g >= settings.limit or (
-                    settings.generations is None and measured and job.reached(measured)
-                ):
-                    after = measured
+                if record.over(jax.device_get(job.measure(state)) if record.due else None):
                     break
                 if stop.reason:
                     break
-                state, found_row = job.generation(state)
-                row = {"generation": g, **plain(jax.device_get(dict(found_row)))}
-                for name in job.totals:
-                    row[name] = totals[name] = _add(totals.get(name, 0), row[name])
-                row.update(measured or dict.fromkeys(job.measured))
-                now = time.perf_counter()
-                times = {"seconds": now - began, "since_start": watch.total()}
-                row["timing"] = {**times, **row.get("timing", {})}
-                row = metrics.write(row)
-                log(row)
-                g += 1
-                progress.update(g, job.tell({**row, **latest}))
-                if time.monotonic() - saved >= settings.checkpoint_seconds:
-                    save()
-                    saved = time.monotonic()
-                useless = useless + 1 if _nothing(row.get("fitness_mean", 0)) else 0
-                if useless == HOPELESS:
-                    save()
-                    raise RunError(
-                        f"no member had a usable score in the last {HOPELESS} generations (up to {g - 1}): "
-                        "look at the fitness, or for steps that are too large"
-                    )
-            if g > begun:
-                save()
-    if after is None:
-        raise Interrupted(
-            f"Stopped by {stop.reason} after {g} generation{'s' * (g != 1)}; everything is saved. "
-            "Run the same command again to continue."
-        )
-    before = {name: metrics.rows[0][name] for name in after} if metrics.rows else after
-    return Outcome(state, g, before, after, metrics.rows)
+                state, row = job.generation(state)
+                record.add(jax.device_get(dict(row)), began)
+                progress.update(record.generation, record.told)
+                if record.save_due:
+                    record.save(state)
+                if hopeless := record.hopeless:
+                    record.save(state)
+                    raise hopeless
+            record.save(state)
+        if record.after is None:
+            raise interrupted(stop.reason, record.generation)
+        return record.outcome(state)
+
+
+def interrupted(reason: str | None, generation: int) -> Interrupted:
+    """What is said of a run that was asked to stop."""
+    return Interrupted(
+        f"Stopped by {reason} after {generation} generation{'s' * (generation != 1)}; everything is saved. "
+        "Run the same command again to continue."
+    )
 
 
 def _add(total: Any, new: Any) -> Any:

@@ -40,6 +40,12 @@ class RunSettings:
     """Also send the metrics to this project of Weights & Biases."""
 
     @property
+    def together(self) -> str | None:
+        """Runs of which this is the same can be one program, by the driver's `train_many`; None for a run
+        that has to be alone."""
+        return None
+
+    @property
     def limit(self) -> int:
         """Generations after which training stops in any case."""
         return self.max_generations if self.generations is None else self.generations
@@ -60,6 +66,27 @@ FREE = frozenset(
     {"run_dir", "generations", "max_generations", "checkpoint_seconds", "overwrite"}
     | {"accept_changes", "tensorboard", "wandb_project", "preset"}
 )
+
+
+# What runs may differ in and still be one program; what is logged elsewhere is logged for one run.
+SHARED = ("seed", "sigma", "learning_rate", "sigma_decay", "learning_rate_decay")
+
+
+def program_of(settings: RunSettings) -> str | None:
+    """All settings but those that a program takes as numbers, and but for where and how long to train.
+
+    A decay of 1 is another program than any other decay: it needs no schedule.
+    """
+    if settings.tensorboard or settings.wandb_project is not None or settings.seeds != 1:  # type: ignore[attr-defined]
+        return None
+    own = {
+        name: value
+        for name, value in _flat(to_json(settings))
+        if name not in FREE and name not in SHARED
+    }
+    for name in SHARED[3:]:
+        own[f"{name} is 1"] = getattr(settings, name) == 1
+    return repr(sorted(own.items()))
 
 
 def at_least_one(settings: Any, *fields: str, prefix: str = "") -> None:

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 from experiments.run.errors import UsageError
-from experiments.run.settings import RunSettings, at_least_one, even, flag, fraction, positive
+from experiments.run.settings import (
+    RunSettings,
+    at_least_one,
+    even,
+    flag,
+    fraction,
+    positive,
+    program_of,
+)
 
 PresetName = Literal["digits", "digits-accuracy", "digits-dense", "digits-sgd", "digits-adamw"]
 
@@ -52,6 +60,11 @@ class Config(RunSettings):
 
     seeds: int = 1
     """Train so many times at once, with seeds `seed`, `seed` + 1, ... in one program."""
+
+    @property
+    def together(self) -> str | None:
+        """Runs of which this is the same can be one program; None for one that cannot be with others."""
+        return program_of(self)
 
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""

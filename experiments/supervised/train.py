@@ -1,5 +1,7 @@
 """`eggroll supervised`: from settings to a trained classifier, its curve and a sentence about it."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -10,12 +12,13 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 import eggroll
 from experiments.models.mlp import MLP
 from experiments.run.folder import open_run_folder, write_json
-from experiments.run.loop import Job, run
+from experiments.run.loop import Job, Outcome, run
 from experiments.run.metrics import Row
-from experiments.run.optimizers import decayed, make_optimizer
+from experiments.run.optimizers import Rates, make_optimizer, rates_of
 from experiments.run.plots import learning_curve
 from experiments.run.seeds import average, each, many
 from experiments.run.stopwatch import Stopwatch
+from experiments.run.together import Pieces, run_together
 from experiments.supervised.config import Config
 from experiments.supervised.data import Data, load
 
@@ -80,14 +83,30 @@ def job(config: Config) -> Job:
     Raises:
         UsageError: for data or an optimizer that there is not.
     """
-    data = load(config.data)
+    every = many(config.seeds)
+    seeds = config.seed + jnp.arange(config.seeds)
+    begin, generation, measure = pieces(config, load(config.data))
+    return Job(
+        start=jax.jit(lambda: every(begin)(seeds if config.seeds > 1 else seeds[0])),
+        generation=jax.jit(every(generation), donate_argnums=0),
+        measure=jax.jit(every(lambda carry: measure(carry, carry.seed))),
+        reached=lambda row: (
+            config.target is not None and min(each(row["held_out_accuracy"])) >= config.target
+        ),
+        tell=tell,
+        measured=("held_out_accuracy", "train_accuracy"),
+    )
+
+
+def pieces(config: Config, data: Data, rates: Rates | None = None) -> Pieces:
+    """What a run with one seed is made of, at other rates than the settings' if any are given."""
     model = make_model(config, data)
-    rate = decayed(config.learning_rate, config.learning_rate_decay)
-    optimizer = make_optimizer(config.optimizer, rate)
+    rates = rates or rates_of(config)
+    optimizer = make_optimizer(config.optimizer, rates.step)
     es = eggroll.EvolutionStrategy(
         optimizer=optimizer,
         population=config.population,
-        sigma=decayed(config.sigma, config.sigma_decay),
+        sigma=rates.noise,
         rank=config.rank,
         on_dense="error",
     )
@@ -133,7 +152,7 @@ def job(config: Config) -> Job:
         params = optax.apply_updates(params, updates)
         return Carry((params, state), carry.generation + 1, carry.seed), {"loss": loss}
 
-    def measure(carry: Carry) -> dict[str, Array]:
+    def measure(carry: Carry, seed: Int[Array, ""]) -> dict[str, Array]:
         seen = logits_of(model, trained(config, carry), x)
         unseen = logits_of(model, trained(config, carry), jnp.asarray(data.held_out_x))
         return {
@@ -141,19 +160,8 @@ def job(config: Config) -> Job:
             "train_accuracy": accuracy(seen, y),
         }
 
-    every = many(config.seeds)
-    seeds = config.seed + jnp.arange(config.seeds)
     generation = by_evolution if config.algorithm == "eggroll" else by_backprop
-    return Job(
-        start=jax.jit(lambda: every(begin)(seeds if config.seeds > 1 else seeds[0])),
-        generation=jax.jit(every(generation), donate_argnums=0),
-        measure=jax.jit(every(measure)),
-        reached=lambda row: (
-            config.target is not None and min(each(row["held_out_accuracy"])) >= config.target
-        ),
-        tell=tell,
-        measured=("held_out_accuracy", "train_accuracy"),
-    )
+    return Pieces(begin, generation, measure)
 
 
 def trained(config: Config, carry: Carry) -> PyTree:
@@ -198,37 +206,57 @@ def train(config: Config, started: float | None = None) -> Result:
         watch.finish("setup")
         outcome = run(task_job, config, folder, watch)
         watch.finish("training")
+        return finish(config, folder, outcome, watch)
 
-        after, n = outcome.after["held_out_accuracy"], outcome.generations
-        score = average(after)
-        seeds = f", mean of {config.seeds} seeds" if config.seeds > 1 else ""
-        lesson = f"Learned to tell digits apart: {score:.1%} of held-out images are right{seeds}"
-        if score < 0.5:
-            lesson = f"Not learned to tell digits apart: only {score:.1%} of held-out images are right{seeds}"
-        learning_curve(
-            folder / "curve.png",
-            outcome.rows,
-            title=lesson,
-            measure="accuracy on held-out images",
-            final=(n, after),
-            target=config.target,
-            name="held_out_accuracy",
-            population=False,
-            who="classifier",
-        )
-        watch.finish("results")
-        how = (
-            config.optimizer
-            if config.algorithm == "backprop"
-            else f"a population of {config.population}"
-        )
-        result = Result(
-            held_out_accuracy=score,
-            held_out_accuracy_before=average(outcome.before["held_out_accuracy"]),
-            by_seed=after if isinstance(after, list) else None,
-            generations=n,
-            sentence=f"{lesson}, after {n} updates by {how}, {watch.total():.1f} s from start.",
-            timing=watch.phases,
-        )
-        write_json(folder / "result.json", result._asdict())
+
+def train_many(configs: Sequence[Config], started: float | None = None) -> list[Result | Exception]:
+    """Several runs of the same `config.together`, in one program; each fills its own folder.
+
+    A run's result is that of :func:`train` to rounding; what stops one run alone stands in its place.
+
+    Raises:
+        UsageError: for settings that cannot be right, or that do not fit into one program.
+        Interrupted: after SIGTERM or Ctrl-C.
+    """
+    watch = Stopwatch(started)
+    watch.finish("imports")
+    data = load(configs[0].data)
+    one = lambda config, rates: pieces(config, data, rates)
+    return run_together("supervised", configs, job(configs[0]), one, finish, watch)
+
+
+def finish(config: Config, folder: Path, outcome: Outcome, watch: Stopwatch) -> Result:
+    """Writes what was learned into the folder."""
+    after, n = outcome.after["held_out_accuracy"], outcome.generations
+    score = average(after)
+    seeds = f", mean of {config.seeds} seeds" if config.seeds > 1 else ""
+    lesson = f"Learned to tell digits apart: {score:.1%} of held-out images are right{seeds}"
+    if score < 0.5:
+        lesson = f"Not learned to tell digits apart: only {score:.1%} of held-out images are right{seeds}"
+    learning_curve(
+        folder / "curve.png",
+        outcome.rows,
+        title=lesson,
+        measure="accuracy on held-out images",
+        final=(n, after),
+        target=config.target,
+        name="held_out_accuracy",
+        population=False,
+        who="classifier",
+    )
+    watch.finish("results")
+    how = (
+        config.optimizer
+        if config.algorithm == "backprop"
+        else f"a population of {config.population}"
+    )
+    result = Result(
+        held_out_accuracy=score,
+        held_out_accuracy_before=average(outcome.before["held_out_accuracy"]),
+        by_seed=after if isinstance(after, list) else None,
+        generations=n,
+        sentence=f"{lesson}, after {n} updates by {how}, {watch.total():.1f} s from start.",
+        timing=watch.phases,
+    )
+    write_json(folder / "result.json", result._asdict())
     return result

@@ -18,7 +18,9 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "doctor " in text
 
 
-@pytest.mark.parametrize("args", [["--help"], ["rl", "--population", "7"], ["rk"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["rl", "--population", "7"], ["rk"], ["sweep", "there-is-none.yaml"]]
+)
 def test_help_and_mistakes_load_nothing_heavy(args: list[str]) -> None:
     code = f"import sys; from experiments.run.cli import main; main({args}); print(*sys.modules)"
     done = subprocess.run(

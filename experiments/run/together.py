@@ -1,0 +1,189 @@
+"""Several runs in one program: they differ in numbers that the program takes as arrays.
+
+Every run has its own folder, rows and checkpoints, as if it were alone, and may be continued alone. Only the
+generations are computed for all at once, by `vmap`: a program is compiled once and started once a generation,
+whatever the number of runs. A run that has ended stays in the program, unread, until all have.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments.run.errors import RunError, UsageError
+from experiments.run.folder import open_run_folder
+from experiments.run.loop import Job, Outcome, Record, interrupted
+from experiments.run.optimizers import Rates
+from experiments.run.progress import Progress
+from experiments.run.settings import SHARED
+from experiments.run.stopping import stop_requests
+from experiments.run.stopwatch import Stopwatch
+
+
+class Pieces(NamedTuple):
+    """What a run with one seed is made of, as functions that can be traced.
+
+    Attributes:
+        start: seed -> the state before generation 0.
+        generation: state -> (next state, row).
+        measure: (state, seed) -> held-out figures.
+    """
+
+    start: Callable[[Any], Any]
+    generation: Callable[[Any], tuple[Any, Any]]
+    measure: Callable[[Any, Any], Any]
+
+
+def run_together(
+    driver: str,
+    configs: Sequence[Any],
+    job: Job,
+    pieces: Callable[[Any, Rates], Pieces],
+    finish: Callable[[Any, Path, Outcome, Stopwatch], Any],
+    watch: Stopwatch,
+) -> list[Any]:
+    """Run all of them in one program, each from where its folder says that it stands.
+
+    Args:
+        driver: its name, for the folders.
+        configs: settings whose `together` is the same.
+        job: of the first run alone: what it tells of rows, and the shape of its state, hold for all.
+        pieces: makes a run's functions at given rates, which may be traced.
+        finish: fills the folder of a run that has ended, and gives its result.
+        watch: of the process.
+
+    Returns:
+        For every run its result; or the UsageError or RunError that stopped it alone.
+
+    Raises:
+        UsageError: for settings that do not belong into one program.
+        Interrupted: after SIGTERM or Ctrl-C, with everything saved.
+    """
+    for config in configs:
+        config.check()
+    if len({config.together for config in configs}) != 1 or configs[0].together is None:
+        raise UsageError("these runs differ in more than one program can take as numbers")
+    many = _Program(configs, pieces)
+    out: list[Any] = [None] * len(configs)
+    with contextlib.ExitStack() as stack:
+        records: dict[int, Record] = {}
+        for i, config in enumerate(configs):
+            try:
+                folder = stack.enter_context(open_run_folder(driver, config))
+                alone = job._replace(start=functools.partial(many.start, i))
+                records[i] = stack.enter_context(Record(alone, config, folder, watch))
+            except (UsageError, RunError) as error:
+                out[i] = error
+        watch.finish("start")
+        for i, ended in _loop(many, configs, records).items():
+            out[i] = ended
+        watch.finish("training")
+        for i, ended in enumerate(out):
+            if isinstance(ended, Outcome):
+                out[i] = finish(configs[i], configs[i].run_dir, ended, watch)
+    return out
+
+
+def _loop(
+    many: "_Program", configs: Sequence[Any], records: dict[int, Record]
+) -> dict[int, Outcome | RunError]:
+    """Generations of all until each has ended; by number of the run."""
+    ended: dict[int, Outcome | RunError] = {}
+    if not records:
+        return ended
+    # Of a run without a record the program trains its first state, which nobody reads.
+    states = many.stack(
+        [records[i].state if i in records else many.start(i) for i in range(len(configs))]
+    )
+    for record in records.values():
+        del record.state  # their memory is the next generation's
+    alive = dict(records)
+    with stop_requests() as stop, Progress(max(c.limit for c in configs)) as progress:
+        progress.update(0, "compiling")
+        while True:
+            began = time.perf_counter()
+            measured: Any = None
+            if any(record.due for record in alive.values()):
+                measured = many.slices(jax.device_get(many.measure(states)))
+            over = [i for i, r in alive.items() if r.over(measured[i] if r.due else None)]
+            if over:
+                parts = many.split(states)
+                for i in over:
+                    record = alive.pop(i)
+                    record.save(parts[i])
+                    ended[i] = record.outcome(parts[i])
+            if stop.reason or not alive:
+                break
+            states, rows = many.generation(states)
+            rows = many.slices(jax.device_get(dict(rows)))
+            for i, record in alive.items():
+                record.add(rows[i], began, together=len(configs))
+            first = next(iter(alive.values()))
+            progress.update(first.generation, f"{len(alive)} runs, the first: {first.told}")
+            if any(record.save_due or record.hopeless for record in alive.values()):
+                parts = many.split(states)
+                for i, record in list(alive.items()):
+                    record.save(parts[i])
+                    if hopeless := record.hopeless:
+                        ended[i] = hopeless
+                        del alive[i]
+        if alive:
+            parts = many.split(states)
+            for i, record in alive.items():
+                record.save(parts[i])
+            raise interrupted(stop.reason, max(r.generation for r in alive.values()))
+    return ended
+
+
+class _Program:
+    """The functions of all runs at once; every leaf of a state or a row has a leading axis [runs]."""
+
+    def __init__(self, configs: Sequence[Any], pieces: Callable[[Any, Rates], Pieces]) -> None:
+        first, self._runs = configs[0], len(configs)
+        # A decay of 1 is a number of the program itself: without a schedule the state is another.
+        traced = {
+            name: jnp.array([getattr(c, name) for c in configs], jnp.float32)
+            for name in SHARED[1:]
+            if getattr(first, name) != 1 or not name.endswith("_decay")
+        }
+        fixed = dict.fromkeys(set(SHARED[1:]) - traced.keys(), 1.0)
+        self._seeds = jnp.array([c.seed for c in configs], jnp.int32)
+        self._traced = traced
+
+        def every(use: Callable[..., Any]) -> Callable[..., Any]:
+            return jax.vmap(
+                lambda seed, rates, *state: use(
+                    pieces(first, Rates(**{**rates, **fixed})), seed, *state
+                )
+            )
+
+        start = jax.jit(every(lambda one, seed: one.start(seed)))
+        measure = jax.jit(every(lambda one, seed, state: one.measure(state, seed)))
+        generation = jax.jit(
+            every(lambda one, seed, state: one.generation(state)), donate_argnums=2
+        )
+        self.measure = lambda states: measure(self._seeds, traced, states)
+        self.generation = lambda states: generation(self._seeds, traced, states)
+        self._start = lambda: start(self._seeds, traced)
+        self._first: list[Any] | None = None
+        self.split = jax.jit(self.slices)
+
+    def start(self, i: int) -> Any:
+        """The state of run i before generation 0; also as a shape, under `eval_shape`."""
+        if self._first is None:
+            self._first = self.slices(self._start())
+        return self._first[i]
+
+    def slices(self, tree: Any) -> list[Any]:
+        """A tree for each run."""
+        return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(self._runs)]
+
+    def stack(self, trees: Sequence[Any]) -> Any:
+        """The opposite of `slices`."""
+        self._first = None
+        return jax.jit(lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees))(*trees)
