@@ -81,7 +81,6 @@ def settings(es: Any) -> None:
         es.exchange in ("update", "fitness", "auto") or isinstance(es.exchange, Auto),
         "'update', 'fitness', 'auto' or eggroll.exchange.auto(bandwidth, flops)",
     )
-    require("deterministic", isinstance(es.deterministic, bool), "True or False")
     require(
         "factor_memory",
         is_number(es.factor_memory) and es.factor_memory >= 0,

@@ -18,7 +18,7 @@ from eggroll import fixed_point
 from eggroll.lowrank import accumulator
 from eggroll.noise import Noise
 from eggroll.perturbation import Draw, Sigma, draw_pairs
-from eggroll.placement import AXIS, constrain, member_axis
+from eggroll.placement import AXIS, constrain, devices, member_axis
 from eggroll.plan import Leaf, Matrix, Plan
 from eggroll.population import by_chunk, part_of, split_pairs, stored
 
@@ -67,7 +67,7 @@ def weighted_noise(
     """
     pairs = weights.shape[0]
     limbs = plan.integer and pairs > fixed_point.pairs_in_int32(plan.largest_rank)
-    local = mesh is None or everywhere
+    local = everywhere or devices(mesh) == 1
     of_pairs = functools.partial(_sum_of_pairs, plan, noise, limbs)
 
     def on_device(ids: Array, valid: Array, data: Any) -> list[Any]:

@@ -137,4 +137,4 @@ def costs(
 def _flops_of_pair(leaf: Leaf) -> float:
     rank = leaf.treatment.rank if isinstance(leaf.treatment, Matrix) else 1
     samples = sum(math.prod(shape) for shape in leaf.noise_shapes())
-    return 2 * (rank or 1) * math.prod(leaf.shape) + SAMPLE_FLOPS * samples
+    return 2.0 * (rank or 1) * math.prod(leaf.shape) + SAMPLE_FLOPS * samples
