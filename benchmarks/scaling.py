@@ -4,12 +4,12 @@
 
 Devices are parts of this machine's CPU, so that nothing here tells how a step gets faster with real
 ones. Rounds are interleaved (every row once a round), and a row's ratio is the median over rounds, with
-quartiles, of its time over that of the default step on as many devices.
+quartiles, of its time over that of the default step on as many devices. CPU is the same ratio in CPU time
+of all threads, which other processes disturb less.
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,15 +44,15 @@ def step_of(devices: int, dim: int, population: int, changes: dict[str, Any]) ->
     return run
 
 
-def measure(devices: int, dim: int, population: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every row in every round."""
+def measure(
+    devices: int, dim: int, population: int, rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and CPU seconds of every row in every round."""
     runs = {name: step_of(devices, dim, population, changes) for name, changes in ROWS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(common.once(run, 1))
     return seconds
 
 
@@ -66,17 +66,18 @@ def main(argv: Sequence[str] | None = None) -> dict[tuple[int, str], float]:
     args = p.parse_args(argv)
     m = common.machine()
     print(f"{m['cpu']}, {m['cores']} cores, JAX {m['jax']}; MLP D={args.dim} N={args.population}")
-    print(f"{'devices':>7}  {'step':<20} {'ms':>8} {'x default':>10} {'quartiles':>13}")
+    print(f"{'devices':>7}  {'step':<20} {'ms':>8} {'x default':>10} {'quartiles':>13} {'CPU':>6}")
     ratios = {}
     for devices in args.devices:
         seconds = measure(devices, args.dim, args.population, args.rounds)
         for name, times in seconds.items():
-            each = [t / base for t, base in zip(times, seconds[DEFAULT], strict=True)]
-            low, middle, high = statistics.quantiles(each, n=4, method="inclusive")
+            both = zip(times, seconds[DEFAULT], strict=True)
+            wall, cpu = zip(*[(t / u, c / d) for (t, c), (u, d) in both], strict=True)
+            low, middle, high = statistics.quantiles(wall, n=4, method="inclusive")
             ratios[devices, name] = middle
             print(
-                f"{devices:>7}  {name:<20} {1e3 * statistics.median(times):>8.2f} {middle:>10.2f} "
-                f"{f'{low:.2f}-{high:.2f}':>13}",
+                f"{devices:>7}  {name:<20} {1e3 * statistics.median(t for t, _ in times):>8.2f} "
+                f"{middle:>10.2f} {f'{low:.2f}-{high:.2f}':>13} {statistics.median(cpu):>6.2f}",
                 flush=True,
             )
     return ratios

@@ -60,6 +60,7 @@ class EvolutionStrategy:
       factor_memory: bytes on a device up to which a step keeps its noise from the evaluation for
         the update instead of drawing it again. The result is the same; beyond a CPU's cache, drawing
         again is the faster.
+      specs: how the arrays of a state lie on the mesh; of what :meth:`placed` gives, else None.
 
     Example:
       >>> import optax, jax, jax.numpy as jnp
