@@ -157,7 +157,7 @@ def measure(
     repeats = {}
     for name, call in calls.items():
         jax.block_until_ready(call.run())  # compiles
-        repeats[name] = max(1, int(SHORTEST / max(_once(call.run, 1)[0], 1e-6)))
+        repeats[name] = max(1, int(SHORTEST / max(once(call.run, 1)[0], 1e-6)))
     wall: dict[str, list[float]] = {name: [] for name in calls}
     cpu: dict[str, list[float]] = {name: [] for name in calls}
     waits: list[float] = []
@@ -166,7 +166,7 @@ def measure(
         before, start = _waited(), time.perf_counter()
         # Each round starts with another row, so that none always follows the same one.
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            seconds, cpu_seconds = _once(calls[name].run, repeats[name])
+            seconds, cpu_seconds = once(calls[name].run, repeats[name])
             wall[name].append(seconds)
             cpu[name].append(cpu_seconds)
         waits.append((_waited() - before) / (time.perf_counter() - start))
@@ -192,7 +192,7 @@ def measure(
     return rows, None if np.isnan(wait) else wait
 
 
-def _once(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
+def once(run: Callable[[], Any], repeats: int) -> tuple[float, float]:
     """Seconds and CPU seconds of one call, a mean over ``repeats``."""
     start, cpu_start = time.perf_counter(), time.process_time()
     for _ in range(repeats):

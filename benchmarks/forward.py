@@ -22,7 +22,7 @@ from benchmarks import common
 from benchmarks.common import PLAIN, Call, Case, Row
 from benchmarks.models import Problem, problem
 from eggroll import generation
-from eggroll import strategy as internals
+from eggroll import programs as internals
 
 KEPT, LIVE, DENSE = "perturbed, kept factors", "perturbed, noise drawn inside", "dense ES"
 
@@ -53,7 +53,7 @@ def calls_of(case: Case, args: argparse.Namespace) -> tuple[dict[str, Call], lis
         return generation.map_members(es, state, p.score, (), data, draws)
 
     kept = jax.jit(kept)
-    evaluate = internals._evaluate
+    evaluate = internals.evaluate
     calls = {
         PLAIN: Call(
             lambda: p.plain(p.params, p.observations),

@@ -30,7 +30,7 @@ from jax import Array, lax
 from benchmarks import common
 from benchmarks.common import MIB, PLAIN, Call, Case, Row
 from eggroll import integer, integer_generation
-from eggroll import strategy as internals
+from eggroll import programs as internals
 from eggroll.perturbation import draw_pairs
 from experiments.models import egg
 
@@ -107,11 +107,11 @@ def calls_of(case: Case, config: egg.Config, tokens: int, chunk: int | None) -> 
         MATMULS: call(lambda: matmuls(params, x, text[0, 1:]), matmuls, params, x, text[0, 1:]),
         PLAIN: call(lambda: plain(params, members), plain, params, members),
         FORWARD: call(
-            lambda: es.evaluate(state, fitness, members=members), internals._evaluate, *evaluate
+            lambda: es.evaluate(state, fitness, members=members), internals.evaluate, *evaluate
         ),
         NOISE: call(lambda: draw(state.seed), draw, state.seed),
         FITNESS: call(lambda: signs(values), signs, values),
-        UPDATE: call(lambda: es.update(state, values), internals._update, es, state, values, None),
+        UPDATE: call(lambda: es.update(state, values), internals.update, es, state, values, None),
         GENERATION: Call(generation),
     }
 

@@ -25,7 +25,7 @@ from benchmarks import common
 from benchmarks.common import PLAIN, Call, Case, Row
 from benchmarks.forward import strategy
 from benchmarks.models import Problem, problem
-from eggroll import strategy as internals
+from eggroll import programs as internals
 
 try:
     from evosax.algorithms import Open_ES
@@ -53,11 +53,11 @@ def calls_of(case: Case, args: argparse.Namespace) -> tuple[dict[str, Call], lis
         ),
         UPDATE: Call(
             lambda: es.update(state, values),
-            common.temporaries(internals._update, es, state, values, None),
+            common.temporaries(internals.update, es, state, values, None),
         ),
         STEP: Call(
             lambda: es.step(state, p.score, members=p.observations),
-            common.temporaries(internals._step, es, state, p.score, (), p.observations, None),
+            common.temporaries(internals.step, es, state, p.score, (), p.observations, None),
         ),
     }
     rows = []
@@ -72,7 +72,7 @@ def calls_of(case: Case, args: argparse.Namespace) -> tuple[dict[str, Call], lis
     dense = strategy(case, p, dense=True)
     dense_state = dense.init(p.params, jax.random.key(1))
     needed = common.temporaries(
-        internals._step, dense, dense_state, p.score, (), p.observations, None
+        internals.step, dense, dense_state, p.score, (), p.observations, None
     )
     add(DENSE, lambda: dense.step(dense_state, p.score, members=p.observations), needed)
     if Open_ES is None:

@@ -1,6 +1,7 @@
 """Low-rank evolution strategies (EGGROLL, arXiv 2511.16652) for any JAX model, unchanged."""
 
 from eggroll import estimator as estimator
+from eggroll import exchange as exchange
 from eggroll import integer as integer
 from eggroll import noise as noise
 from eggroll import plan as plan
@@ -24,6 +25,7 @@ __all__ = [
     "Metrics",
     "State",
     "estimator",
+    "exchange",
     "integer",
     "noise",
     "plan",

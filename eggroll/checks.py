@@ -21,9 +21,10 @@ from eggroll import integer_generation
 from eggroll import noise as noises
 from eggroll import plan as plans
 from eggroll import shaping as shapings
+from eggroll.exchange import Auto
 from eggroll.fixed_point import LARGEST
 from eggroll.generation import is_real
-from eggroll.population import check_mesh
+from eggroll.placement import check_mesh
 
 
 def is_whole(x: Any) -> bool:
@@ -75,6 +76,11 @@ def settings(es: Any) -> None:
         "a whole number of generations of at least 1",
     )
     require("on_dense", es.on_dense in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'")
+    require(
+        "exchange",
+        es.exchange in ("update", "fitness", "auto") or isinstance(es.exchange, Auto),
+        "'update', 'fitness', 'auto' or eggroll.exchange.auto(bandwidth, flops)",
+    )
     require(
         "factor_memory",
         is_number(es.factor_memory) and es.factor_memory >= 0,

@@ -5,19 +5,21 @@ plain scale of an ES gradient). Members of a pair have opposite noise, so with `
 it is ``-(1/N) sum_p d_p A_p B_p^T / (sqrt(r) sigma)``: one matrix product over (pair, rank).
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int, Num, UInt32
 
 from eggroll import fixed_point
 from eggroll.noise import Noise
 from eggroll.perturbation import Draw, Sigma, draw_pairs
+from eggroll.placement import AXIS, constrain, devices, member_axis
 from eggroll.plan import Leaf, Matrix, Plan
-from eggroll.population import AXIS, devices, split_pairs
+from eggroll.population import by_chunk, part_of, split_pairs, stored
 
 # Noise of this many bytes is contracted at a time. It fixes the order of summation, so it depends
 # on nothing but the plan: kept and redrawn factors then give the same bits.
@@ -39,6 +41,8 @@ def weighted_noise(
     weights: Num[Array, "pairs"],
     kept: list[Draw] | None = None,
     mesh: Mesh | None = None,
+    everywhere: bool = False,
+    fixed: bool = False,
 ) -> list[Array | None]:
     """``sum_p d_p E_p sqrt(rank)`` for every trainable leaf, in float32 (float64 for float64).
 
@@ -53,44 +57,94 @@ def weighted_noise(
         {-1, 0, 1}.
       kept: the draws of all pairs, leaves ``[pairs, ...]``, where they were kept; else redrawn.
       mesh: each device sums its own pairs, then the sums are added up.
+      everywhere: each device sums all pairs instead, and nothing is sent.
+      fixed: sums of floats are the same bits whatever the number of devices: those of fixed parts of
+        the population are gathered, and added up in order. Nothing that was kept is used.
 
     Returns:
       For each leaf an array of its shape, or None for a frozen one.
     """
     pairs = weights.shape[0]
-    share = -(-pairs // devices(mesh))
-    at_once = pairs_at_once(plan, share)
-    share = -(-share // at_once) * at_once
     limbs = plan.integer and pairs > fixed_point.pairs_in_int32(plan.largest_rank)
+    local = everywhere or devices(mesh) == 1
+    of_pairs = functools.partial(_sum_of_pairs, plan, noise, limbs)
 
-    def on_device(ids: Any, valid: Any, data: Any) -> Any:
+    def on_device(ids: Array, valid: Array, data: Any) -> list[Any]:
         d, kept = data
-        d = jnp.where(valid, d, 0)
-        by_chunk = lambda x: x.reshape(share // at_once, at_once, *x.shape[1:])
-        chunks = jax.tree.map(by_chunk, (ids, d, kept))
+        total = of_pairs(seed, epoch, ids, jnp.where(valid, d, 0), kept)
+        return total if local else list(map(_add_up, plan.leaves, total))
 
-        def add(total: list[Any], chunk: Any) -> tuple[list[Any], None]:
-            ids, d, draws = chunk
-            if draws is None:
-                draws = draw_pairs(plan, noise, seed, epoch, ids)
-            sums: Any = [contract(leaf, x, d) for leaf, x in zip(plan.leaves, draws, strict=True)]
-            sums = fixed_point.to_limbs(sums) if limbs else sums
-            return jax.tree.map(jnp.add, total, sums), None
+    def in_parts(ids: Array, valid: Array, d: Array) -> list[Any]:
+        of_part = lambda part: stored(of_pairs, epoch >= 0, seed, epoch, *part, None)
+        sums = lax.map(of_part, by_chunk((ids, jnp.where(valid, d, 0)), part_of(pairs)))
+        sums = sums if local else lax.all_gather(sums, AXIS, tiled=True)
+        in_order = lambda x: functools.reduce(jnp.add, [x[i] for i in range(parts)])
+        return jax.tree.map(in_order, sums)
 
-        zero: Any = [
-            jnp.zeros(leaf.shape, leaf.sums) if leaf.trainable else None for leaf in plan.leaves
-        ]
-        zero = fixed_point.to_limbs(zero) if limbs else zero
-        if share == at_once:
-            total, _ = add(zero, jax.tree.map(lambda x: x[0], chunks))
-        else:
-            total, _ = lax.scan(add, zero, chunks)
-        return total if mesh is None else lax.psum(total, AXIS)
-
-    total = split_pairs(on_device, pairs, (weights, kept), share, mesh, jax.P())
+    if fixed and not plan.integer:
+        parts = -(-pairs // part_of(pairs))
+        total = split_pairs(in_parts, pairs, weights, mesh, jax.P(), part_of(pairs), everywhere)
+    else:
+        specs = [jax.P() if local else _spec_of_sum(leaf) for leaf in plan.leaves]
+        total = split_pairs(on_device, pairs, (weights, kept), mesh, specs, 1, everywhere)
     if limbs:
-        return [None if x is None else fixed_point.from_limbs(*x) for x in total]
-    return total
+        total = [None if x is None else fixed_point.from_limbs(*x) for x in total]
+    return [follow(leaf, x, mesh) for leaf, x in zip(plan.leaves, total, strict=True)]
+
+
+def follow(leaf: Leaf, x: Array | None, mesh: Mesh | None = None) -> Array | None:
+    """Something of a leaf's shape, laid out on the mesh as the leaf is."""
+    return None if x is None else constrain(x, leaf.spec, mesh)
+
+
+def _sum_of_pairs(
+    plan: Plan,
+    noise: Noise,
+    limbs: bool,
+    seed: UInt32[Array, "2"],
+    epoch: Int[Array, ""],
+    ids: Int[Array, "share"],
+    d: Num[Array, "share"],
+    kept: list[Draw] | None,
+) -> list[Any]:
+    """The sum over these pairs, a chunk of them at a time; in limbs where int32 would not hold it."""
+    at_once = pairs_at_once(plan, ids.shape[0])
+    count = -(-ids.shape[0] // at_once)
+    # What fills up the last chunk weighs nothing.
+    d = jnp.pad(d, (0, count * at_once - d.shape[0]))
+
+    def add(total: list[Any], chunk: Any) -> tuple[list[Any], None]:
+        ids, d, draws = chunk
+        if draws is None:
+            draws = draw_pairs(plan, noise, seed, epoch, ids)
+        sums: list[Any] = [
+            follow(leaf, contract(leaf, x, d)) for leaf, x in zip(plan.leaves, draws, strict=True)
+        ]
+        sums = fixed_point.to_limbs(sums) if limbs else sums
+        return jax.tree.map(jnp.add, total, sums), None
+
+    zero: list[Any] = [
+        follow(leaf, jnp.zeros(leaf.shape, leaf.sums)) if leaf.trainable else None
+        for leaf in plan.leaves
+    ]
+    zero = fixed_point.to_limbs(zero) if limbs else zero
+    chunks = by_chunk((ids, d, kept), at_once)
+    if count == 1:
+        return add(zero, jax.tree.map(lambda x: x[0], chunks))[0]
+    return lax.scan(add, zero, chunks)[0]
+
+
+def _add_up(leaf: Leaf, total: Any) -> Any:
+    """The sum over devices; of a leaf that is itself sharded over them, each keeps its own shard."""
+    axis = member_axis(leaf.spec)
+    if axis is None:
+        return lax.psum(total, AXIS)
+    return lax.psum_scatter(total, AXIS, scatter_dimension=axis, tiled=True)
+
+
+def _spec_of_sum(leaf: Leaf) -> PartitionSpec:
+    axis = member_axis(leaf.spec)
+    return jax.P() if axis is None else jax.P(*(None,) * axis, AXIS)
 
 
 def contract(leaf: Leaf, drawn: Draw, d: Num[Array, "pairs"]) -> Array | None:

@@ -20,8 +20,9 @@ from eggroll.interpreter import Context, interpret
 from eggroll.lowrank import is_narrow
 from eggroll.noise import stream
 from eggroll.perturbation import draw_pairs, perturb
+from eggroll.placement import AXIS, constrain_all, on_all
 from eggroll.plan import Leaf, Plan
-from eggroll.population import AXIS, devices, map_pairs, split_pairs
+from eggroll.population import map_pairs, split_pairs, stored
 from eggroll.state import Metrics, State, trainable_of
 
 # Even the square of a gradient's entry, which optimizers form, is then a finite float32.
@@ -55,7 +56,7 @@ def map_members(
     draws: Any,
 ) -> Any:
     """``fn`` of every member; ``draws`` of all pairs, or None to draw them as they are used."""
-    plan, epoch, sigma = es.plan_of(state.params), es.epoch(state), es.noise_sigma(state)
+    plan, epoch = es.plan_of(state.params), es.epoch(state)
     pairs = es.population // 2
     for keys, leaf in jax.tree_util.tree_flatten_with_path(members)[0]:
         if jnp.shape(leaf)[:1] != (es.population,):
@@ -69,11 +70,11 @@ def map_members(
     context = Context(on_dense="error" if plan.integer else es.on_dense)
     lazy_fn = interpret(fn, context)
 
-    def of_pair(pair: Array, drawn: Any, own: Any) -> Any:
+    def of_pair(params: Any, sigma: Any, pair: Array, drawn: Any, own: Any) -> Any:
         words = stream(state.seed, "", state.generation, pair, FITNESS_KEY_ROLE)
 
         def of_member(sign: Array, which: Array, own: Any) -> Any:
-            lazy = perturb(plan, state.params, drawn, sigma, sign)
+            lazy = perturb(plan, params, drawn, sigma, sign)
             key = typed_key(words)
             if not es.shared_keys:
                 key = jax.random.fold_in(key, which)
@@ -87,9 +88,12 @@ def map_members(
         drawn, own = data
         if drawn is None:
             drawn = draw_pairs(plan, es.noise, state.seed, epoch, ids)
-        return jax.vmap(of_pair)(ids, drawn, own)
+        params = constrain_all(state.params, plan.specs)
+        of_pairs = functools.partial(of_pair, params, es.noise_sigma(state))
+        return jax.vmap(of_pairs)(ids, drawn, own)
 
-    return map_pairs(of_chunk, pairs, (draws, by_pair), es.chunk, es.mesh)
+    always = state.generation >= 0 if es.deterministic else None
+    return map_pairs(of_chunk, pairs, (draws, by_pair), es.chunk, es.mesh, always)
 
 
 def scores_of(es: Any, out: Any) -> tuple[Array, Any, bool]:
@@ -117,15 +121,17 @@ def scores_of(es: Any, out: Any) -> tuple[Array, Any, bool]:
 
 
 def all_draws(es: Any, plan: Plan, state: State) -> Any:
-    """The draws of all pairs, each made on the device that evaluates the pair."""
-    pairs = es.population // 2
-    share = -(-pairs // devices(es.mesh))
+    """The draws of all pairs, each made on the device that evaluates the pair; padded as pairs are."""
 
     def on_device(ids: Any, valid: Any, data: Any) -> Any:
         return draw_pairs(plan, es.noise, state.seed, es.epoch(state), ids)
 
-    drawn = split_pairs(on_device, pairs, None, share, es.mesh, jax.P(AXIS))
-    return jax.tree.map(lambda x: x[:pairs], drawn)
+    return split_pairs(on_device, es.population // 2, None, es.mesh, jax.P(AXIS))
+
+
+def by_itself(es: Any, state: State, fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)``; of a deterministic strategy compiled the same whatever stands around it."""
+    return stored(fn, state.generation >= 0, *args) if es.deterministic else fn(*args)
 
 
 class Statistics(NamedTuple):
@@ -137,8 +143,16 @@ class Statistics(NamedTuple):
     identical: Array
 
 
-def weigh(es: Any, values: Array, groups: Any) -> tuple[Array, Array, Statistics]:
+def weigh(es: Any, state: State, values: Array, groups: Any) -> tuple[Array, Array, Statistics]:
     """Differences of the pairs' weights ``[pairs]``, the number of valid members, statistics."""
+    # Of a deterministic strategy every device has all scores, and sums them in the same order.
+    of_values = functools.partial(_weigh, es)
+    if not es.deterministic:
+        return of_values(values, groups)
+    return on_all(functools.partial(by_itself, es, state, of_values), es.mesh, values, groups)
+
+
+def _weigh(es: Any, values: Array, groups: Any) -> tuple[Array, Array, Statistics]:
     table = values if values.ndim == 2 else values[:, None]
     if not jnp.issubdtype(table.dtype, jnp.floating) or is_narrow(table.dtype):
         table = table.astype(jnp.float32)
@@ -188,34 +202,41 @@ def estimate(
     es: Any, plan: Plan, state: State, d: Array, members: Array, draws: Any
 ) -> tuple[list[Array | None], Array]:
     """The gradient estimate of every leaf, and how far two halves of the pairs agree on it."""
-    sums = functools.partial(
-        estimator.weighted_noise,
+    first = jnp.arange(d.shape[0]) < d.shape[0] // 2
+    halves = [jnp.where(h, d, 0) for h in (first, ~first)] if es.agreement else [d]
+    sums = [weighted_noise(es, plan, state, half, draws) for half in halves]
+
+    def of_sums(sums: list[Any], members: Array) -> tuple[list[Array | None], Array]:
+        grads = [estimator.gradient(plan, x, es.sigma_of(state), members) for x in sums]
+        if not es.agreement:
+            return grads[0], jnp.float32(jnp.nan)
+        a, b = grads
+        size = optax.tree.norm(a) * optax.tree.norm(b)
+        agreement = (optax.tree.vdot(a, b) / jnp.where(size > 0, size, 1)).astype(jnp.float32)
+        return jax.tree.map(jnp.add, a, b), agreement
+
+    return by_itself(es, state, of_sums, sums, members)
+
+
+def weighted_noise(es: Any, plan: Plan, state: State, d: Array, draws: Any) -> list[Array | None]:
+    """:func:`eggroll.estimator.weighted_noise` by a strategy's settings."""
+    return estimator.weighted_noise(
         plan,
         es.noise,
         state.seed,
         es.epoch(state),
+        d,
         kept=draws,
         mesh=es.mesh,
+        everywhere=es.exchanged(plan) == "fitness",
+        fixed=es.deterministic,
     )
-    if not es.agreement:
-        total, agreement = sums(d), jnp.float32(jnp.nan)
-    else:
-        first = jnp.arange(d.shape[0]) < d.shape[0] // 2
-        halves = [
-            estimator.gradient(plan, sums(jnp.where(h, d, 0)), es.sigma_of(state), members)
-            for h in (first, ~first)
-        ]
-        a, b = halves
-        size = optax.tree.norm(a) * optax.tree.norm(b)
-        agreement = (optax.tree.vdot(a, b) / jnp.where(size > 0, size, 1)).astype(jnp.float32)
-        return jax.tree.map(jnp.add, a, b), agreement
-    return estimator.gradient(plan, total, es.sigma_of(state), members), agreement
 
 
 def finish(es: Any, state: State, values: Array, groups: Any, draws: Any) -> tuple[State, Metrics]:
     """From the values of a population to the next state."""
     plan = es.plan_of(state.params)
-    d, members, stats = weigh(es, values, groups)
+    d, members, stats = weigh(es, state, values, groups)
     grads, agreement = estimate(es, plan, state, d, members, draws)
     # Where sums would overflow, as with raw scores near the largest float or a sigma that has come
     # down to zero, nothing moves either. NaN is not below the limit.
@@ -232,18 +253,26 @@ def apply(
     es: Any, plan: Plan, state: State, grads: list[Array | None], moved: Array
 ) -> tuple[State, Array]:
     """Steps the optimizer, unless nothing ``moved``; the generation always advances."""
-    tree: Any = jax.tree.structure(state.params)
     old = trainable_of(plan, state.params, state.master)
+    moves = functools.partial(_moves, es, jax.tree.structure(state.params))
+    new, optimizer, norm = by_itself(es, state, moves, old, state.optimizer, grads, moved)
+    return constrain_all(advance(plan, state, new, optimizer), es.specs, es.mesh), norm
+
+
+def _moves(
+    es: Any, tree: Any, old: Any, state: Any, grads: list[Array | None], moved: Array
+) -> tuple[Any, Any, Array]:
+    """What the optimizer makes of the trained parameters, its next state, how far it moved them."""
     grads = [
         None if g is None else g.astype(w.dtype)
         for g, w in zip(grads, tree.flatten_up_to(old), strict=True)
     ]
-    updates, optimizer = es.optimizer.update(jax.tree.unflatten(tree, grads), state.optimizer, old)
+    updates, optimizer = es.optimizer.update(jax.tree.unflatten(tree, grads), state, old)
     new = optax.apply_updates(old, updates)
     keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(moved, new, old))
-    new, optimizer = keep(new, old), keep(optimizer, state.optimizer)
+    new, optimizer = keep(new, old), keep(optimizer, state)
     change = jax.tree.map(lambda a, b: (a - b).astype(jnp.float32), new, old)
-    return advance(plan, state, new, optimizer), optax.tree.norm(change)
+    return new, optimizer, optax.tree.norm(change)
 
 
 def narrowed(value: Array, leaf: Leaf) -> Array:

@@ -13,7 +13,8 @@ from jax import Array
 from jaxtyping import Bool, Int8, Int32
 
 from eggroll import estimator, fixed_point, shaping
-from eggroll.generation import advance, statistics
+from eggroll.generation import advance, statistics, weighted_noise
+from eggroll.placement import constrain_all
 from eggroll.plan import Plan, is_float
 from eggroll.state import Metrics, State, trainable_of
 
@@ -85,9 +86,7 @@ def gradient(
     es: Any, plan: Plan, state: State, signs: Int8[Array, "pairs"], draws: Any
 ) -> list[Array | None]:
     """``-Z`` of every leaf, int32: the direction for a minimiser."""
-    total = estimator.weighted_noise(
-        plan, es.noise, state.seed, es.epoch(state), signs, kept=draws, mesh=es.mesh
-    )
+    total = weighted_noise(es, plan, state, signs, draws)
     return estimator.gradient(plan, total, es.sigma, jnp.int32(es.population))
 
 
@@ -127,7 +126,7 @@ def apply(
         lambda a, b: jnp.sum(jnp.square(a.astype(jnp.int32) - b), dtype=jnp.int32), new, old
     )
     squares = sum(jax.tree.leaves(changes), jnp.int32(0))
-    return advance(plan, state, new, inner), squares
+    return constrain_all(advance(plan, state, new, inner), es.specs, es.mesh), squares
 
 
 def report(es: Any, outcome: Outcome) -> Metrics:

@@ -277,6 +277,9 @@ def _permute(words: UInt32[Array, "2"]) -> UInt32[Array, "2"]:
     return jnp.stack([left, right])
 
 
+LONG = 128
+
+
 @partial(jax.jit, inline=True, static_argnames=("shape", "dtype"))
 def _counter(
     words: UInt32[Array, "2"], shape: tuple[int, ...], dtype: DTypeLike
@@ -284,9 +287,23 @@ def _counter(
     size = math.prod(shape)
     if size > 2**32:
         raise ValueError(f"noise of shape {list(shape)} has {size} samples, the limit is 2**32")
-    # One long axis, so that a narrow last one (the rank) costs nothing.
-    index = lax.iota(jnp.uint32, size)
-    return _cast(counter_at(words[0], words[1], index).reshape(shape), dtype)
+    return _cast(counter_at(words[0], words[1], _positions(shape)).reshape(shape), dtype)
+
+
+def _positions(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
+    """Row-major positions in an array of the shape, with as many entries but fewer axes.
+
+    Axes are kept, so that a compiler can make an array that is sharded along one of them in shards. Only
+    short last ones are joined: a loop over a narrow one would be slow.
+    """
+    axes = [n for n in shape if n != 1]
+    while len(axes) > 1 and axes[-1] < LONG:
+        axes[-2:] = [axes[-2] * axes[-1]]
+    index = jnp.zeros(axes, jnp.uint32)
+    for axis in range(len(axes)):
+        stride = jnp.uint32(math.prod(axes[axis + 1 :]))
+        index += lax.broadcasted_iota(jnp.uint32, axes, axis) * stride
+    return index
 
 
 def _gaussian(

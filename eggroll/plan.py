@@ -87,6 +87,7 @@ class Leaf:
     treatment: Treatment
     reason: str
     quantised: bool = False
+    spec: jax.sharding.PartitionSpec | None = None  # how it lies on a mesh, where that is known
 
     @property
     def trainable(self) -> bool:
@@ -135,6 +136,20 @@ class Leaf:
         assert t.rank is not None
         return ((t.rank, *a), (t.rank, *b))
 
+    def noise_specs(self) -> tuple[jax.sharding.PartitionSpec | None, ...]:
+        """How what one pair draws lies on a mesh: every axis as that of the parameter."""
+        shapes = self.noise_shapes()
+        if self.spec is None:
+            return (None,) * len(shapes)
+        parts = (*self.spec, *(None,) * (len(self.shape) - len(self.spec)))
+
+        def of(shape: tuple[int, ...]) -> jax.sharding.PartitionSpec:
+            lead = len(shape) - len(parts)
+            varies = zip(parts, shape[lead:], strict=True)
+            return jax.P(*(None,) * lead, *(part if n > 1 else None for part, n in varies))
+
+        return tuple(map(of, shapes))
+
     @property
     def noise_dtype(self) -> Any:
         """Factors are drawn in the parameter's type; dense noise is never narrower than float32."""
@@ -160,6 +175,11 @@ class Plan:
         return sum(leaf.noise_bytes for leaf in self.leaves)
 
     @property
+    def specs(self) -> tuple[jax.sharding.PartitionSpec | None, ...]:
+        """How the parameters lie on a mesh, where that is known."""
+        return tuple(leaf.spec for leaf in self.leaves)
+
+    @property
     def largest_rank(self) -> int:
         return max(getattr(leaf.treatment, "rank", 1) for leaf in self.leaves)
 
@@ -167,6 +187,11 @@ class Plan:
     def integer(self) -> bool:
         """Whether int8 parameters are trained (then no float ones are there)."""
         return any(leaf.trainable and leaf.integer for leaf in self.leaves)
+
+    def placed(self, specs: Sequence[jax.sharding.PartitionSpec | None]) -> "Plan":
+        """The plan of parameters that lie on a mesh like this."""
+        placed = zip(self.leaves, specs, strict=True)
+        return Plan(tuple(dataclasses.replace(leaf, spec=spec) for leaf, spec in placed))
 
     def __getitem__(self, path: str) -> Leaf:
         for leaf in self.leaves:

@@ -1,7 +1,7 @@
 """EvolutionStrategy: evaluate a population, weigh it, estimate a gradient, step an optimizer."""
 
+import copy
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from eggroll import checks, generation, integer_generation, table
+from eggroll import checks, generation, integer_generation, programs, table
+from eggroll import exchange as exchanges
 from eggroll import noise as noises
 from eggroll import plan as plans
 from eggroll import shaping as shapings
 from eggroll.interpreter import Context, interpret
-from eggroll.perturbation import built_member, draw, perturb
-from eggroll.population import devices, spread
+from eggroll.perturbation import draw, perturb
+from eggroll.placement import Specs, specs_of, spread
 from eggroll.state import Metrics, State, trainable_of
 
 
@@ -40,7 +41,16 @@ class EvolutionStrategy:
       plan: which parameter gets what (:mod:`eggroll.plan`).
       noise: the source of samples (:mod:`eggroll.noise`).
       chunk: members evaluated at a time on a device; None for all. Bounds memory, changes nothing.
-      mesh: divides members over its axis "population".
+      mesh: divides members over its axis "population". Weights that are sharded over its other axes
+        (tensor parallel) stay so, and so does all that belongs to them. Axis types: Auto.
+      exchange: what devices send each other for an update: "update", sums of noise, each device those
+        of its own members; "fitness", the scores alone, and each device sums the noise of all members;
+        or :func:`eggroll.exchange.auto`, the quicker of them ("auto" for its default rates). The
+        result is the same but for rounding.
+      deterministic: the same bits whatever the number of devices that members are divided over, for
+        floats too (int8 parameters have that without). Members are evaluated in chunks of ``chunk``,
+        or of an eighth of the population, and sums of noise are added up in eight parts in order:
+        slower, and with up to eight copies of the update in memory.
       noise_reuse: generations that the same noise is used for; 1 is fresh noise every generation.
       on_dense: "warn", "error" or "ignore" where a low-rank matrix has to be built for every member.
       agreement: also measure how far two halves of the population agree (costs a second estimate).
@@ -49,6 +59,7 @@ class EvolutionStrategy:
       factor_memory: bytes on a device up to which a step keeps its noise from the evaluation for
         the update instead of drawing it again. The result is the same; beyond a CPU's cache, drawing
         again is the faster.
+      specs: how the arrays of a state lie on the mesh; of what :meth:`placed` gives, else None.
 
     Example:
       >>> import optax, jax, jax.numpy as jnp
@@ -72,13 +83,17 @@ class EvolutionStrategy:
     noise: Any = dataclasses.field(default_factory=noises.counter)
     chunk: int | None = None
     mesh: Mesh | None = None
+    exchange: str | exchanges.Auto = "update"
+    deterministic: bool = False
     noise_reuse: int = 1
     on_dense: str = "warn"
     agreement: bool = False
     shared_keys: bool = True
     master_weights: bool = True
     factor_memory: int = 2**25
+    specs: Specs | None = dataclasses.field(default=None, init=False, repr=False)
     _seen: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _placed: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         checks.settings(self)
@@ -132,11 +147,11 @@ class EvolutionStrategy:
         Raises:
           ValueError: for a member that the population does not have.
         """
-        return _member(self, state, checks.members(i, self.population, axes=0))
+        return programs.member(self, state, checks.members(i, self.population, axes=0))
 
     def ask(self, state: State, indices: Sequence[int] | Int[Array, "members"]) -> Any:
         """Parameters of several members, built, each leaf with a leading axis."""
-        return _ask(self, state, checks.members(indices, self.population, axes=1))
+        return programs.ask(self, state, checks.members(indices, self.population, axes=1))
 
     # ------------------------------------------------------------ a generation
 
@@ -160,7 +175,7 @@ class EvolutionStrategy:
           groups: int ``[population]``, for shapings that compare members within groups.
         """
         checks.fitness(self._seen, fitness)
-        return self._told(_step(self, state, fitness, args, members, groups))
+        return self._told(programs.step(self.placed(state), state, fitness, args, members, groups))
 
     def evaluate(
         self, state: State, fitness: Callable[..., Any], *args: Any, members: Any = None
@@ -171,7 +186,7 @@ class EvolutionStrategy:
         ``(scores, aux)``. Arguments as in :meth:`step`.
         """
         checks.fitness(self._seen, fitness)
-        return _evaluate(self, state, fitness, args, members)
+        return programs.evaluate(self.placed(state), state, fitness, args, members)
 
     def map(self, state: State, fn: Callable[..., Any], *args: Any, members: Any = None) -> Any:
         """Any function ``fn(params, key, [member,] *args)`` of the perturbed parameters.
@@ -179,7 +194,7 @@ class EvolutionStrategy:
         Returns its outputs, each leaf with a leading axis [population].
         """
         checks.fitness(self._seen, fn)
-        return _map(self, state, fn, args, members)
+        return programs.map(self.placed(state), state, fn, args, members)
 
     def update(self, state: State, values: Any, groups: Any = None) -> tuple[State, Metrics]:
         """The second half of a generation: from scores, wherever they come from.
@@ -191,14 +206,14 @@ class EvolutionStrategy:
           groups: as in :meth:`step`.
         """
         values = checks.scores(values, self.population, self.noise.integer)
-        return self._told(_update(self, state, values, groups))
+        return self._told(programs.update(self.placed(state), state, values, groups))
 
     tell = update
 
     def gradient(self, state: State, values: Any, groups: Any = None) -> Any:
         """The gradient estimate alone: the tree of the parameters, None where nothing is trained."""
         values = checks.scores(values, self.population, self.noise.integer)
-        return _gradient(self, state, values, groups)
+        return programs.gradient(self.placed(state), state, values, groups)
 
     def apply_gradient(
         self, state: State, grads: Any, pairs: int | Int[Array, ""] | None = None
@@ -211,7 +226,7 @@ class EvolutionStrategy:
           pairs: for int8 parameters, how many pairs did not end in a tie; all of them by default.
         """
         pairs = jnp.asarray(self.population // 2 if pairs is None else pairs, jnp.int32)
-        return self._told(_apply_gradient(self, state, grads, pairs))
+        return self._told(programs.apply_gradient(self.placed(state), state, grads, pairs))
 
     def optimize(
         self,
@@ -227,7 +242,10 @@ class EvolutionStrategy:
         checks.generations(generations)
         if callback is None:
             checks.fitness(self._seen, fitness)
-            return _optimize(self, state, fitness, jnp.int32(generations), args, members, groups)
+            es = self.placed(state)
+            return programs.optimize(
+                es, state, fitness, jnp.int32(generations), args, members, groups
+            )
         for _ in range(generations):
             state, metrics = self.step(state, fitness, *args, members=members, groups=groups)
             if callback(state, metrics):
@@ -264,7 +282,37 @@ class EvolutionStrategy:
         """The treatment of every parameter."""
         plan = self.plan(params, self.rank)
         integer_generation.check_plan(plan, self.noise.integer)
-        return plan
+        # Parameters come first in a state.
+        specs = specs_of(params, self.mesh) if self.specs is None else self.specs
+        return plan if specs is None else plan.placed(specs[: len(plan.leaves)])
+
+    def placed(self, state: State) -> "EvolutionStrategy":
+        """This strategy for states that lie on the mesh as this one does, which its programs keep."""
+        specs = specs_of(state, self.mesh)
+        if specs is None:
+            return self
+        if specs not in self._placed:
+            es = copy.copy(self)
+            object.__setattr__(es, "specs", specs)
+            self._placed[specs] = es
+        return self._placed[specs]
+
+    def exchange_costs(self, params: Any, tasks: int = 1) -> exchanges.Costs:
+        """What devices send and compute by either ``exchange``, to be printed.
+
+        Args:
+          params: the parameters, as they lie on the mesh.
+          tasks: scores of a member.
+        """
+        rates = self.exchange if isinstance(self.exchange, exchanges.Auto) else None
+        return exchanges.costs(self.plan_of(params), self.population, self.mesh, tasks, rates)
+
+    def exchanged(self, plan: plans.Plan) -> str:
+        """What devices send each other: "update" or "fitness"."""
+        if self.exchange in ("update", "fitness"):
+            return self.exchange
+        rates = self.exchange if isinstance(self.exchange, exchanges.Auto) else None
+        return exchanges.costs(plan, self.population, self.mesh, rates=rates).choice
 
     def epoch(self, state: State) -> Int[Array, ""]:
         """What noise is keyed by: the generation, unless noise is reused."""
@@ -287,119 +335,5 @@ class EvolutionStrategy:
         """Metrics of integers are floats, and so computed outside the program of the update."""
         state, told = done
         if isinstance(told, integer_generation.Outcome):
-            told = _report(self, told)
+            told = programs.report(self, told)
         return state, told
-
-
-# ---------------------------------------------------------------- what is compiled
-#
-# The strategy and the fitness are static: they are compared by identity, so a loop that passes the
-# same two objects compiles once.
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _map(es: EvolutionStrategy, state: State, fn: Callable, args: tuple, members: Any) -> Any:
-    return generation.map_members(es, state, fn, args, members, None)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _evaluate(
-    es: EvolutionStrategy, state: State, fitness: Callable, args: tuple, members: Any
-) -> Any:
-    values, aux, with_aux = generation.scores_of(
-        es, generation.map_members(es, state, fitness, args, members, None)
-    )
-    return (values, aux) if with_aux else values
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _step(
-    es: EvolutionStrategy, state: State, fitness: Callable, args: tuple, members: Any, groups: Any
-) -> tuple[State, Any]:
-    plan, pairs = es.plan_of(state.params), es.population // 2
-    draws = None
-    if plan.noise_bytes * -(-pairs // devices(es.mesh)) <= es.factor_memory:
-        draws = generation.all_draws(es, plan, state)
-    out = generation.map_members(es, state, fitness, args, members, draws)
-    values, _, _ = generation.scores_of(es, out)
-    return _finish(es, state, values, groups, draws)
-
-
-def _finish(
-    es: EvolutionStrategy, state: State, values: Array, groups: Any, draws: Any
-) -> tuple[State, Any]:
-    if es.noise.integer:
-        return integer_generation.finish(es, state, values, draws)
-    return generation.finish(es, state, values, groups, draws)
-
-
-@functools.partial(jax.jit, static_argnums=(0,))
-def _update(es: EvolutionStrategy, state: State, values: Array, groups: Any) -> tuple[State, Any]:
-    return _finish(es, state, values, groups, None)
-
-
-@functools.partial(jax.jit, static_argnums=(0,))
-def _report(es: EvolutionStrategy, outcome: integer_generation.Outcome) -> Metrics:
-    return integer_generation.report(es, outcome)
-
-
-@functools.partial(jax.jit, static_argnums=(0,))
-def _gradient(es: EvolutionStrategy, state: State, values: Array, groups: Any) -> Any:
-    plan = es.plan_of(state.params)
-    if es.noise.integer:
-        signs = integer_generation.pair_signs(values)
-        grads = integer_generation.gradient(es, plan, state, signs, None)
-    else:
-        weights, members, _ = generation.weigh(es, values, groups)
-        grads, _ = generation.estimate(es, plan, state, weights, members, None)
-    return jax.tree.unflatten(jax.tree.structure(state.params), grads)
-
-
-@functools.partial(jax.jit, static_argnums=(0,))
-def _apply_gradient(
-    es: EvolutionStrategy, state: State, grads: Any, pairs: Array
-) -> tuple[State, Any]:
-    plan = es.plan_of(state.params)
-    checks.gradients(grads, trainable_of(plan, state.params, state.master))
-    # Not jax.tree.leaves: parameters may hold None themselves (as eqx.partition leaves them).
-    tree: Any = jax.tree.structure(state.params)
-    flat = tree.flatten_up_to(grads)
-    leaves = jax.tree.leaves(grads)
-    moved = jnp.any(jnp.stack([jnp.any(g != 0) for g in leaves]))
-    moved &= jnp.all(jnp.stack([jnp.all(jnp.isfinite(g)) for g in leaves]))
-    if es.noise.integer:
-        new, squares = integer_generation.apply(es, plan, state, flat, moved, pairs)
-        return new, integer_generation.Outcome(state.generation, None, moved, squares)
-    state, norm = generation.apply(es, plan, state, flat, moved)
-    nan, zero = jnp.float32(jnp.nan), jnp.int32(0)
-    before = state.generation - 1
-    sigma = es.sigma_of(state._replace(generation=before))
-    return state, Metrics(before, nan, nan, nan, nan, zero, zero, moved, norm, nan, sigma)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _optimize(
-    es: EvolutionStrategy,
-    state: State,
-    fitness: Callable,
-    generations: Array,
-    args: tuple,
-    members: Any,
-    groups: Any,
-) -> State:
-    return lax.fori_loop(
-        0, generations, lambda _, s: _step(es, s, fitness, args, members, groups)[0], state
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0,))
-def _member(es: EvolutionStrategy, state: State, i: Array) -> Any:
-    plan = es.plan_of(state.params)
-    sign = (1 - 2 * (i % 2)).astype(generation.sign_type(plan))
-    drawn = draw(plan, es.noise, state.seed, es.epoch(state), i // 2)
-    return built_member(plan, state.params, drawn, es.noise_sigma(state), sign)
-
-
-@functools.partial(jax.jit, static_argnums=(0,))
-def _ask(es: EvolutionStrategy, state: State, indices: Array) -> Any:
-    return jax.vmap(lambda i: _member(es, state, i))(indices)

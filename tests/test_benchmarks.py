@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import arms, common, forward, pretraining, reasoning, step
+from benchmarks import arms, common, forward, pretraining, reasoning, scaling, step
 from benchmarks.common import Row
 from experiments.pretrain import config as pretrain
 from experiments.run.cli import parse
@@ -39,6 +39,15 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "mlp D=8 N=8 B=2 rank=1" in printed
     assert all(row.name in printed for row in rows)
     check_json(tmp_path / "table.json", rows)
+
+
+def test_scaling(capsys: pytest.CaptureFixture) -> None:
+    ratios = scaling.main(
+        ["--devices", "1", "2", "--dim", "8", "--population", "16", "--rounds", "3"]
+    )
+    assert set(ratios) == {(d, name) for d in (1, 2) for name in scaling.ROWS}
+    assert all(ratios[d, scaling.DEFAULT] == 1 for d in (1, 2)) and min(ratios.values()) > 0
+    assert capsys.readouterr().out.count("deterministic") == 2
 
 
 def test_forward_skips_what_does_not_fit_and_says_why(

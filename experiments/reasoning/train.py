@@ -219,7 +219,7 @@ def job(config: Config, course: Course | None = None, examiner: Examiner | None 
 
 
 def no_longer_rises(config: Config, measured: Row) -> bool:
-    """Whether the last `patience` measurements of a run, this one with them, are no better than one before."""
+    """Whether the last `patience` measurements of a run, this one included, are no better than before."""
     if config.patience is None:
         return False
     rows = read_metrics(config.run_dir / "metrics.jsonl")
