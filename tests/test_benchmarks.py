@@ -120,7 +120,7 @@ def test_arms_are_compared_at_equal_cost() -> None:
         "SFT": [[(1.0, 0, 0.25), (4.0, 0, 0.5), (6.0, 0, 1.0)]],
     }
     _, _, eggroll, sft = arms.table(curves)
-    assert eggroll == "| EGGROLL | 25.0% | 50.0% | 75.0% | **75.0%** (75.0%) | 9 | 200 |"
+    assert eggroll == "| EGGROLL | 25.0% | 56.2% | 75.0% | **75.0%** (75.0%) | 9 | 200 |"
     assert sft == "| SFT | 25.0% | 100.0% | - | **100.0%** (100.0%) | 6 | 0 |"
 
 

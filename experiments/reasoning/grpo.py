@@ -153,29 +153,9 @@ def prepare(
         jnp.asarray(tokens),
         mask,
         found(params),
-        advantages(known, config.advantage).reshape(-1),
+        scores.ADVANTAGES[config.advantage](known).reshape(-1),
         None if reference is None else found(reference),
     )
-
-
-def advantages(
-    rewards: Float[Array | np.ndarray, "questions samples"], name: str
-) -> Float[Array, "questions samples"]:
-    """Those of `scores`, with 0 for a group of equal rewards, whatever their sum is rounded to.
-
-    Args:
-        rewards: NaN for one that is not known.
-        name: "grpo", "dr_grpo" or "rloo".
-
-    Example:
-        >>> print(advantages(np.float32([[1, 0, np.nan, 1], [0.1, 0.1, 0.1, 0.1]]), "dr_grpo"))
-        [[ 0.3333333 -0.6666667  0.         0.3333333]
-         [ 0.         0.         0.         0.       ]]
-    """
-    unknown = jnp.isnan(rewards)
-    highest = jnp.where(unknown, -jnp.inf, rewards).max(-1, keepdims=True)
-    lowest = jnp.where(unknown, jnp.inf, rewards).min(-1, keepdims=True)
-    return jnp.where(highest > lowest, scores.ADVANTAGES[name](rewards), 0)
 
 
 def make_update(

@@ -160,5 +160,8 @@ def _centred(rewards: Float[Array | np.ndarray, "*batch group"]) -> tuple[Array,
     """(R - mean R with 0 for NaN, how many are none) in each group."""
     valid = ~jnp.isnan(rewards)
     count = valid.sum(-1, keepdims=True)
-    mean = jnp.where(valid, rewards, 0).sum(-1, keepdims=True) / jnp.maximum(count, 1)
-    return jnp.where(valid, rewards - mean, 0), count
+    # From the lowest on: equal rewards are then exactly 0, whatever their sum would be rounded to.
+    lowest = jnp.where(valid, rewards, jnp.inf).min(-1, keepdims=True)
+    above = jnp.where(valid, rewards - lowest, 0)
+    mean = above.sum(-1, keepdims=True) / jnp.maximum(count, 1)
+    return jnp.where(valid, above - mean, 0), count

@@ -16,7 +16,6 @@ from experiments.reasoning import scores, sft
 from experiments.reasoning.grpo import (
     GRPO,
     Rollouts,
-    advantages,
     kl_estimate,
     log_probs,
     loss,
@@ -207,7 +206,7 @@ def test_advantages_are_those_of_the_group(name: str) -> None:
     np.testing.assert_array_equal(rollouts.advantages, right.reshape(-1))
     assert (rollouts.advantages[:2] * np.array([1, -1]) > 0).all()
     # The sum of eight tenths is not eight times a tenth.
-    np.testing.assert_array_equal(advantages(np.full((1, 8), 0.1, np.float32), name), 0)
+    np.testing.assert_array_equal(scores.ADVANTAGES[name](np.full((1, 8), 0.1, np.float32)), 0)
 
 
 @pytest.mark.parametrize(
