@@ -117,10 +117,14 @@ def test_pretraining_names_its_lines(capsys: pytest.CaptureFixture) -> None:
 def test_arms_are_compared_at_equal_cost() -> None:
     curves = {
         "EGGROLL": [[(1.0, 0, 0.25), (5.0, 80, 0.5), (9.0, 200, 0.75)]],
+        "GRPO": [[(1.0, 0, 0.25), (7.0, 100, 0.5)]],
         "SFT": [[(1.0, 0, 0.25), (4.0, 0, 0.5), (6.0, 0, 1.0)]],
     }
-    _, _, eggroll, sft = arms.table(curves)
-    assert eggroll == "| EGGROLL | 25.0% | 56.2% | 75.0% | **75.0%** (75.0%) | 9 | 200 |"
+    head, _, eggroll, grpo, sft = arms.table(curves)
+    assert "| after 7 s | after 100 tokens |" in head
+    assert eggroll == "| EGGROLL | 25.0% | 62.5% | 54.2% | **75.0%** (75.0%) | 9 | 200 |"
+    assert grpo == "| GRPO | 25.0% | 50.0% | 50.0% | **50.0%** (50.0%) | 7 | 100 |"
+    # It has ended, and stays.
     assert sft == "| SFT | 25.0% | 100.0% | - | **100.0%** (100.0%) | 6 | 0 |"
 
 
