@@ -5,6 +5,8 @@ from pathlib import Path
 
 # Before JAX starts: its devices are fixed then.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# As the command line has it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # At the lowest optimisation, since the tests compile more than they run.
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"

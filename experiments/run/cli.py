@@ -5,6 +5,7 @@ Anything heavy is imported by the command that needs it, so that help and mistak
 
 import functools
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         SIGTERM or Ctrl-C with everything saved, so that the same command again continues; 130 after
         Ctrl-C where nothing was under way.
     """
+    # Before NumPy is imported. XLA calls OpenBLAS (for SVD, QR) from threads of its own, and with more of
+    # OpenBLAS's they can come to wait for each other, for seconds or for ever.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     name, *args = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
