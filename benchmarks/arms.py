@@ -68,7 +68,7 @@ TRAINED: dict[str, dict[str, Flags]] = {
 }
 
 # RWKV-7 takes longer for an update on a CPU, and gets so many of those above.
-SHARE = {"transformer": 1.0, "rwkv7": 0.6}
+SHARE = {"transformer": 1.0, "rwkv7": 0.4}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
