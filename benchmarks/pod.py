@@ -1,0 +1,276 @@
+"""Whole generations compiled for TPU pods, on a machine without one: memory, work, exchange, a bound on time.
+
+    python -m benchmarks.pod --cases integer rl 1b --topologies v5e:16x16
+
+It needs ``pip install "jax[tpu]"`` in an environment of its own, and no TPU. Nothing is run: every figure is
+read from the compiled program of one chip, and times are those that published rates of chips allow. Loops
+count as often as they run, which XLA's own cost analysis leaves out: the column ``x XLA`` is operations
+with every loop's body counted once, over what XLA says, and 1 where the two count alike.
+
+Columns: what is held on a chip (GB: state, data and code; temporaries; share of its memory), operations
+of the matrix units and element-wise ones, bytes of main memory, bytes sent; then seconds of a generation
+by the roofline (which nothing can beat) and by the cycles that the compiler expects, and efficiency: members
+a second and chip over that of the fewest chips.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from benchmarks.chips import CHIPS, Chip, Times, times
+from benchmarks.hlo import Module
+from benchmarks.pod_cases import AXIS, CASES, MODEL, Case
+from benchmarks.work import Counts, count
+
+# No TPU is looked for, and libtpu asks no server what it runs on.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    # Several processes may compile at once; on a machine with a TPU one has it to itself.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+PODS = ["v5e:16x16", "v5p:8x8x8", "v6e:16x16"]
+# One chip up to 256 or 512 of them.
+SCALING = {
+    "v5e": ["v5e:1x1", "v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16"],
+    "v5p": [f"v5p:{s}" for s in ("1x1x1", "2x2x1", "2x2x4", "4x4x4", "4x8x8", "8x8x8")],
+    "v6e": ["v6e:1x1", "v6e:2x2", "v6e:4x4", "v6e:8x8", "v6e:16x16"],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One compiled program, of one chip.
+
+    Attributes:
+      case: its name in CASES.
+      topology: the chips, as "v5e:16x16".
+      devices: how many.
+      sharing: how many of them share the weights.
+      population: members.
+      chunk: members at a time on a group of chips that share the weights.
+      held: bytes of arguments, outputs and code.
+      temporaries: bytes beside them.
+      counts: work.
+      times: seconds by what could bound them.
+      against_xla: operations with loops counted once, over XLA's.
+      loops: operations over those with loops counted once.
+      compile_seconds: on the machine that compiled.
+      note: why there is no program, if there is none.
+    """
+
+    case: str
+    topology: str
+    devices: int
+    sharing: int
+    population: int
+    chunk: int
+    held: float = 0.0
+    temporaries: float = 0.0
+    counts: Counts | None = None
+    times: Times | None = None
+    against_xla: float = 0.0
+    loops: float = 0.0
+    compile_seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.topology.split(":")[0]]
+
+    @property
+    def fits(self) -> bool:
+        return not self.note and self.held + self.temporaries <= self.chip.memory
+
+    @property
+    def memory(self) -> float:
+        """Share of a chip's memory that is needed."""
+        return (self.held + self.temporaries) / self.chip.memory
+
+
+def prepare() -> None:
+    """Sets this process up to compile for chips that are elsewhere; before JAX's first computation."""
+    os.environ.update(ENVIRONMENT)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def mesh_of(topology: str, sharing: int) -> Mesh:
+    """Chips that nobody has here, in groups that share the weights."""
+    # A single chip is part of a host of four, unless a host of one is asked for.
+    single = set(topology.split(":")[1]) <= set("1x")
+    extra = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
+    devices = topologies.get_topology_desc(topology, "tpu", **extra).devices
+    shape, names = (len(devices) // sharing, sharing), (AXIS, MODEL)
+    return Mesh(np.array(devices).reshape(shape), names, axis_types=(AxisType.Auto,) * 2)
+
+
+def compile_case(name: str, topology: str, save: Path | None = None) -> Row:
+    """Compiles one case for one topology.
+
+    Args:
+      name: in CASES.
+      topology: as "v5e:16x16".
+      save: a folder for the text of the compiled program.
+    """
+    case, kind = CASES[name], topology.split(":")[0]
+    mesh = mesh_of(topology, case.sharing[kind])
+    empty = Row(name, topology, mesh.size, case.sharing[kind], case.population, case.chunk)
+    start = time.perf_counter()
+    lowered = case.lower(mesh)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        # XLA refuses what does not fit.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return dataclasses.replace(empty, note=" ".join(str(error).split())[:300])
+    seconds, text = time.perf_counter() - start, compiled.as_text()
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+        (save / f"{name}-{topology.replace(':', '-')}.hlo.txt").write_text(text)
+    return dataclasses.replace(empty, **read(compiled, text, case, mesh.size, CHIPS[kind]),
+                               compile_seconds=seconds)  # fmt: skip
+
+
+def read(compiled: Any, text: str, case: Case, devices: int, chip: Chip) -> dict[str, Any]:
+    """What a compiled program tells."""
+    memory = compiled.memory_analysis()
+    module = Module(text, devices)
+    once, counts = count(module, loops=False), count(module, case.trips)
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "held": float(held + memory.generated_code_size_in_bytes),
+        "temporaries": float(memory.temp_size_in_bytes),
+        "counts": counts,
+        "times": times(counts, chip, devices),
+        "against_xla": once.operations / compiled.cost_analysis()["flops"],
+        "loops": counts.operations / once.operations,
+    }
+
+
+# ---------------------------------------------------------------- the tables
+
+HEAD = (
+    "case", "chips", "share weights", "held GB", "temp GB", "memory", "matmul", "element-wise",
+    "HBM bytes", "sent", "roofline s", "bound", "scheduled s", "efficiency", "loops", "x XLA",
+)  # fmt: skip
+
+
+def cells(row: Row, first: Row | None) -> list[str]:
+    """A row of the table; efficiency against the row with the fewest chips."""
+    chips = f"{row.devices} {row.topology}"
+    if row.counts is None or row.times is None:
+        return [row.case, chips, str(row.sharing), row.note]
+    c, t = row.counts, row.times
+    efficiency = ""
+    if first is not None and first.times is not None:
+        pairs = (
+            (row.times.roofline, first.times.roofline), (row.times.expected, first.times.expected)
+        )  # fmt: skip
+        scale = first.devices / row.devices * row.population / first.population
+        efficiency = " / ".join(f"{scale * before / now:.0%}" for now, before in pairs)
+    return [
+        row.case, chips, str(row.sharing), f"{row.held / 1e9:.2f}", f"{row.temporaries / 1e9:.2f}",
+        f"{row.memory:.0%}{'' if row.fits else ' TOO MUCH'}", f"{sum(c.matmul.values()):.2e}",
+        f"{c.vector:.2e}", f"{c.bytes:.2e}", f"{sum(c.sent.values()):.2e}", f"{t.roofline:.3g}",
+        t.bound, f"{t.expected:.3g}", efficiency, f"{row.loops:.0f}", f"{row.against_xla:.2f}",
+    ]  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, as the documentation has it."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    for row in rows:
+        same = [r for r in rows if r.case == row.case and r.chip == row.chip and r.times]
+        first = min(same, key=lambda r: r.devices) if same else None
+        got = cells(row, first)
+        lines.append("| " + " | ".join(got + [""] * (len(HEAD) - len(got))) + " |")
+    return "\n".join(lines)
+
+
+def exchanges(rows: Sequence[Row]) -> str:
+    """Markdown: which collectives, in groups of how many chips, about how many bytes."""
+    lines = [
+        "| case | chips | collective | group | times | bytes of a chip | sent |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for kind, payload in sorted(
+            row.counts.payload.items() if row.counts else [], key=lambda item: -item[1]
+        ):
+            assert row.counts is not None
+            lines.append(
+                f"| {row.case} | {row.devices} {row.topology} | {kind.kind} | {kind.group} | "
+                f"{row.counts.calls[kind]:.0f} | {payload:.2e} | {row.counts.sent[kind]:.2e} |"
+            )
+    return "\n".join(lines)
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """The row with its counts, for a file."""
+    document = {k: v for k, v in vars(row).items() if k not in ("counts", "times")}
+    if row.counts is not None and row.times is not None:
+        c = row.counts
+        document["times"] = dataclasses.asdict(row.times) | {"roofline": row.times.roofline}
+        document |= {"matmul": dict(c.matmul), "vector": c.vector, "bytes": c.bytes}
+        document |= {"cycles": c.cycles, "unknown_loops": c.unknown}
+        document["collectives"] = [
+            {"kind": k.kind, "group": k.group, "calls": c.calls[k], "payload": p, "sent": c.sent[k]}
+            for k, p in c.payload.items()
+        ]
+    return document
+
+
+def main(argv: Sequence[str] | None = None) -> list[Row]:
+    """Runs the command line; gives the rows that it printed."""
+    p = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    p.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    p.add_argument("--topologies", nargs="+", default=PODS, help="as v5e:16x16")
+    p.add_argument(
+        "--scaling", choices=list(SCALING), help="from the fewest chips to a pod, instead"
+    )
+    p.add_argument("--json", type=Path, help="also write the rows to this file")
+    p.add_argument("--hlo", type=Path, help="also write the compiled programs to this folder")
+    args = p.parse_args(argv)
+    chosen = SCALING[args.scaling] if args.scaling else args.topologies
+    for topology in chosen:
+        if topology.split(":")[0] not in CHIPS:
+            p.error(
+                f"--topologies {topology}: {', '.join(PODS)} and others of these chips are right"
+            )
+    print("Predicted from compiled programs; nothing was run.\n", flush=True)
+    rows: list[Row] = []
+    for name in args.cases:
+        for topology in chosen:
+            kind, shape = topology.split(":")
+            if math.prod(map(int, shape.split("x"))) < CASES[name].sharing[kind]:
+                continue  # too few chips for one copy of the weights
+            rows.append(compile_case(name, topology, args.hlo))
+            print(f"{name} {topology}: compiled in {rows[-1].compile_seconds:.0f} s",
+                  file=sys.stderr, flush=True)  # fmt: skip
+            if args.json:
+                args.json.write_text(json.dumps([as_json(row) for row in rows], indent=1) + "\n")
+    for name in args.cases:
+        case = CASES[name]
+        print(f"{name}: {case.title}; {case.population} members, {case.chunk} at a time")
+    print("\n" + table(rows) + "\n\n" + exchanges(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    prepare()
+    main()
