@@ -7,10 +7,11 @@ read from the compiled program of one chip, and times are those that published r
 count as often as they run, which XLA's own cost analysis leaves out: the column ``x XLA`` is operations
 with every loop's body counted once, over what XLA says, and 1 where the two count alike.
 
-Columns: what is held on a chip (GB: state, data and code; temporaries; share of its memory), operations
-of the matrix units and element-wise ones, bytes of main memory, bytes sent; then seconds of a generation
-by the roofline (which nothing can beat) and by the cycles that the compiler expects, and efficiency: members
-a second and chip over that of the fewest chips.
+The first table is what is held on a chip (GB: state, data and code; temporaries; share of its memory), and
+what it does: operations of the matrix units and element-wise ones, elements looked up by gathers, bytes of
+main memory, bytes sent. The second is seconds of a generation: by what could bound them, by the roofline
+(which nothing can beat), by the cycles that the compiler expects (it expects none for gathers, so these can
+take longer), and efficiency by either: members a second and chip over that of the fewest chips.
 """
 
 import argparse
@@ -164,60 +165,80 @@ def read(compiled: Any, text: str, case: Case, devices: int, chip: Chip) -> dict
 
 # ---------------------------------------------------------------- the tables
 
-HEAD = (
+WORK = (
     "case", "chips", "share weights", "held GB", "temp GB", "memory", "matmul", "element-wise",
-    "HBM bytes", "sent", "roofline s", "bound", "scheduled s", "efficiency", "loops", "x XLA",
+    "gathered", "HBM bytes", "sent", "loops", "x XLA",
 )  # fmt: skip
+TIME = (
+    "case",
+    "chips",
+    "matmul",
+    "element-wise",
+    "memory",
+    "exchange",
+    "roofline s",
+    "scheduled s",
+    "efficiency",
+)
 
 
-def cells(row: Row, first: Row | None) -> list[str]:
-    """A row of the table; efficiency against the row with the fewest chips."""
-    chips = f"{row.devices} {row.topology}"
-    if row.counts is None or row.times is None:
-        return [row.case, chips, str(row.sharing), row.note]
-    c, t = row.counts, row.times
-    efficiency = ""
-    if first is not None and first.times is not None:
-        pairs = (
-            (row.times.roofline, first.times.roofline), (row.times.expected, first.times.expected)
-        )  # fmt: skip
-        scale = first.devices / row.devices * row.population / first.population
-        efficiency = " / ".join(f"{scale * before / now:.0%}" for now, before in pairs)
+def work_cells(row: Row) -> list[str]:
+    """What a chip holds and does."""
+    cells = [row.case, f"{row.devices} {row.topology}", str(row.sharing)]
+    if row.counts is None:
+        return [*cells, row.note]
+    c = row.counts
     return [
-        row.case, chips, str(row.sharing), f"{row.held / 1e9:.2f}", f"{row.temporaries / 1e9:.2f}",
+        *cells, f"{row.held / 1e9:.2f}", f"{row.temporaries / 1e9:.2f}",
         f"{row.memory:.0%}{'' if row.fits else ' TOO MUCH'}", f"{sum(c.matmul.values()):.2e}",
-        f"{c.vector:.2e}", f"{c.bytes:.2e}", f"{sum(c.sent.values()):.2e}", f"{t.roofline:.3g}",
-        t.bound, f"{t.expected:.3g}", efficiency, f"{row.loops:.0f}", f"{row.against_xla:.2f}",
+        f"{c.vector:.2e}", f"{c.gathered:.2e}", f"{c.bytes:.2e}", f"{sum(c.sent.values()):.2e}",
+        f"{row.loops:.0f}", f"{row.against_xla:.2f}",
     ]  # fmt: skip
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown, as the documentation has it."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+def time_cells(row: Row, first: Row) -> list[str]:
+    """How long that takes; efficiency against the row with the fewest chips."""
+    t, before = row.times, first.times
+    assert t is not None and before is not None
+    scale = first.devices / row.devices * row.population / first.population
+    return [
+        row.case, f"{row.devices} {row.topology}",
+        *(f"{x:.2g}" for x in (t.matmul, t.vector, t.memory, t.exchange)),
+        f"{t.roofline:.3g}", f"{t.expected:.3g}",
+        f"{scale * before.roofline / t.roofline:.0%} / {scale * before.expected / t.expected:.0%}",
+    ]  # fmt: skip
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, as the documentation has it; short rows are filled up."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
-        same = [r for r in rows if r.case == row.case and r.chip == row.chip and r.times]
-        first = min(same, key=lambda r: r.devices) if same else None
-        got = cells(row, first)
-        lines.append("| " + " | ".join(got + [""] * (len(HEAD) - len(got))) + " |")
+        lines.append("| " + " | ".join([*row, *[""] * (len(head) - len(row))]) + " |")
     return "\n".join(lines)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Memory and work, then seconds."""
+    timed = [row for row in rows if row.times is not None]
+    fewest = lambda row: min(
+        (r for r in timed if (r.case, r.chip) == (row.case, row.chip)), key=lambda r: r.devices
+    )
+    seconds = [time_cells(row, fewest(row)) for row in timed]
+    return f"{table(WORK, list(map(work_cells, rows)))}\n\n{table(TIME, seconds)}"
 
 
 def exchanges(rows: Sequence[Row]) -> str:
     """Markdown: which collectives, in groups of how many chips, about how many bytes."""
-    lines = [
-        "| case | chips | collective | group | times | bytes of a chip | sent |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    found = []
     for row in rows:
-        for kind, payload in sorted(
-            row.counts.payload.items() if row.counts else [], key=lambda item: -item[1]
-        ):
+        for kind, payload in row.counts.payload.most_common() if row.counts else []:
             assert row.counts is not None
-            lines.append(
-                f"| {row.case} | {row.devices} {row.topology} | {kind.kind} | {kind.group} | "
-                f"{row.counts.calls[kind]:.0f} | {payload:.2e} | {row.counts.sent[kind]:.2e} |"
-            )
-    return "\n".join(lines)
+            found.append([
+                row.case, f"{row.devices} {row.topology}", kind.kind, str(kind.group),
+                f"{row.counts.calls[kind]:.0f}", f"{payload:.2e}", f"{row.counts.sent[kind]:.2e}",
+            ])  # fmt: skip
+    head = ("case", "chips", "collective", "group", "times", "bytes of a chip", "sent")
+    return table(head, found)
 
 
 def as_json(row: Row) -> dict[str, Any]:
@@ -227,7 +248,7 @@ def as_json(row: Row) -> dict[str, Any]:
         c = row.counts
         document["times"] = dataclasses.asdict(row.times) | {"roofline": row.times.roofline}
         document |= {"matmul": dict(c.matmul), "vector": c.vector, "bytes": c.bytes}
-        document |= {"cycles": c.cycles, "unknown_loops": c.unknown}
+        document |= {"gathered": c.gathered, "cycles": c.cycles, "unknown_loops": c.unknown}
         document["collectives"] = [
             {"kind": k.kind, "group": k.group, "calls": c.calls[k], "payload": p, "sent": c.sent[k]}
             for k, p in c.payload.items()
@@ -267,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     for name in args.cases:
         case = CASES[name]
         print(f"{name}: {case.title}; {case.population} members, {case.chunk} at a time")
-    print("\n" + table(rows) + "\n\n" + exchanges(rows))
+    print(f"\n{tables(rows)}\n\n{exchanges(rows)}")
     return rows
 
 

@@ -200,7 +200,7 @@ CASES = {
         )),
     ),
     "7b": Case(
-        "transformer of 7B, 4 texts of 256 tokens", 8192, 8, {"v5e": 8, "v5p": 2, "v6e": 4},
+        "transformer of 7B, 4 texts of 256 tokens", 8192, 8, {"v5e": 16, "v5p": 4, "v6e": 8},
         of_transformer(transformer.TransformerConfig()),
     ),
     "rwkv7": Case(

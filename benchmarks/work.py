@@ -54,6 +54,7 @@ class Counts:
       calls: how many collectives of each kind are run.
       payload: bytes that each kind is about (the operands of a chip).
       sent: bytes that a chip sends for them.
+      gathered: elements that gathers give, a table look-up each. The compiler estimates no cycles for them.
       cycles: the sum of the compiler's own estimates, where it gives any.
       unknown: loops whose number of trips the program does not tell.
     """
@@ -64,6 +65,7 @@ class Counts:
     calls: Counter[Collective] = dataclasses.field(default_factory=Counter)
     payload: Counter[Collective] = dataclasses.field(default_factory=Counter)
     sent: Counter[Collective] = dataclasses.field(default_factory=Counter)
+    gathered: float = 0.0
     cycles: float = 0.0
     unknown: int = 0
 
@@ -76,6 +78,7 @@ class Counts:
                 mine[key] += value * times  # type: ignore[index,assignment]
         self.vector += times * other.vector
         self.bytes += times * other.bytes
+        self.gathered += times * other.gathered
         self.cycles += times * other.cycles
         self.unknown += other.unknown
 
@@ -127,6 +130,8 @@ def _arithmetic(module: Module, computation: str, i: Instruction) -> Counts:
     kind = i.opcode.removesuffix("-start")
     if i.opcode in ELEMENTWISE:
         counts.vector = size
+    elif i.opcode == "gather":
+        counts.gathered = size
     elif i.opcode == "reduce":
         counts.vector = max(t.size for t in types_of(inside, i.operands))
     elif i.opcode in ("dot", "convolution"):

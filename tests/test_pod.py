@@ -110,6 +110,24 @@ def test_a_loop_that_ends_by_what_it_computes_runs_as_often_as_said() -> None:
         Module("no program", 1)
 
 
+def test_what_gathers_look_up_is_counted_and_read() -> None:
+    lines = """%look (param_0.1: s8[65536], param_1.1: s32[40,1]) -> s8[40] {
+  %param_0.1 = s8[65536]{0:T(1024)} parameter(0)
+  %param_1.1 = s32[40,1]{1,0} parameter(1)
+  ROOT %gather.1 = s8[40]{0} gather(%param_0.1, %param_1.1), offset_dims={}, slice_sizes={1}
+}
+
+ENTRY %main (a: s8[65536], b: s32[40,1]) -> s8[40] {
+  %a = s8[65536]{0:T(1024)} parameter(0)
+  %b = s32[40,1]{1,0} parameter(1)
+  ROOT %c = s8[40]{0} fusion(%a, %b), kind=kCustom, calls=%look
+}
+"""
+    counts = work.count(Module(lines, 1))
+    # 40 numbers of the table, 40 indices of four bytes, 40 numbers written; not the whole table.
+    assert counts.gathered == 40 and counts.bytes == 40 + 4 * 40 + 40
+
+
 def test_a_batch_axis_written_as_a_convolution_is_no_more_work() -> None:
     lines = """ENTRY %main (a: s8[9,6,7], b: s8[9,6,5]) -> s32[6,7,5] {
   %a = s8[9,6,7]{2,1,0} parameter(0)
@@ -158,11 +176,15 @@ def test_the_table_says_what_does_not_fit() -> None:
     row = pod.Row("rl", "v5e:2x2", 4, 1, 64, 8, 1e9, 15.5e9, Counts(bytes=819e9), t, 1.0, 3.0)
     alone = dataclasses.replace(row, topology="v5e:1x1", devices=1, temporaries=1e9, population=16)
     refused = pod.Row("1b", "v5e:1x1", 1, 1, 64, 8, note="RESOURCE_EXHAUSTED: 17G of 16G")
-    lines = pod.table([alone, row, refused]).splitlines()
-    assert not row.fits and "103% TOO MUCH" in lines[3]
-    assert alone.fits and "12%" in lines[2] and "100% / 100%" in lines[2]
-    assert not refused.fits and "17G of 16G" in lines[4]
-    assert len({line.count("|") for line in lines}) == 1
+    work_lines, time_lines = (
+        t.splitlines() for t in pod.tables([alone, row, refused]).split("\n\n")
+    )
+    assert not row.fits and "103% TOO MUCH" in work_lines[3]
+    assert alone.fits and "12%" in work_lines[2]
+    assert not refused.fits and "17G of 16G" in work_lines[4]
+    assert len({line.count("|") for line in work_lines}) == 1
+    # The same work on four times the chips for four times the members.
+    assert [line.split("|")[-2].strip() for line in time_lines[2:]] == ["100% / 100%"] * 2
 
 
 # ---------------------------------------------------------------- the cases
@@ -231,8 +253,8 @@ def test_a_small_case_compiles_for_sixteen_chips() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     row = json.loads(done.stdout.splitlines()[-1])
     assert row["devices"] == 16 and row["fits"] and row["unknown_loops"] == 0
-    # Counted alike with every loop once; and 32 chunks of 4096/16 members make most of the work.
-    assert row["against_xla"] == pytest.approx(1, abs=0.1) and row["loops"] > 20
+    # Counted alike with every loop once, of which XLA's own count leaves most of the work out.
+    assert row["against_xla"] == pytest.approx(1, abs=0.1) and row["loops"] > 5
     (exchange,) = [x for x in row["collectives"] if x["payload"] > 1000]
     assert exchange["kind"] == "all-reduce" and exchange["group"] == 16
     assert exchange["payload"] >= 4 * egg.CONFIGS["tiny"].parameters
