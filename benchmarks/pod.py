@@ -109,12 +109,14 @@ def prepare() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def mesh_of(topology: str, sharing: int) -> Mesh:
-    """Chips that nobody has here, in groups that share the weights."""
+def mesh_of(topology: str, sharing: int | None) -> Mesh:
+    """Chips that nobody has here, in groups that share the weights; without such an axis for None."""
     # A single chip is part of a host of four, unless a host of one is asked for.
     single = set(topology.split(":")[1]) <= set("1x")
     extra = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
     devices = topologies.get_topology_desc(topology, "tpu", **extra).devices
+    if sharing is None:
+        return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
     shape, names = (len(devices) // sharing, sharing), (AXIS, MODEL)
     return Mesh(np.array(devices).reshape(shape), names, axis_types=(AxisType.Auto,) * 2)
 
@@ -128,8 +130,9 @@ def compile_case(name: str, topology: str, save: Path | None = None) -> Row:
       save: a folder for the text of the compiled program.
     """
     case, kind = CASES[name], topology.split(":")[0]
-    mesh = mesh_of(topology, case.sharing[kind])
-    empty = Row(name, topology, mesh.size, case.sharing[kind], case.population, case.chunk)
+    sharing = case.sharing.get(kind)
+    mesh = mesh_of(topology, sharing)
+    empty = Row(name, topology, mesh.size, sharing or 1, case.population, case.chunk)
     start = time.perf_counter()
     lowered = case.lower(mesh)
     try:
@@ -278,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     for name in args.cases:
         for topology in chosen:
             kind, shape = topology.split(":")
-            if math.prod(map(int, shape.split("x"))) < CASES[name].sharing[kind]:
+            if math.prod(map(int, shape.split("x"))) < CASES[name].sharing.get(kind, 1):
                 continue  # too few chips for one copy of the weights
             rows.append(compile_case(name, topology, args.hlo))
             print(f"{name} {topology}: compiled in {rows[-1].compile_seconds:.0f} s",
