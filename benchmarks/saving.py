@@ -1,6 +1,6 @@
 """What checkpoints cost a run that saves every generation: the time that it waits in `save`.
 
-    python -m benchmarks.saving --mib 64 --seconds 0.2 1 5
+    python -m benchmarks.saving --mib 64 --seconds 0.5 5
 
 Orbax copies the state and writes it beside the next generation; a save waits for the one before. The
 generation is products of matrices on this machine's CPU, which the writing has to share; its length is
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> dict[float, float]:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--mib", type=int, default=64)
-    parser.add_argument("--seconds", type=float, nargs="+", default=[0.2, 1.0, 5.0])
+    parser.add_argument("--seconds", type=float, nargs="+", default=[0.5, 5.0])
     parser.add_argument("--generations", type=int, default=5)
     parser.add_argument("--blocks", type=int, default=3)
     args = parser.parse_args(argv)
