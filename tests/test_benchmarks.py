@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import arms, common, forward, pretraining, reasoning, scaling, step
+from benchmarks import arms, common, forward, pretraining, reasoning, saving, scaling, step
 from benchmarks.common import Row
 from experiments.pretrain import config as pretrain
 from experiments.run.cli import parse
@@ -48,6 +48,12 @@ def test_scaling(capsys: pytest.CaptureFixture) -> None:
     assert set(ratios) == {(d, name) for d in (1, 2) for name in scaling.ROWS}
     assert all(ratios[d, scaling.DEFAULT] == 1 for d in (1, 2)) and min(ratios.values()) > 0
     assert capsys.readouterr().out.count("deterministic") == 2
+
+
+def test_saving(capsys: pytest.CaptureFixture) -> None:
+    shares = saving.main("--mib 1 --seconds 0.001 --generations 2 --blocks 2".split())
+    assert list(shares) == [0.001] and 0 < shares[0.001] < 1
+    assert "1 MiB saved every generation" in capsys.readouterr().out
 
 
 def test_forward_skips_what_does_not_fit_and_says_why(

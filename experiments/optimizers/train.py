@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from experiments.optimizers.config import Config
 from experiments.optimizers.settings import optimizer_of
 from experiments.optimizers.tasks import Task, make_task
+from experiments.run.devices import layout_of
 from experiments.run.errors import UsageError
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, run
@@ -149,6 +150,7 @@ def job(config: Config) -> Job:
     """
     free: dict[str, Any] = {"run_dir": Path(), "seed": 0, "learning_rate": 1.0}
     shared = programs(replace(config, **free, generations=None, max_generations=1))
+    layout_of(config, alone="backpropagation here has no population to divide")
     return Job(
         start=lambda: shared.start(config.seed, config.learning_rate),
         generation=shared.generation,

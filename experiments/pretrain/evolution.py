@@ -13,6 +13,7 @@ from experiments.pretrain.backprop import repeat
 from experiments.pretrain.carry import Carry
 from experiments.pretrain.config import Config
 from experiments.pretrain.models import Model
+from experiments.run.devices import ONE, Layout
 from experiments.run.optimizers import decayed, make_optimizer
 
 
@@ -22,11 +23,17 @@ class Evolution:
     Args:
         config: the settings.
         model: what is trained.
+        layout: the devices.
     """
 
-    def __init__(self, config: Config, model: Model) -> None:
+    def __init__(self, config: Config, model: Model, layout: Layout = ONE) -> None:
         self._config, self._model = config, model
-        self._es = (integers if config.model == "egg" else floats)(config, model)
+        self._es = (integers if config.model == "egg" else floats)(config, model, layout)
+        # Hidden states are where their members are.
+        each, members = layout.everywhere, layout.members
+        # A tree of shardings, in the place of arrays.
+        lies: Any = (each, members, each, each)
+        self.sharding: Any = None if each is None else Carry(*lies)
         # One object for all generations, which compiles once.
         self._fitness = make_fitness(model)
 
@@ -70,7 +77,7 @@ def make_fitness(model: Model) -> Any:
     return fitness
 
 
-def integers(config: Config, model: Model) -> eggroll.EvolutionStrategy:
+def integers(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStrategy:
     """The strategy for int8 models, whose generations have not one float in them."""
     rule: Any = integer.threshold(lambda t: config.alpha / (1 + config.alpha_decay * t))
     if config.update == "error_feedback":
@@ -84,10 +91,12 @@ def integers(config: Config, model: Model) -> eggroll.EvolutionStrategy:
         plan=model.plan,
         rank=config.rank,
         chunk=config.chunk,
+        mesh=layout.mesh,
+        deterministic=layout.same_bits,
     )
 
 
-def floats(config: Config, model: Model) -> eggroll.EvolutionStrategy:
+def floats(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStrategy:
     """The strategy for float32 models."""
     return eggroll.EvolutionStrategy(
         optimizer=make_optimizer(
@@ -101,6 +110,8 @@ def floats(config: Config, model: Model) -> eggroll.EvolutionStrategy:
         shaping=eggroll.shaping.per_task(),
         chunk=config.chunk,
         on_dense="error",
+        mesh=layout.mesh,
+        deterministic=layout.same_bits,
     )
 
 

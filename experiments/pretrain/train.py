@@ -1,6 +1,5 @@
 """`eggroll pretrain`: from settings to a trained language model, its curve, its texts and a sentence."""
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ from experiments.pretrain.config import Config
 from experiments.pretrain.data import Text, load, pieces, windows
 from experiments.pretrain.evolution import Evolution
 from experiments.pretrain.models import Model, make_model, sample
+from experiments.run import hosts
+from experiments.run.devices import ONE, Layout, layout_of
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, run
 from experiments.run.metrics import Row
@@ -61,8 +62,12 @@ def job(config: Config, text: Text | None = None) -> Job:
     """
     text = text or load(config)
     model = make_model(config)
-    method = make_method(config, model)
-    update = jax.jit(method.generation, donate_argnums=0)
+    backprop = config.algorithm == "backprop"
+    alone = "--algorithm backprop has no population to divide" if backprop else None
+    layout = layout_of(config, config.population, alone)
+    method = make_method(config, model, layout)
+    lies = None if isinstance(method, Backprop) else method.sharding
+    update = layout.jit(method.generation, (lies, layout.everywhere), donate_argnums=0)
     held_out = jnp.asarray(pieces(text.held_out, config.held_out_streams))
 
     def generation(carry: Carry) -> tuple[Carry, dict[str, Any]]:
@@ -72,13 +77,13 @@ def job(config: Config, text: Text | None = None) -> Job:
         rate = config.tokens_an_update / (time.perf_counter() - began)
         return carry, {**row, "timing": {"tokens_per_second": rate}}
 
-    @jax.jit
+    @layout.jit
     def measure(carry: Carry) -> dict[str, Array]:
         found = jax.vmap(model.bits, (None, 0))(method.params(carry), held_out)
         return {f"held_out_{name}": bits.mean() for name, bits in found.items()}
 
     return Job(
-        start=jax.jit(lambda: method.start(jnp.int32(config.seed))),
+        start=layout.jit(lambda: method.start(jnp.int32(config.seed)), lies),
         generation=generation,
         measure=measure,
         reached=lambda row: (
@@ -86,12 +91,15 @@ def job(config: Config, text: Text | None = None) -> Job:
         ),
         tell=tell,
         measured=tuple(f"held_out_{name}" for name in figures(model)),
+        sharding=lies,
     )
 
 
-def make_method(config: Config, model: Model) -> Evolution | Backprop:
+def make_method(config: Config, model: Model, layout: Layout = ONE) -> Evolution | Backprop:
     """How the model is trained."""
-    return Backprop(config, model) if config.algorithm == "backprop" else Evolution(config, model)
+    if config.algorithm == "backprop":
+        return Backprop(config, model)
+    return Evolution(config, model, layout)
 
 
 def figures(model: Model) -> tuple[str, ...]:
@@ -155,7 +163,7 @@ def train(config: Config, started: float | None = None) -> Result:
     model = make_model(config)
     method = make_method(config, model)
     known = anchors(text.train, text.held_out)
-    print(describe(text, known), file=sys.stderr)
+    hosts.say(describe(text, known))
 
     def write_sample(folder: Path, carry: Carry) -> None:
         key = jax.random.fold_in(jax.random.key(config.seed), carry.cursor)

@@ -11,7 +11,6 @@ text, as far as products of another size, which may be summed in another order, 
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +22,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from eggroll import EvolutionStrategy, State
+from eggroll.placement import constrain
+from eggroll.programs import EXACT
 from experiments.reasoning.language_model import LanguageModel
 
 # Stands where there is no token; nothing reads it.
@@ -412,14 +413,29 @@ def _write(
     return _Text(cache, written.token, ended | jnp.any(token == eos)), written
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4,))
-def _call(
+def _called(
     fn: Any, es: EvolutionStrategy | None, source: Any, key: Any, texts: _Text | None, args: tuple
-) -> tuple[_Text, _Written]:
-    """A function of parameters: of the model's own, or of all members of a strategy's state."""
-    if es is not None:
-        return es.map(source, fn, *args, members=texts)
-    return fn(source, key, *(() if texts is None else (texts,)), *args)
+) -> tuple[_Text, Bool[Array, ""], _Written]:
+    """A function of parameters: of the model's own, or of all members of a strategy's state.
+
+    Texts stay where their members are; whether all have ended, and what was written, is for every host.
+    """
+    if es is None:
+        texts, written = fn(source, key, *(() if texts is None else (texts,)), *args)
+        return texts, texts.ended.all(), written
+    texts, written = es.map(source, fn, *args, members=texts)
+    for_hosts = lambda x: constrain(x, jax.P(), es.mesh)
+    return texts, for_hosts(texts.ended.all()), jax.tree.map(for_hosts, written)
+
+
+_FORMS: dict[str, Any] = dict(static_argnums=(0, 1), donate_argnums=(4,))
+_plain_call = jax.jit(_called, **_FORMS)
+_exact_call = jax.jit(_called, compiler_options=EXACT, **_FORMS)
+
+
+def _call(fn: Any, es: EvolutionStrategy | None, *args: Any) -> Any:
+    """`_called`, compiled; exactly where a strategy is deterministic."""
+    return (_exact_call if es is not None and es.deterministic else _plain_call)(fn, es, *args)
 
 
 # ---------------------------------------------------------------- what the host does
@@ -458,13 +474,13 @@ class _Writer(NamedTuple):
         count, steps = segments(self.sampling.max_new_tokens, self.segment)
         begin = _Begin(self.model, self.sampling, count * steps)
         go_on = _GoOn(self.model, self.sampling, steps)
-        texts, first = _call(begin, self.es, source, key, None, (eos, ids, tokens, lengths))
+        texts, over, first = _call(begin, self.es, source, key, None, (eos, ids, tokens, lengths))
         pieces = [first]
         for i in range(count):
-            if jax.device_get(texts.ended).all():
+            if jax.device_get(over):
                 break
             t = jax.device_put(np.int32(i * steps))
-            texts, piece = _call(go_on, self.es, source, key, texts, (eos, ids, t))
+            texts, over, piece = _call(go_on, self.es, source, key, texts, (eos, ids, t))
             pieces.append(piece)
         return jax.tree.map(lambda *x: np.concatenate(x, -1), *jax.device_get(pieces))
 

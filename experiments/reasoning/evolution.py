@@ -17,6 +17,7 @@ from experiments.reasoning.engine import stream
 from experiments.reasoning.examiner import Examiner, repeated, sampling_of
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question
+from experiments.run.devices import ONE, Layout
 from experiments.run.optimizers import decayed, make_optimizer
 
 FITNESS = {"likelihood": sft.cross_entropy_score, "match": sft.exact_match_score}
@@ -28,10 +29,11 @@ class Evolution:
     Args:
         config: the settings.
         begin: the model.
+        layout: the devices.
     """
 
-    def __init__(self, config: Config, begin: Start) -> None:
-        self._config, self._begin = config, begin
+    def __init__(self, config: Config, begin: Start, layout: Layout = ONE) -> None:
+        self._config, self._begin, self._layout = config, begin, layout
         rate = decayed(config.learning_rate, config.learning_rate_decay)
         optimizer = make_optimizer(config.optimizer, rate)
         if config.anchor:
@@ -50,8 +52,10 @@ class Evolution:
             noise_reuse=config.noise_reuse,
             chunk=config.chunk,
             on_dense="error",
+            mesh=layout.mesh,
+            deterministic=layout.same_bits,
         )
-        self._update = jax.jit(self._updated, donate_argnums=0)
+        self._update = layout.jit(self._updated, donate_argnums=0)
 
     def start(self, seed: Array) -> Any:
         """The state before generation 0."""
@@ -81,7 +85,9 @@ class Evolution:
     def _score(self) -> Any:
         """Scores of all members on worked solutions."""
         score = functools.partial(FITNESS[self._config.fitness], self._begin.model)
-        return jax.jit(lambda state, tokens, mask: self.es.evaluate(state, score, tokens, mask))
+        return self._layout.jit(
+            lambda state, tokens, mask: self.es.evaluate(state, score, tokens, mask)
+        )
 
     def _likely(
         self, state: Any, questions: Sequence[Question], examiner: Examiner
@@ -91,7 +97,7 @@ class Evolution:
 
     def _rewarded(
         self, state: Any, questions: Sequence[Question], examiner: Examiner
-    ) -> tuple[Array, dict[str, Any]]:
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Rewards of what every member answers."""
         config = self._config
         asked = repeated(questions, config.samples)
@@ -129,7 +135,7 @@ class Evolution:
             together(part.completions.entropy for part in parts),
         )
         row["generated_tokens"] = int(lengths.sum())
-        return jnp.asarray(objective(rewards, config)), row
+        return objective(rewards, config), row
 
     def params(self, state: Any) -> PyTree:
         """The trained parameters."""

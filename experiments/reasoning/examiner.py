@@ -1,5 +1,6 @@
 """Asks a model questions and has its answers rewarded."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from experiments.reasoning.sft import Packed, room
 from experiments.reasoning.sft import pack as pack_examples
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question, Task, columns
+from experiments.run import agreement
 from experiments.run.errors import UsageError
 
 
@@ -94,14 +96,24 @@ class Examiner:
         return texts_of(self._begin.tokenizer, completions)
 
     def hand_in(self, texts: Sequence[str], questions: Sequence[Question]) -> Handle:
-        """Begins to compute rewards of texts; `questions` are those of the texts, one for each."""
+        """Begins to compute rewards of texts; `questions` are those of the texts, one for each.
+
+        Of several processes each computes a part: a reward that one of them gave up for its time could be
+        told by another, and no two may go on from different rewards.
+        """
+        own = agreement.own_part(len(texts))
+        texts, questions = texts[own], questions[own]
         answers = [question.answer for question in questions]
         return self._pool.submit(texts, answers, **columns(questions))
 
     def marks(self, handle: Handle, shape: tuple[int, ...]) -> Marks:
-        """The rewards that were handed in, waited for."""
-        batch = handle.result()
-        table = lambda values: np.array(values, np.float32).reshape(shape)  # None becomes NaN
+        """The rewards that were handed in, waited for, those of other processes too."""
+        batch, count = handle.result(), math.prod(shape)
+
+        def table(values: Sequence[float | None]) -> np.ndarray:
+            # None becomes NaN.
+            return agreement.from_parts(np.array(values, np.float32), count).reshape(shape)
+
         return Marks(
             table(batch.rewards), {name: table(values) for name, values in batch.parts.items()}
         )

@@ -22,6 +22,7 @@ from experiments.models import (
 from experiments.reasoning.config import Config
 from experiments.reasoning.language_model import LanguageModel, of_rwkv7, of_transformer
 from experiments.reasoning.tasks import Task
+from experiments.run import hosts
 from experiments.run.drivers import read_run
 from experiments.run.errors import UsageError
 
@@ -147,6 +148,8 @@ def _pairs(config: Config, task: Task | None) -> tokens.Tokenizer:
 def keep_tokenizer(config: Config, begin: Start) -> None:
     """Writes byte pairs into the run folder, once: another version of tokenizers may learn others."""
     folder = config.run_dir / "tokenizer"
+    if not hosts.first():
+        return
     if config.tokenizer == "bpe" and not (folder / "tokenizer_config.json").exists():
         begin.tokenizer.save(folder)
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +33,8 @@ from experiments.reasoning.speed import expected_tokens_per_s
 from experiments.reasoning.start import Start, keep_tokenizer, start
 from experiments.reasoning.start import save as save_model
 from experiments.reasoning.tasks import Question, Task
+from experiments.run import agreement, hosts
+from experiments.run.devices import Layout, layout_of
 from experiments.run.errors import UsageError
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, run
@@ -42,7 +43,7 @@ from experiments.run.plots import learning_curve
 from experiments.run.samples import add_sample
 from experiments.run.stopwatch import Stopwatch
 
-METHODS = {"eggroll": Evolution, "grpo": GroupPolicy, "sft": Supervised}
+METHODS: dict[str, Any] = {"grpo": GroupPolicy, "sft": Supervised}
 # A completion with this reward is right.
 RIGHT = 1.0
 
@@ -98,7 +99,10 @@ class Course:
         self.task: Task = tasks.load(config.task, **config.task_arguments())
         self.begin: Start = start(config, self.task)
         self.reward = reward_of(config, self.task)
-        self.method: Any = METHODS[config.algorithm](config, self.begin)
+        evolves = config.algorithm == "eggroll"
+        alone = None if evolves else f"--algorithm {config.algorithm} has no population to divide"
+        self.layout = layout_of(config, config.population, alone)
+        self.method: Any = method_of(config, self.begin, self.layout)
 
     def fit_memory(self, examiner: Examiner) -> MemoryPlan:
         """What a population takes of the memory; where not all fits at once, members and questions take
@@ -106,24 +110,30 @@ class Course:
         config = self.config
         prompts = examiner.prompts(examiner.questions(0))
         shapes = jax.eval_shape(self.begin.params, jnp.int32(0))
+        # Every device has the members of at most so many pairs.
+        share = 2 * -(-config.population // (2 * self.layout.devices))
+        # The same for all processes, whose programs are one.
+        budget = agreement.least(
+            device_bytes() if config.memory_gib is None else int(config.memory_gib * 2**30)
+        )
         plan = plan_memory(
             self.begin.model,
             self.method.es,
             shapes,
-            config.population,
+            share,
             config.prompts * config.samples,
             prompts.tokens.shape[1],
             sampling_of(config),
-            device_bytes() if config.memory_gib is None else int(config.memory_gib * 2**30),
+            budget,
         )
-        chunk = plan.members if plan.members < config.population else None
+        chunk = plan.members if plan.members < share else None
         few = max(1, plan.prompts // config.samples)
         self.config = dataclasses.replace(
             config,
             chunk=config.chunk or chunk,
             prompt_chunk=config.prompt_chunk or (few if few < config.prompts else None),
         )
-        self.method = METHODS[config.algorithm](self.config, self.begin)
+        self.method = method_of(self.config, self.begin, self.layout)
         return plan._replace(
             tokens_per_s=expected_tokens_per_s(shapes, plan.members * plan.prompts)
         )
@@ -136,7 +146,7 @@ class Course:
     def first(self) -> Carry:
         """The state before generation 0."""
         seed = jnp.int32(self.config.seed)
-        return Carry(self.method.start(seed), jnp.int32(0), seed)
+        return self.layout.put(Carry(self.method.start(seed), jnp.int32(0), seed))
 
     @contextlib.contextmanager
     def examiner(self) -> Iterator[Examiner]:
@@ -177,6 +187,13 @@ class Course:
         return written, texts, marks.rewards
 
 
+def method_of(config: Config, begin: Start, layout: Layout) -> Any:
+    """How the model learns."""
+    if config.algorithm == "eggroll":
+        return Evolution(config, begin, layout)
+    return METHODS[config.algorithm](config, begin)
+
+
 def job(config: Config, course: Course | None = None, examiner: Examiner | None = None) -> Job:
     """The run as the loop takes it; without an examiner only its start can be used.
 
@@ -215,6 +232,7 @@ def job(config: Config, course: Course | None = None, examiner: Examiner | None 
         tell=tell,
         measured=("held_out_accuracy", "held_out_reward", "held_out_length"),
         totals=("generated_tokens",),
+        sharding=course.layout.everywhere,
     )
 
 
@@ -255,12 +273,12 @@ def train(config: Config, started: float | None = None) -> Result:
     config.check()
     config = config.settled()
     course = Course(config)
-    print(describe(course), file=sys.stderr)
+    hosts.say(describe(course))
 
     with open_run_folder("reasoning", config) as folder, course.examiner() as examiner:
         keep_tokenizer(config, course.begin)
         if config.algorithm == "eggroll":
-            print(course.fit_memory(examiner).describe(), file=sys.stderr)
+            hosts.say(course.fit_memory(examiner).describe())
         task_job = job(config, course, examiner)
 
         def measure(carry: Carry) -> Any:

@@ -11,6 +11,7 @@ from experiments.rl.environments import Task
 from experiments.rl.policy import Policy
 from experiments.rl.rollout import run_episodes
 from experiments.rl.statistics import Statistics, merge, nothing_seen
+from experiments.run.devices import ONE, Layout
 from experiments.run.optimizers import Rates, make_optimizer, rates_of
 
 
@@ -26,7 +27,9 @@ class Carry(NamedTuple):
     statistics: Statistics
 
 
-def make_strategy(config: Config, rates: Rates | None = None) -> eggroll.EvolutionStrategy:
+def make_strategy(
+    config: Config, rates: Rates | None = None, layout: Layout = ONE
+) -> eggroll.EvolutionStrategy:
     """The evolution strategy that the settings describe, at other rates than theirs if any are given."""
     rates = rates or rates_of(config)
     return eggroll.EvolutionStrategy(
@@ -36,6 +39,8 @@ def make_strategy(config: Config, rates: Rates | None = None) -> eggroll.Evoluti
         rank=config.rank,
         shaping=getattr(eggroll.shaping, config.shaping)(),
         on_dense="error",
+        mesh=layout.mesh,
+        deterministic=layout.same_bits,
     )
 
 
@@ -54,9 +59,15 @@ def start(
     return Carry(state, nothing_seen(task.observations))
 
 
-def make_generation(config: Config, policy: Policy, task: Task, rates: Rates | None = None) -> Any:
+def make_generation(
+    config: Config,
+    policy: Policy,
+    task: Task,
+    rates: Rates | None = None,
+    layout: Layout = ONE,
+) -> Any:
     """carry -> (next carry, metric row)."""
-    es = make_strategy(config, rates)
+    es = make_strategy(config, rates, layout)
 
     def fitness(
         params: PyTree, key: Key[Array, ""], statistics: Statistics
@@ -71,7 +82,9 @@ def make_generation(config: Config, policy: Policy, task: Task, rates: Rates | N
     def generation(carry: Carry) -> tuple[Carry, dict[str, Array]]:
         scores, (steps, seen) = es.evaluate(carry.es, fitness, carry.statistics)
         state, metrics = es.update(carry.es, scores)
-        statistics = carry.statistics if seen is None else merge(carry.statistics, seen)
+        statistics = (
+            carry.statistics if seen is None else merge(carry.statistics, layout.gather(seen))
+        )
         row = metrics._asdict()
         del row["generation"]  # the loop's own
         return Carry(state, statistics), {**row, "environment_steps": steps.sum()}

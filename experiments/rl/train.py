@@ -15,6 +15,7 @@ from experiments.rl.config import GYMNASIUM, Config
 from experiments.rl.environments import Task, make_task
 from experiments.rl.policy import Policy, make_policy
 from experiments.rl.rollout import run_episode
+from experiments.run.devices import ONE, Layout, layout_of
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, Outcome, run
 from experiments.run.metrics import Row
@@ -67,6 +68,7 @@ def job(config: Config) -> Job:
         measured=("held_out_return",),
         totals=("environment_steps",),
     )
+    layout = layout_of(config, config.population, why_alone(config))
     if config.env.startswith(GYMNASIUM):
         from experiments.rl.outside import Outside
 
@@ -75,23 +77,39 @@ def job(config: Config) -> Job:
     task, policy = parts(config)
     seeds = config.seed + jnp.arange(config.seeds)
     every = many(config.seeds)
-    begin, generation, held_out = (every(f) for f in pieces(config, task, policy))
+    begin, generation, held_out = (every(f) for f in pieces(config, task, policy, layout=layout))
     return Job(
-        start=jax.jit(lambda: begin(seeds if config.seeds > 1 else seeds[0])),
-        generation=jax.jit(generation, donate_argnums=0),
-        measure=jax.jit(lambda carry: held_out(carry, seeds if config.seeds > 1 else seeds[0])),
+        start=layout.jit(lambda: begin(seeds if config.seeds > 1 else seeds[0])),
+        generation=layout.jit(generation, donate_argnums=0),
+        measure=layout.jit(lambda carry: held_out(carry, seeds if config.seeds > 1 else seeds[0])),
+        sharding=layout.everywhere,
         **common,
     )
 
 
-def pieces(config: Config, task: Task, policy: Policy, rates: Rates | None = None) -> Pieces:
+def why_alone(config: Config) -> str | None:
+    """Why a run has one device, if it has."""
+    if config.env.startswith(GYMNASIUM):
+        return f"--env {config.env} is stepped by this process"
+    if config.algorithm != "eggroll":
+        return f"--algorithm {config.algorithm} has no population to divide"
+    return f"--seeds {config.seeds} are one program" if config.seeds > 1 else None
+
+
+def pieces(
+    config: Config,
+    task: Task,
+    policy: Policy,
+    rates: Rates | None = None,
+    layout: Layout = ONE,
+) -> Pieces:
     """What a run with one seed is made of; evolution strategies take other rates than the settings'."""
     if config.algorithm == "ppo":
         begin: Any = lambda seed: ppo.start(config, policy, task, seed)
         generation = ppo.make_generation(config, policy, task)
     else:
         begin = lambda seed: evolution.start(config, policy, task, seed, rates)
-        generation = evolution.make_generation(config, policy, task, rates)
+        generation = evolution.make_generation(config, policy, task, rates, layout)
     return Pieces(begin, generation, make_measure(config, policy, task))
 
 

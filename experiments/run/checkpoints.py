@@ -1,4 +1,7 @@
-"""States on disk, by orbax: the two newest, written beside the training, read back with care."""
+"""States on disk, by orbax: the two newest, written beside the training, read back with care.
+
+Several processes save and restore jointly: each writes what its devices hold, into one folder.
+"""
 
 import contextlib
 import shutil
@@ -9,7 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from experiments.run import agreement, hosts
 from experiments.run.errors import RunError
 
 KEPT = 2
@@ -54,8 +59,10 @@ class Checkpoints:
 
     def _clear_unfinished(self) -> None:
         """Removes what a killed process was still writing: orbax renames what is whole."""
-        for path in self._path.glob(f"*{self._ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(path)
+        if hosts.first():
+            for path in self._path.glob(f"*{self._ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path)
+        agreement.sync("cleared")
 
     def save(self, generation: int, state: Any, totals: dict[str, Any]) -> None:
         """Save in the background; the state may be donated as soon as this returns.
@@ -89,7 +96,10 @@ class Checkpoints:
             )
 
     def restore(
-        self, start: Callable[[], Any], tell: Callable[[str], None] | None = None
+        self,
+        start: Callable[[], Any],
+        tell: Callable[[str], None] | None = None,
+        place: Any = None,
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """(generation, state, totals) of the newest checkpoint that can be read, None if there is none.
 
@@ -98,19 +108,20 @@ class Checkpoints:
         Args:
           start: makes the state at generation 0; here it only says what a state looks like.
           tell: gets a sentence for every checkpoint that is damaged and passed over.
+          place: shardings to read the state with, a tree of which its own begins, whatever those that it
+            was saved with; by default the first device has it.
 
         Raises:
           RunError: for a checkpoint of a state of other shapes, or where there are checkpoints and none
             can be read; nothing is moved then.
         """
         tell = tell or (lambda sentence: print(sentence, file=sys.stderr))
-        if not self._path.is_dir():
+        if not agreement.agreed(self._path.is_dir()):
             return None
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(_stored(x.shape), x.dtype, sharding=place),
-            jax.eval_shape(start),
-        )
+        wanted = jax.eval_shape(start)
+        if place is None:
+            place = SingleDeviceSharding(jax.local_devices()[0])
+        shapes = jax.tree.map(_stored, wanted, jax.tree.broadcast(place, wanted))
         damaged: dict[int, str] = {}
         for generation in sorted(self._open().all_steps(), reverse=True):
             try:
@@ -119,6 +130,8 @@ class Checkpoints:
                 raise
             # Orbax, its readers and decoders raise errors of a dozen types for damaged files.
             except Exception as error:
+                if hosts.tells_of_loss(error):
+                    raise
                 damaged[generation] = _first_line(error)
                 continue
             for other, reason in damaged.items():
@@ -128,7 +141,6 @@ class Checkpoints:
                     f"and that of generation {generation} is used."
                 )
             generation, state, totals = found
-            wanted = jax.eval_shape(start)
             state = jax.tree.map(
                 lambda x, w: x if w.size else jnp.zeros(w.shape, w.dtype), state, wanted
             )
@@ -158,12 +170,15 @@ class Checkpoints:
 
     def _set_aside(self, generation: int) -> Path:
         aside = self._path.parent / "damaged"
-        aside.mkdir(exist_ok=True)
         target = aside / str(generation)
         while target.exists():
             target = target.with_name(target.name + "_")
         self._close()
-        (self._path / str(generation)).rename(target)
+        agreement.sync("before setting aside")
+        if hosts.first():
+            aside.mkdir(exist_ok=True)
+            (self._path / str(generation)).rename(target)
+        agreement.sync("set aside")
         self._open()
         return target
 
@@ -177,6 +192,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and hosts.tells_of_loss(error):
+            return  # what is unfinished stays so: to end it takes all processes
         # Whatever ends the block, nothing goes on writing after it: the next to open the folder, in
         # this process or another, clears away what looks unfinished.
         try:
@@ -199,9 +216,13 @@ class Checkpoints:
             manager.close()
 
 
-def _stored(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that an array is stored in: orbax takes none without entries, so one stands for them."""
-    return (1,) if 0 in shape else shape
+def _stored(x: Any, place: Any) -> jax.ShapeDtypeStruct:
+    """How an array is stored and read: orbax takes none without entries, so one entry stands for them."""
+    if x.size:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, jax.P())
+    return jax.ShapeDtypeStruct((1,), x.dtype, sharding=place)
 
 
 @jax.jit
@@ -222,6 +243,8 @@ def _in_one_sentence(path: Path) -> Iterator[None]:
         yield
     # While writing, too, orbax raises errors of many types.
     except Exception as error:
+        if hosts.tells_of_loss(error):
+            raise
         raise RunError(
             f"a checkpoint could not be written to {path}: {_first_line(error)}; make room and run the "
             "same command again to continue"

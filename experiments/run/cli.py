@@ -111,12 +111,18 @@ def _train(driver: str, args: Sequence[str]) -> int:
     config: Any = parse(settings.Config, settings.PRESETS, args, f"eggroll {driver}")
     config.check()
 
-    train = importlib.import_module(modules.train).train
-    from experiments.run.compilation import keep_compiled_programs
+    from experiments.run import hosts
 
-    keep_compiled_programs()
-    print(train(config, STARTED).sentence)
-    print(f"Metrics, checkpoints and the curve are in {config.run_dir}.")
+    # Before anything that might start JAX's backend.
+    with hosts.joined(config):
+        train = importlib.import_module(modules.train).train
+        from experiments.run.compilation import keep_compiled_programs
+
+        keep_compiled_programs()
+        sentence = train(config, STARTED).sentence
+        if hosts.first():
+            print(sentence)
+            print(f"Metrics, checkpoints and the curve are in {config.run_dir}.")
     return 0
 
 

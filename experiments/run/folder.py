@@ -17,11 +17,13 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from experiments.run import hosts
 from experiments.run.errors import InUse, RunError, UsageError
 from experiments.run.settings import RunSettings, differences, to_json
 
@@ -37,9 +39,45 @@ PACKAGES = ("eggroll-jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-che
 def open_run_folder(driver: str, settings: RunSettings) -> Iterator[Path]:
     """The folder of a run, made or found, held by this process alone.
 
+    Of several processes the first holds it. The others get a folder that is removed at the end, so that all
+    do the same, and one alone writes what is kept.
+
     Raises:
-        UsageError: if it cannot be written to, is in use, or holds a run of other settings.
+        UsageError: if it cannot be written to, is in use, or holds a run of other settings; or if another
+            process does not see it.
     """
+    from experiments.run import agreement
+
+    with contextlib.ExitStack() as stack:
+        path: Path = settings.run_dir
+        problem: UsageError | None = None
+        if hosts.first():
+            try:
+                stack.enter_context(_held_run_folder(driver, settings))
+            except UsageError as error:
+                problem = error
+        agreement.share_fate(problem)
+        if not hosts.first():
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eggroll-")))
+            problem = _copy_rows(settings.run_dir, path)
+        agreement.share_fate(problem)
+        yield path
+
+
+def _copy_rows(run_dir: Path, to: Path) -> UsageError | None:
+    """Copies the rows that there are; gives what is wrong, if anything is."""
+    if not (run_dir / "config.json").exists():
+        return UsageError(
+            f"--run-dir {run_dir}: this process does not see what the first wrote there; choose a folder on "
+            "a file system that all hosts share"
+        )
+    if (run_dir / "metrics.jsonl").exists():
+        shutil.copy(run_dir / "metrics.jsonl", to)
+    return None
+
+
+@contextlib.contextmanager
+def _held_run_folder(driver: str, settings: RunSettings) -> Iterator[None]:
     path = settings.run_dir
     config = {"driver": driver, **to_json(settings)}
     with contextlib.ExitStack() as stack:
@@ -64,7 +102,7 @@ def open_run_folder(driver: str, settings: RunSettings) -> Iterator[Path]:
             (path / "result.json").unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(f"--run-dir {path} cannot be written to: {error.strerror}") from error
-        yield path
+        yield
 
 
 @contextlib.contextmanager

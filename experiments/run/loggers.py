@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from experiments.run import hosts
 from experiments.run.errors import UsageError
 from experiments.run.settings import RunSettings, to_json
 
@@ -23,9 +24,9 @@ def loggers(settings: RunSettings, folder: Path, generation: int) -> Iterator[Lo
     """
     with ExitStack() as stack:
         logs: list[Log] = []
-        if settings.tensorboard:
+        if settings.tensorboard and hosts.first():
             logs.append(stack.enter_context(_tensorboard(folder / "tensorboard", generation)))
-        if settings.wandb_project is not None:
+        if settings.wandb_project is not None and hosts.first():
             logs.append(stack.enter_context(_wandb(settings, folder)))
 
         def log(row: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ else decides the future, so that a run killed anywhere and continued gives the b
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments.run import agreement, hosts
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import Interrupted, RunError
 from experiments.run.loggers import loggers
@@ -53,6 +53,7 @@ class Job(NamedTuple):
         tell: the newest row in a few words, for the progress bar.
         measured: the names of what `measure` gives; None in the rows between.
         totals: names of row values that are summed over the generations of the run.
+        sharding: how the state lies on several devices, a tree of which its own begins; None for one.
     """
 
     start: Callable[[], Any]
@@ -62,6 +63,7 @@ class Job(NamedTuple):
     tell: Callable[[Row], str]
     measured: tuple[str, ...]
     totals: tuple[str, ...] = ()
+    sharding: Any = None
 
 
 class Outcome(NamedTuple):
@@ -88,7 +90,7 @@ class Record:
     Args:
         job: what is run.
         settings: of the run.
-        folder: the run folder, held by this process.
+        folder: what `open_run_folder` gave: the run folder, or of other processes than the first their own.
         watch: whose seconds the rows carry.
 
     Attributes:
@@ -103,12 +105,14 @@ class Record:
         self._latest: Row = {}  # the last measured values, for the progress bar
         self._useless = 0
         with contextlib.ExitStack() as stack:
-            self._checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints"))
-            found = self._checkpoints.restore(job.start)
+            # Those are of all processes in common.
+            path = settings.run_dir / "checkpoints"
+            self._checkpoints = stack.enter_context(Checkpoints(path))
+            found = self._checkpoints.restore(job.start, place=job.sharding)
             self.generation, self.state, self._totals = found or (0, job.start(), {})
             self._saved = self._begun = self.generation
             if found:
-                print(f"Continuing {folder} at generation {self.generation}.", file=sys.stderr)
+                hosts.say(f"Continuing {settings.run_dir} at generation {self.generation}.")
             path = folder / "metrics.jsonl"
             self._metrics = stack.enter_context(MetricsFile(path, self.generation))
             self._log = stack.enter_context(loggers(settings, folder, self.generation))
@@ -131,7 +135,7 @@ class Record:
         if self.generation >= self.settings.limit or (
             self.settings.generations is None
             and self._measured
-            and self.job.reached(self._measured)
+            and agreement.agreed(self.job.reached(self._measured))
         ):
             self.after = self._measured
         return self.after is not None
@@ -202,18 +206,18 @@ def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outc
         state = record.state
         del record.state  # its memory is the next generation's
         watch.finish("start")
-        with Progress(settings.limit) as progress:
+        with Progress(settings.limit, shown=hosts.first()) as progress:
             progress.update(record.generation, "compiling")
             while True:
                 began = time.perf_counter()
                 if record.over(jax.device_get(job.measure(state)) if record.due else None):
                     break
-                if stop.reason:
+                if stop.at(record.generation):
                     break
                 state, row = job.generation(state)
                 record.add(jax.device_get(dict(row)), began)
                 progress.update(record.generation, record.told)
-                if record.save_due:
+                if agreement.agreed(record.save_due):
                     record.save(state)
                 if hopeless := record.hopeless:
                     record.save(state)

@@ -12,11 +12,12 @@ class Progress:
 
     Args:
         total: generations after which it ends.
+        shown: whether anything is said at all.
     """
 
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._bar = _bar() if sys.stderr.isatty() else None
+    def __init__(self, total: int, shown: bool = True) -> None:
+        self._total, self._shown = total, shown
+        self._bar = _bar() if shown and sys.stderr.isatty() else None
         self._last_line = time.perf_counter()
 
     def __enter__(self) -> "Progress":
@@ -29,7 +30,7 @@ class Progress:
         """Say that `done` generations are over, and something about them."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)
-        elif time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
+        elif self._shown and time.perf_counter() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.perf_counter()
             print(f"generation {done} of at most {self._total}: {text}", file=sys.stderr)
 

@@ -38,6 +38,21 @@ class RunSettings:
     """Also write the metrics for TensorBoard, into the run folder."""
     wandb_project: str | None = None
     """Also send the metrics to this project of Weights & Biases."""
+    devices: int | None = None
+    """Devices that a population is divided over; by default all GPUs or TPUs, but one CPU device. Several
+    processes use all they have."""
+    same_bits: bool = False
+    """Results to the bit whatever the number of devices; slower. Integers have that without."""
+    coordinator: str | None = None
+    """Address HOST:PORT of process 0, for a run of several processes; "auto" on clusters that JAX knows (TPU
+    pods, Slurm, GKE, Open MPI). Else JAX_COORDINATOR_ADDRESS, if set."""
+    processes: int | None = None
+    """How many processes there are; else JAX_NUM_PROCESSES."""
+    process: int | None = None
+    """Which of them this is, from 0; else JAX_PROCESS_ID."""
+    lost_seconds: int = 100
+    """Seconds after which a process that does not come, or gives no sign of life, counts as lost, which ends
+    the others."""
 
     @property
     def together(self) -> str | None:
@@ -53,6 +68,7 @@ class RunSettings:
     def check_run(self) -> None:
         """Raises UsageError for the first of these settings that cannot be right."""
         at_least_one(self, "generations", "max_generations", "evaluate_every")
+        at_least_one(self, "devices", "processes", "lost_seconds")
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"--seed {self.seed}: choose a whole number from 0 to {2**31 - 1}")
         if not (math.isfinite(self.checkpoint_seconds) and self.checkpoint_seconds >= 0):
@@ -65,6 +81,7 @@ class RunSettings:
 FREE = frozenset(
     {"run_dir", "generations", "max_generations", "checkpoint_seconds", "overwrite"}
     | {"accept_changes", "tensorboard", "wandb_project", "preset"}
+    | {"devices", "coordinator", "processes", "process", "lost_seconds"}
 )
 
 
@@ -78,6 +95,8 @@ def program_of(settings: RunSettings) -> str | None:
     A decay of 1 is another program than any other decay: it needs no schedule.
     """
     if settings.tensorboard or settings.wandb_project is not None or settings.seeds != 1:  # type: ignore[attr-defined]
+        return None
+    if settings.devices not in (None, 1) or settings.same_bits:
         return None
     own = {
         name: value

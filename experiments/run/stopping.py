@@ -1,9 +1,12 @@
 """SIGTERM and Ctrl-C as requests: the run saves at the next generation boundary, then ends."""
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
+
+from experiments.run import hosts
 
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -13,18 +16,37 @@ class StopRequest:
 
     reason: str | None = None
 
+    def at(self, generation: int) -> bool:
+        """Whether to stop before this generation, which has to be asked before every one."""
+        return self.reason is not None
+
+
+class JointRequest(StopRequest):
+    """Of several processes: somebody asked one of them, and all stop before the same generation."""
+
+    def at(self, generation: int) -> bool:
+        stop = hosts.preempted(generation)
+        if stop and self.reason is None:
+            self.reason = SIGNALS[signal.SIGTERM]
+        return stop
+
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
     """Collects the signals within the block; a second Ctrl-C interrupts at once."""
-    request = StopRequest()
+    joint = hosts.several()
+    request = JointRequest() if joint else StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
         if request.reason is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.reason = SIGNALS[signal.Signals(number)]
+        if joint:
+            # JAX has a handler of its own for it, by which all processes are told.
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    numbers = [signal.SIGINT] if joint else list(SIGNALS)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield request
     finally:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 import eggroll
 from experiments.models.mlp import MLP
+from experiments.run.devices import ONE, Layout, layout_of
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, Outcome, run
 from experiments.run.metrics import Row
@@ -85,20 +86,29 @@ def job(config: Config) -> Job:
     """
     every = many(config.seeds)
     seeds = config.seed + jnp.arange(config.seeds)
-    begin, generation, measure = pieces(config, load(config.data))
+    layout = layout_of(config, config.population, why_alone(config))
+    begin, generation, measure = pieces(config, load(config.data), layout=layout)
     return Job(
-        start=jax.jit(lambda: every(begin)(seeds if config.seeds > 1 else seeds[0])),
-        generation=jax.jit(every(generation), donate_argnums=0),
-        measure=jax.jit(every(lambda carry: measure(carry, carry.seed))),
+        start=layout.jit(lambda: every(begin)(seeds if config.seeds > 1 else seeds[0])),
+        generation=layout.jit(every(generation), donate_argnums=0),
+        measure=layout.jit(every(lambda carry: measure(carry, carry.seed))),
         reached=lambda row: (
             config.target is not None and min(each(row["held_out_accuracy"])) >= config.target
         ),
         tell=tell,
         measured=("held_out_accuracy", "train_accuracy"),
+        sharding=layout.everywhere,
     )
 
 
-def pieces(config: Config, data: Data, rates: Rates | None = None) -> Pieces:
+def why_alone(config: Config) -> str | None:
+    """Why a run has one device, if it has."""
+    if config.algorithm != "eggroll":
+        return f"--algorithm {config.algorithm} has no population to divide"
+    return f"--seeds {config.seeds} are one program" if config.seeds > 1 else None
+
+
+def pieces(config: Config, data: Data, rates: Rates | None = None, layout: Layout = ONE) -> Pieces:
     """What a run with one seed is made of, at other rates than the settings' if any are given."""
     model = make_model(config, data)
     rates = rates or rates_of(config)
@@ -109,6 +119,8 @@ def pieces(config: Config, data: Data, rates: Rates | None = None) -> Pieces:
         sigma=rates.noise,
         rank=config.rank,
         on_dense="error",
+        mesh=layout.mesh,
+        deterministic=layout.same_bits,
     )
     x, y = jnp.asarray(data.x), jnp.asarray(data.y)
     size = min(config.batch, len(data.y))

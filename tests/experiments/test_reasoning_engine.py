@@ -251,10 +251,10 @@ def test_no_matrix_is_built_and_no_cache_copied(family: str) -> None:
     ids = jax.ShapeDtypeStruct((1,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     begin, go_on = engine._Begin(model, GREEDY, 8), engine._GoOn(model, GREEDY, 8)
-    first = engine._call.lower(begin, es, state, None, None, (ids, ids, tokens, ids))
+    first = engine._plain_call.lower(begin, es, state, None, None, (ids, ids, tokens, ids))
     texts = first.out_info[0]
     t = jax.ShapeDtypeStruct((), jnp.int32)
-    program = engine._call.lower(go_on, es, state, None, texts, (ids, ids, t)).compile()
+    program = engine._plain_call.lower(go_on, es, state, None, texts, (ids, ids, t)).compile()
     memory, text = program.memory_analysis(), program.as_text()
     # One matrix for every member would be four times as much.
     assert memory.temp_size_in_bytes < population * size**2 * 4 / 4

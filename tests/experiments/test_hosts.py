@@ -1,0 +1,261 @@
+"""Several processes are one run: real ones over loopback, which are killed, preempted and continued."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.run import agreement, report
+from experiments.run.cli import main
+from experiments.run.devices import layout_of
+from experiments.run.drivers import read_run
+from experiments.run.errors import UsageError
+from experiments.run.hosts import ADDRESS, PROCESS, PROCESSES, Cluster, cluster_of
+from experiments.run.metrics import read_metrics
+from experiments.supervised.config import PRESETS
+
+SMALL = "--generations 6 --checkpoint-seconds 0 --evaluate-every 3".split()
+COMMANDS = {
+    "rl": "rl --preset cartpole --population 32 --width 8 --normalise".split(),
+    "pretrain": ["pretrain", "--preset", "tiny", "--sample-every", "3", "--data", report.__file__],
+    "reasoning": "reasoning --preset tiny --reward-workers 1".split(),
+}
+CACHE = os.environ.get("EGGROLL_TEST_CACHE", str(Path(__file__).parents[2] / ".cache" / "jax"))
+LOST_SECONDS = 30
+
+
+def begin(command: list[str], folder: Path, processes: int, devices: int) -> list[subprocess.Popen]:
+    """The processes of a run, each with its devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    here = {"JAX_COMPILATION_CACHE_DIR": CACHE, "XLA_FLAGS": flags}
+    code = "import sys; from experiments.run.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", code, command[0], *SMALL, *command[1:], "--run-dir", str(folder)]
+    words += ["--coordinator", f"127.0.0.1:{port}", "--lost-seconds", str(LOST_SECONDS)]
+    return [
+        subprocess.Popen(
+            [*words, "--processes", str(processes)],
+            env={**os.environ, **here, PROCESS: str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+@contextlib.contextmanager
+def running(
+    command: list[str], folder: Path, processes: int = 2, devices: int = 1
+) -> Iterator[list[subprocess.Popen]]:
+    started = begin(command, folder, processes, devices)
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def ended(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str]:
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out + err
+
+
+def finish(started: list[subprocess.Popen], code: int = 0) -> list[str]:
+    found = [ended(process) for process in started]
+    assert [number for number, _ in found] == [code] * len(found), found
+    return [told for _, told in found]
+
+
+def wait_for_rows(folder: Path, wanted: int, started: list[subprocess.Popen]) -> None:
+    path, deadline = folder / "metrics.jsonl", time.monotonic() + 300
+    while not path.exists() or path.read_bytes().count(b"\n") < wanted:
+        assert all(p.poll() is None for p in started), [ended(p) for p in started]
+        assert time.monotonic() < deadline, "no rows appear"
+        time.sleep(0.01)
+
+
+def alone(command: list[str], folder: Path, *more: str) -> None:
+    assert main([*command, *SMALL, *more, "--run-dir", str(folder)]) == 0
+
+
+def assert_same(folder: Path, whole: Path, rounding: float = 0) -> None:
+    """The same rows and the same state, to the bit or to rounding."""
+    rows, right = (read_metrics(path / "metrics.jsonl") for path in (folder, whole))
+    assert len(rows) >= 6
+    for row, other in zip(rows, right, strict=True):
+        for name in row.keys() - {"timing"}:
+            found, wanted = (np.asarray(r[name], float) for r in (row, other))
+            np.testing.assert_allclose(found, wanted, rounding, rounding, err_msg=name)
+    states = (jax.tree.leaves(read_run(path).state) for path in (folder, whole))
+    for leaf, other in zip(*states, strict=True):
+        np.testing.assert_allclose(leaf, other, rounding, rounding)
+
+
+@pytest.mark.slow
+def test_integers_of_two_processes_are_those_of_one_though_one_was_killed(tmp_path: Path) -> None:
+    command = COMMANDS["pretrain"]
+    with running(command, tmp_path / "two") as (first, second):
+        wait_for_rows(tmp_path / "two", 2, [first, second])
+        second.send_signal(signal.SIGKILL)
+        code, told = ended(first, timeout=LOST_SECONDS + 60)
+        assert code == 1
+        assert "another process of this run was lost; run the same commands again" in told
+        assert "Traceback" not in told
+    assert not (tmp_path / "two" / "result.json").exists()
+    with running(command, tmp_path / "two") as both:
+        told, silent = finish(both)
+    assert "Continuing" in told and "Continuing" not in silent
+    assert "Metrics, checkpoints" in told and "Metrics, checkpoints" not in silent
+    alone(command, tmp_path / "one")
+    assert_same(tmp_path / "two", tmp_path / "one")
+    samples = [(tmp_path / name / "samples.txt").read_text() for name in ("one", "two")]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.slow
+def test_a_preempted_run_goes_on_elsewhere_with_the_same_bits(tmp_path: Path) -> None:
+    """Eight devices, then two processes of two of which one gets SIGTERM, then four devices."""
+    command, folder = [*COMMANDS["rl"], "--same-bits"], tmp_path / "moved"
+    alone(command, folder, "--devices", "8", "--generations", "1")
+    with running([*command, "--generations", "4000"], folder, devices=2) as both:
+        wait_for_rows(folder, 2, both)
+        both[1].send_signal(signal.SIGTERM)
+        first, second = finish(both, code=75)
+    done = len(read_metrics(folder / "metrics.jsonl"))
+    total = ["--generations", str(done + 2)]
+    assert f"Stopped by SIGTERM after {done} generations; everything is saved" in first
+    assert f"after {done} generations" in second
+    alone(command, folder, "--devices", "4", *total)
+    alone(command, tmp_path / "whole", *total)
+    assert_same(folder, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_reward_the_answers_of_one(tmp_path: Path) -> None:
+    with running(COMMANDS["reasoning"], tmp_path / "two") as both:
+        finish(both)
+    alone(COMMANDS["reasoning"], tmp_path / "one")
+    assert_same(tmp_path / "two", tmp_path / "one", rounding=1e-4)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("driver", list(COMMANDS))
+def test_four_processes(driver: str, tmp_path: Path) -> None:
+    same = [] if driver == "pretrain" else ["--same-bits"]
+    with running([*COMMANDS[driver], *same], tmp_path / "four", processes=4) as started:
+        finish(started)
+    alone([*COMMANDS[driver], *same], tmp_path / "one")
+    assert_same(tmp_path / "four", tmp_path / "one")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_first_process_is_lost(number: int, tmp_path: Path) -> None:
+    """It is JAX's coordinator: where it is gone JAX ends the others itself, unless they notice before."""
+    command = [*COMMANDS["pretrain"], "--generations", "4000"]
+    with running(command, tmp_path / "two") as (first, second):
+        wait_for_rows(tmp_path / "two", 2, [first, second])
+        first.send_signal(number)
+        code, told = ended(second, timeout=2 * LOST_SECONDS + 60)
+    assert code in (1, -signal.SIGABRT)
+    assert "another process of this run was lost" in told or "another task died" in told
+    with running(COMMANDS["pretrain"], tmp_path / "two", devices=2) as both:
+        finish(both)
+
+
+# ---------------------------------------------------------------- settings
+
+DIGITS = PRESETS["digits"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "right"),
+    [
+        ({}, {}, None),
+        ({}, {PROCESSES: "2", PROCESS: "0"}, None),
+        ({"coordinator": "auto"}, {}, Cluster(None, None, None)),
+        ({"coordinator": "h:1", "processes": 2, "process": 1}, {}, Cluster("h:1", 2, 1)),
+        ({"process": 0}, {ADDRESS: "[::1]:9", PROCESSES: "3"}, Cluster("[::1]:9", 3, 0)),
+    ],
+)
+def test_which_process_this_is(flags: Any, environment: Any, right: Cluster | None) -> None:
+    assert cluster_of(replace(DIGITS, **flags), environment) == right
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "words"),
+    [
+        ({"processes": 2}, {}, "need --coordinator HOST:PORT"),
+        ({"coordinator": "auto", "process": 1}, {}, "leave --processes and --process out"),
+        ({"coordinator": "host"}, {}, "--coordinator host: HOST:PORT of process 0 is right"),
+        ({"coordinator": "host:99999"}, {}, "--coordinator host:99999: HOST:PORT"),
+        ({"coordinator": "h:1", "processes": 2}, {}, "with --process which this one is"),
+        ({"coordinator": "h:1", "processes": 2, "process": 2}, {}, "--process 2: .* 0 to 1"),
+        ({"coordinator": "h:1"}, {PROCESSES: "two"}, "JAX_NUM_PROCESSES='two': a whole number"),
+    ],
+)
+def test_mistakes_about_processes(flags: Any, environment: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        cluster_of(replace(DIGITS, **flags), environment)
+
+
+@pytest.mark.parametrize(
+    ("flags", "alone", "words"),
+    [
+        ({"devices": 9}, None, "--devices 9: there are 8"),
+        ({"devices": 2}, "--seeds 2 are one program", "--devices 2: --seeds 2 are one program"),
+        ({"same_bits": True}, "it has none", "--same-bits: it has none"),
+    ],
+)
+def test_mistakes_about_devices(flags: Any, alone: str | None, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        layout_of(replace(DIGITS, **flags), 64, alone)
+
+
+def test_members_lie_with_their_devices_where_these_divide_them() -> None:
+    assert layout_of(DIGITS, 64).mesh is None  # CPU devices share their cores
+    layout = layout_of(replace(DIGITS, devices=4), 64)
+    assert layout.devices == 4
+    assert layout.members is not None and layout.members.spec == jax.P("population")
+    assert layout_of(replace(DIGITS, devices=4), 66).members == layout.everywhere
+
+
+def test_a_process_alone_agrees_with_itself() -> None:
+    assert agreement.agreed(True) and not agreement.agreed(False)
+    assert agreement.least(2**40 + 3) == 2**40 + 3
+    with pytest.raises(UsageError, match="mine"):
+        agreement.share_fate(UsageError("mine"))
+    agreement.share_fate(None)
+
+
+def test_parts_of_all_processes_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of any count, also where some processes have less to do, or nothing."""
+    monkeypatch.setattr("experiments.run.hosts.several", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    padded: list[np.ndarray] = []
+    for count in (0, 1, 3, 4, 9, 16):
+        things, parts = np.arange(count, dtype=np.float32), []
+        padded.clear()
+        for process in range(4):
+            monkeypatch.setattr(jax, "process_index", lambda p=process: p)
+            monkeypatch.setattr(agreement, "gathered", lambda x: padded.append(x) or x)
+            parts.append(things[agreement.own_part(count)])
+            agreement.from_parts(parts[-1], count)
+        monkeypatch.setattr(agreement, "gathered", lambda x: np.stack(padded))
+        np.testing.assert_array_equal(np.concatenate(parts), things)
+        np.testing.assert_array_equal(agreement.from_parts(parts[0], count), things)
