@@ -93,14 +93,15 @@ def alone(command: list[str], folder: Path, *more: str) -> None:
     assert main([*command, *SMALL, *more, "--run-dir", str(folder)]) == 0
 
 
-def assert_same(folder: Path, whole: Path, rounding: float = 0) -> None:
+def assert_same(folder: Path, whole: Path, rounding: float = 0, of_rows: float = 0) -> None:
     """The same rows and the same state, to the bit or to rounding."""
+    of_rows = of_rows or rounding
     rows, right = (read_metrics(path / "metrics.jsonl") for path in (folder, whole))
     assert len(rows) >= 6
     for row, other in zip(rows, right, strict=True):
         for name in row.keys() - {"timing"}:
             found, wanted = (np.asarray(r[name], float) for r in (row, other))
-            np.testing.assert_allclose(found, wanted, rounding, rounding, err_msg=name)
+            np.testing.assert_allclose(found, wanted, of_rows, of_rows, err_msg=name)
     states = (jax.tree.leaves(read_run(path).state) for path in (folder, whole))
     for leaf, other in zip(*states, strict=True):
         np.testing.assert_allclose(leaf, other, rounding, rounding)
@@ -165,7 +166,8 @@ def test_four_processes(driver: str, tmp_path: Path) -> None:
     with running([*COMMANDS[driver], *same], tmp_path / "four", processes=4) as started:
         finish(started)
     alone([*COMMANDS[driver], *same], tmp_path / "one")
-    assert_same(tmp_path / "four", tmp_path / "one")
+    # The deviation of the scores, which is told and not used, may round otherwise.
+    assert_same(tmp_path / "four", tmp_path / "one", of_rows=1e-6)
 
 
 @pytest.mark.soak
