@@ -24,6 +24,8 @@ LOSS = re.compile(
     re.IGNORECASE,
 )
 
+CONNECTION = re.compile(r"gloo|connection reset|connection closed|closed by peer", re.IGNORECASE)
+
 
 class Cluster(NamedTuple):
     """Which process this is, and of how many.
@@ -140,7 +142,9 @@ def joined(settings: RunSettings) -> Iterator[None]:
     except KeyboardInterrupt:
         _leave("interrupted", 130)
     except RunError as error:
-        _leave("\n".join([str(error), *getattr(error, "__notes__", [])]))
+        told = "\n".join([str(error), *getattr(error, "__notes__", [])])
+        # A checkpoint that all write together fails too where one of them is gone.
+        _leave(lost() if several() and CONNECTION.search(told) else told)
     except Exception as error:
         _leave(lost() if tells_of_loss(error) else traceback.format_exc())
 
