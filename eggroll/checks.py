@@ -76,6 +76,11 @@ def settings(es: Any) -> None:
         "a whole number of generations of at least 1",
     )
     require("on_dense", es.on_dense in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'")
+    if es.deterministic and es.exchange not in ("update", "fitness"):
+        raise ValueError(
+            f"exchange={es.exchange!r}: what deterministic=True sends is not counted; 'update' or 'fitness' "
+            "is right"
+        )
     require(
         "exchange",
         es.exchange in ("update", "fitness", "auto") or isinstance(es.exchange, Auto),
@@ -127,7 +132,7 @@ def parameters(plan: plans.Plan, params: Any) -> None:
     known = {
         leaf.path: value
         for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True)
-        if (plans.is_float(value) or (plan.integer and value.dtype == jnp.int8))
+        if (plans.is_float(value) or (leaf.trainable and value.dtype == jnp.int8))
         and not isinstance(value, jax.core.Tracer)
     }
     # Constants are looked at also where init itself is traced.
@@ -136,7 +141,7 @@ def parameters(plan: plans.Plan, params: Any) -> None:
     for path, count in counts.items():
         if count:
             wrong, right = "not finite", "finite numbers"
-            if plan.integer:
+            if known[path].dtype == jnp.int8:
                 wrong, right = "-128", f"-{LARGEST} to {LARGEST}"
             raise ValueError(
                 f"parameter {path!r} has {count} of {known[path].size} entries that are {wrong}; "

@@ -12,7 +12,7 @@ import math
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from eggroll.placement import devices, split_over
+from eggroll.placement import devices, member_axis, split_over
 from eggroll.plan import Leaf, Matrix, Plan
 
 # Vector instructions a sample of eggroll.noise.counter.
@@ -117,14 +117,19 @@ def costs(
     d = devices(mesh)
     share = -(-population // (2 * d))
     shard = [(leaf, split_over(leaf.spec, mesh)) for leaf in plan.leaves if leaf.trainable]
+    # Of a leaf that is sharded over members each device keeps its shard of the sum: half of the way.
     sums = sum(
-        math.prod(leaf.shape) * jnp.dtype(leaf.sums).itemsize / pieces for leaf, pieces in shard
+        (2 if member_axis(leaf.spec) is None else 1)
+        * math.prod(leaf.shape)
+        * jnp.dtype(leaf.sums).itemsize
+        / pieces
+        for leaf, pieces in shard
     )
     a_pair = sum(_flops_of_pair(leaf) / pieces for leaf, pieces in shard)
     scores = (d - 1) / d * population * tasks * 4
     return Costs(
         devices=d,
-        update_bytes=scores + 2 * (d - 1) / d * sums,
+        update_bytes=scores + (d - 1) / d * sums,
         fitness_bytes=scores,
         update_flops=share * a_pair,
         fitness_flops=population // 2 * a_pair,

@@ -208,8 +208,8 @@ def check_quantised(eqn: Any, values: list[Value]) -> None:
 def refuse_quantised(value: Value, where: str) -> None:
     path = f" {value.paths[0]!r}" if isinstance(value, LowRank) and value.paths else ""
     raise ValueError(
-        f"the int8 parameter{path} has noise of floats and enters {where!r} as integers; cast it to a "
-        "float type before, or freeze it by eggroll.Frozen()"
+        f"the int8 parameter{path} has noise of floats and enters {where!r} in int8; cast it to a float type "
+        "before that, or freeze it by eggroll.Frozen()"
     )
 
 

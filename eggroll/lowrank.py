@@ -129,6 +129,8 @@ class Spread:
 
 def is_quantised(value: Any) -> bool:
     """Whether this is a perturbed int8 parameter whose noise is of floats."""
+    if isinstance(value, Spread):
+        return is_quantised(value.value)
     if isinstance(value, LowRank):
         return is_integer(value.dtype) and not value.integer
     return isinstance(value, Wide) and is_integer(value.dtype)

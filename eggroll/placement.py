@@ -106,11 +106,11 @@ def member_axis(spec: PartitionSpec | None) -> int | None:
 
 
 def split_over(spec: PartitionSpec | None, mesh: Mesh | None) -> int:
-    """Into how many pieces the spec cuts an array."""
+    """Into how many pieces the spec cuts an array on the devices that share a model."""
     pieces = 1
     for part in spec or ():
         for name in part if isinstance(part, tuple) else (part,):
-            pieces *= 1 if name is None or mesh is None else mesh.shape[name]
+            pieces *= 1 if name in (None, AXIS) or mesh is None else mesh.shape[name]
     return pieces
 
 

@@ -78,7 +78,8 @@ class Leaf:
     """One parameter and its treatment; of a :class:`Matrix` the rank is settled.
 
     ``quantised`` is an int8 parameter that is trained beside float ones: by noise of floats, in units of
-    its own steps, with a float32 copy of which it is the rounded form.
+    its own steps, with a float32 copy of which it is the rounded form. Its factors are float32; a model that
+    casts it to bfloat16 rounds them with it.
     """
 
     path: str
@@ -217,8 +218,8 @@ def by_shape(overrides: Overrides | None = None) -> Planner:
     Args:
       overrides: treatments by path pattern (``fnmatch`` on paths such as
         ``"params/Dense_0/kernel"``); of several that match, the last counts. Beside float leaves one in
-        int8 is trained only where an override matches it: a quantised matrix, with noise of floats, whose
-        sigma is in its own steps.
+        int8 is trained only where an override is its very path: a quantised matrix, with noise of floats,
+        whose sigma is in its own steps.
 
     Returns:
       A planner, for ``EvolutionStrategy(plan=...)``.
@@ -331,7 +332,7 @@ def is_float(leaf: Any) -> bool:
 def trained_type(params: Any) -> Callable[[Any], bool]:
     """Which leaves are trained: the float ones; of a tree without any, those in int8.
 
-    Beside float ones int8 leaves are trained where an override names them.
+    Beside float ones int8 leaves are trained where an override is their very path.
     """
     if any(is_float(leaf) for _, leaf in leaf_paths(params)):
         return is_float
@@ -354,10 +355,11 @@ def _settle(
             treatment, reason = propose(path, shape)
         else:
             treatment, reason = Frozen(), f"{leaf.dtype}: passes through"
-        if is_trained(leaf) or leaf.dtype == jnp.int8:
-            for pattern, chosen in overrides.items():
-                if fnmatch.fnmatchcase(path, pattern):
-                    treatment, reason = chosen, f"override {pattern!r}"
+        for pattern, chosen in overrides.items():
+            # A wide pattern is meant for what is trained; a quantised matrix is named.
+            named = leaf.dtype == jnp.int8 and pattern == path
+            if named or (is_trained(leaf) and fnmatch.fnmatchcase(path, pattern)):
+                treatment, reason = chosen, f"override {pattern!r}"
         if isinstance(treatment, Matrix):
             treatment, reason = _settle_matrix(path, shape, treatment, rank, reason)
         quantised = not is_trained(leaf) and not isinstance(treatment, Frozen)

@@ -156,7 +156,7 @@ def map_pairs(
     fixed = always is not None
     most = part_of(pairs) if fixed else share_of(pairs, mesh)
     at_once = most if chunk is None else max(1, chunk // 2)
-    at_once = min(at_once, pairs if fixed else most)
+    at_once = min(at_once, most)
 
     def of_chunk(chunk: Any) -> Any:
         return fn(*chunk) if always is None else stored(fn, always, *chunk)

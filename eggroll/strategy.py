@@ -40,7 +40,8 @@ class EvolutionStrategy:
       shaping: from scores to weights (:mod:`eggroll.shaping`); None takes the scores as they are.
       plan: which parameter gets what (:mod:`eggroll.plan`).
       noise: the source of samples (:mod:`eggroll.noise`).
-      chunk: members evaluated at a time on a device; None for all. Bounds memory, changes nothing.
+      chunk: members evaluated at a time on a device; None for all. Bounds memory, and changes nothing but
+        rounding.
       mesh: divides members over its axis "population". Weights that are sharded over its other axes
         (tensor parallel) stay so, and so does all that belongs to them. Axis types: Auto.
       exchange: what devices send each other for an update: "update", sums of noise, each device those
@@ -48,9 +49,9 @@ class EvolutionStrategy:
         or :func:`eggroll.exchange.auto`, the quicker of them ("auto" for its default rates). The
         result is the same but for rounding.
       deterministic: the same bits whatever the number of devices that members are divided over, for
-        floats too (int8 parameters have that without). Members are evaluated in chunks of ``chunk``,
-        or of an eighth of the population, and sums of noise are added up in eight parts in order:
-        slower, and with up to eight copies of the update in memory.
+        floats too (models in int8 alone have that without). Members are evaluated in chunks of ``chunk``,
+        or an eighth of the population at most, and sums of noise are added up in eight parts in order:
+        slower, and with eight copies of the update in memory, or as many as there are devices.
       noise_reuse: generations that the same noise is used for; 1 is fresh noise every generation.
       on_dense: "warn", "error" or "ignore" where a low-rank matrix has to be built for every member.
       agreement: also measure how far two halves of the population agree (costs a second estimate).

@@ -8,13 +8,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from eggroll.fixed_point import is_integer
 from eggroll.lowrank import Value, Wide, is_narrow, narrow
 from eggroll.rules import results
 
 # These move numbers and do not round them: of Wide operands they give Wide results.
 MOVES = frozenset(
-    "concatenate copy copy_p dynamic_slice dynamic_update_slice gather neg "
+    "concatenate copy copy_p dynamic_slice dynamic_update_slice gather name neg "
     "optimization_barrier pad pcast pvary reshape reshard rev select_n sharding_constraint slice "
     "split squeeze stack stop_gradient tile transpose unstack".split()
 )
@@ -46,7 +45,7 @@ def in_float32(eqn: Any, values: list[Value]) -> list[Value]:
     outs = results(eqn, [widened(v) for v in values], **params)
     if name in MOVES or (name in ELEMENTWISE and constant):
         return [
-            Wide(out, dtype) if is_narrow(dtype) or is_integer(dtype) else out
+            Wide(out, dtype) if out.dtype != dtype else out
             for out, dtype in zip(outs, dtypes, strict=True)
         ]
     return [out.astype(dtype) for out, dtype in zip(outs, dtypes, strict=True)]

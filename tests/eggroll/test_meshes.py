@@ -143,6 +143,14 @@ def test_the_quicker_exchange_is_found():
     sharded = make(mesh=mesh(4, 2)).exchange_costs(put(params, mesh(4, 2)))
     whole = make(mesh=mesh(4, 2)).exchange_costs(params)
     assert sharded.update_flops == whole.update_flops / 2
+    # A weight that is sharded over members is summed up whole by each, and each keeps its shard.
+    apart = {"up": P("population", None), "down": P(), "bias": P()}
+    scattered = make(mesh=mesh(4)).exchange_costs(put(params, mesh(4), apart))
+    every = make(mesh=mesh(4)).exchange_costs(params)
+    assert scattered.update_flops == every.update_flops
+    assert every.update_bytes - scattered.update_bytes == 3 / 4 * 4 * 512**2
+    with pytest.raises(ValueError, match="exchange='auto': what deterministic=True sends is not"):
+        make(exchange="auto", deterministic=True)
     assert make(mesh=mesh(1), exchange=slow).exchange_costs(params).update_bytes == 0
     with pytest.raises(ValueError, match="auto: bandwidth=0.0; a positive number a second"):
         eggroll.exchange.auto(bandwidth=0.0)
@@ -260,14 +268,16 @@ def trained(devices, generations=3, **changes):
     return jax.device_get((state, metrics.fitness_mean, metrics.update_norm))
 
 
-@pytest.mark.parametrize("changes", [dict(population=36), dict(population=50, chunk=8)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [dict(population=36, chunk=36), dict(population=50, chunk=8)], ids=str
+)
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_deterministic_is_the_same_bits_on_any_number_of_devices(devices, changes):
     chex.assert_trees_all_equal(trained(devices, **changes), trained(0, **changes))
 
 
 @pytest.mark.parametrize("devices", [3, 8])
-def test_deterministic_whatever_is_exchanged_and_however_it_is_run(devices):
+def test_deterministic_whatever_is_exchanged(devices):
     expected = trained(0, population=50, chunk=8)
     other = trained(devices, population=50, chunk=8, exchange="fitness")
     chex.assert_trees_all_equal(other, expected)

@@ -110,13 +110,74 @@ def test_what_would_round_the_noise_is_refused():
     with pytest.raises(ValueError, match="int8 parameter 'layers' has noise of floats and enters"):
         es.evaluate(state, whole)
     added = lambda params, key: (params["head"] + jnp.int8(1)).astype(jnp.float32).sum()
-    with pytest.raises(ValueError, match="has noise of floats and enters 'add' as integers"):
+    with pytest.raises(ValueError, match="has noise of floats and enters 'add' in int8"):
         es.evaluate(state, added)
     dot = lambda params, key: jax.lax.dot(x.astype(jnp.int8), params["layers"][0]).sum()
     with pytest.raises(ValueError, match="'layers' has noise of floats and enters 'dot_general'"):
         es.evaluate(state, dot)
-    with pytest.raises(ValueError, match="enters 'output' as integers"):
+    with pytest.raises(ValueError, match="enters 'output' in int8"):
         es.map(state, lambda params, key: params["layers"])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: jnp.broadcast_to(w[None], (2, 6, 5)).astype(jnp.int32).sum(),
+        lambda w: jnp.broadcast_to(w[None], (2, 6, 5)).sum(),
+        lambda w: (jnp.ones((2, 6, 5), jnp.int8) + w).astype(jnp.float32).sum(),
+        lambda w: jnp.broadcast_to(w[None], (2, 6, 5)),
+    ],
+    ids=["cast", "sum", "add", "output"],
+)
+def test_a_broadcast_hides_no_rounding(read):
+    es = make()
+    state = es.init(make_params(), 0)
+    with pytest.raises(ValueError, match="has noise of floats and enters .* in int8"):
+        es.map(state, lambda params, key: read(params["head"]))
+    cast = lambda params, key: jnp.broadcast_to(params["head"][None], (2, 6, 5)).astype(jnp.float32)
+    built = [es.member(state, i)["head"] for i in range(8)]
+    np.testing.assert_allclose(es.map(state, cast)[:, 1], built, rtol=1e-6)
+
+
+def test_whole_numbers_beside_narrow_floats_stay_as_they_are():
+    es = EvolutionStrategy(optimizer=optax.sgd(1.0), population=4, sigma=0.1)
+    state = es.init({"b": jnp.ones(3, jnp.bfloat16)}, 0)
+
+    def fitness(params, key):
+        b, tokens = jax.lax.optimization_barrier((params["b"], jnp.arange(3)))
+        return jnp.where(tokens < 2, b, 0).astype(jnp.float32).sum()
+
+    built = [es.member(state, i)["b"][:2].sum() for i in range(4)]
+    np.testing.assert_allclose(es.evaluate(state, fitness), built, rtol=1e-2)
+
+
+def test_a_wide_pattern_is_not_for_them():
+    plan = by_shape({"*": Dense(sigma=0.5)})(make_params(), 1)
+    assert plan["layers"].treatment == Frozen() and plan["bias"].treatment == Dense(sigma=0.5)
+
+
+def test_128_below_zero_is_refused():
+    params = make_params()
+    with pytest.raises(
+        ValueError, match="'head' has 1 of 30 entries that are -128; start from -127"
+    ):
+        make().init({**params, "head": params["head"].at[0, 0].set(-128)}, 0)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_devices_change_no_bit_of_a_deterministic_run(devices):
+    def trained(mesh):
+        es, x = make(deterministic=True, mesh=mesh, chunk=4), jnp.linspace(-1, 1, 6)
+        state = es.init(make_params(), 0)
+        for _ in range(2):
+            state, _ = es.step(state, fitness, x)
+        return jax.device_get(state)
+
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((devices,), ("population",), auto, devices=jax.devices()[:devices])
+    state, alone = trained(mesh), trained(None)
+    jax.tree.map(np.testing.assert_array_equal, state, alone)
+    assert np.abs(alone.master["layers"] - make_params()["layers"]).max() > 0.5
 
 
 def test_eggroll_names_them_in_its_table():
