@@ -155,6 +155,10 @@ def read(compiled: Any, text: str, case: Case, devices: int, chip: Chip) -> dict
     memory = compiled.memory_analysis()
     module = Module(text, devices)
     once, counts = count(module, loops=False), count(module, case.trips)
+    if counts.unknown and case.trips == 1:
+        raise RuntimeError(
+            f"{counts.unknown} loops do not tell how often they run, and would count as one trip"
+        )
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "held": float(held + memory.generated_code_size_in_bytes),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,8 +240,10 @@ def train_many(configs: Sequence[Config], started: float | None = None) -> list[
     watch = Stopwatch(started)
     watch.finish("imports")
     task, policy = parts(configs[0])
+    # The runs are mapped, not their members divided.
+    alone = replace(configs[0], devices=1)
     one = lambda config, rates: pieces(config, task, policy, rates)
-    return run_together("rl", configs, job(configs[0]), one, finish, watch)
+    return run_together("rl", configs, job(alone), one, finish, watch)
 
 
 def finish(config: Config, folder: Path, outcome: Outcome, watch: Stopwatch) -> Result:

@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -115,22 +116,31 @@ def held(path: Path) -> Iterator[None]:
     import fcntl
 
     with (path / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InUse(f"{path} is in use by another process") from error
+        # More than once: `is_held` has the lock for a moment.
+        for last in (False,) * 9 + (True,):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if last:
+                    raise InUse(f"{path} is in use by another process") from error
+                time.sleep(0.05)
         yield
 
 
 def is_held(path: Path) -> bool:
     """Whether a process, this one too, holds the folder at the moment."""
+    import fcntl
+
     if not (path / ".lock").exists():
         return False
-    try:
-        with held(path):
-            return False
-    except InUse:
-        return True
+    with (path / ".lock").open() as file:
+        try:
+            # Shared: two that ask at once do not see each other.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _remove_run(path: Path) -> None:

@@ -31,9 +31,20 @@ class JointRequest(StopRequest):
         return stop
 
 
+# Of the outermost block, which those inside of it share.
+_current: StopRequest | None = None
+
+
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Collects the signals within the block; a second Ctrl-C interrupts at once."""
+    """Collects the signals within the block; a second Ctrl-C interrupts at once.
+
+    Blocks inside of another see what was asked for before they began.
+    """
+    global _current
+    if _current is not None:
+        yield _current
+        return
     joint = hosts.several()
     request = JointRequest() if joint else StopRequest()
 
@@ -47,8 +58,10 @@ def stop_requests() -> Iterator[StopRequest]:
 
     numbers = [signal.SIGINT] if joint else list(SIGNALS)
     before = {number: signal.signal(number, note) for number in numbers}
+    _current = request
     try:
         yield request
     finally:
+        _current = None
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -169,14 +169,13 @@ class _Program:
         )
         self.measure = lambda states: measure(self._seeds, traced, states)
         self.generation = lambda states: generation(self._seeds, traced, states)
-        self._start = lambda: start(self._seeds, traced)
-        self._first: list[Any] | None = None
         self.split = jax.jit(self.slices)
+        # At once, and not when it is asked for, which may be inside a trace.
+        self._first: list[Any] | None = self.slices(start(self._seeds, traced))
 
     def start(self, i: int) -> Any:
-        """The state of run i before generation 0; also as a shape, under `eval_shape`."""
-        if self._first is None:
-            self._first = self.slices(self._start())
+        """The state of run i before generation 0; not after :meth:`stack`."""
+        assert self._first is not None
         return self._first[i]
 
     def slices(self, tree: Any) -> list[Any]:
@@ -184,6 +183,6 @@ class _Program:
         return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(self._runs)]
 
     def stack(self, trees: Sequence[Any]) -> Any:
-        """The opposite of `slices`."""
+        """The opposite of `slices`; the first states, which are among the trees, are let go."""
         self._first = None
         return jax.jit(lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees))(*trees)

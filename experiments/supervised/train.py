@@ -1,6 +1,7 @@
 """`eggroll supervised`: from settings to a trained classifier, its curve and a sentence about it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -233,8 +234,10 @@ def train_many(configs: Sequence[Config], started: float | None = None) -> list[
     watch = Stopwatch(started)
     watch.finish("imports")
     data = load(configs[0].data)
+    # The runs are mapped, not their members divided.
+    alone = replace(configs[0], devices=1)
     one = lambda config, rates: pieces(config, data, rates)
-    return run_together("supervised", configs, job(configs[0]), one, finish, watch)
+    return run_together("supervised", configs, job(alone), one, finish, watch)
 
 
 def finish(config: Config, folder: Path, outcome: Outcome, watch: Stopwatch) -> Result:

@@ -95,7 +95,9 @@ def _gke(records: Records) -> str:
         commands.append(f"kubectl apply -f {shlex.quote(str(spec.out / name))}")
         if rung is not None and rung < len(rungs) - 1:
             job = manifest["metadata"]["name"]
-            commands.append(f"kubectl wait --for=condition=complete --timeout=-1s job/{job}")
+            # A job of which an index failed is never complete, and the others of its rung may go on.
+            ended = f"kubectl get job/{job} -o 'jsonpath={{.status.conditions[*].type}}'"
+            commands.append(f"until {ended} | grep -qwE 'Complete|Failed'; do sleep 30; done")
     return (
         f"Wrote the manifest{'s' * (len(rungs) > 1)} in {spec.out}. With {spec.out / 'sweep.yaml'} in the "
         f"shared folder, start with: {' && '.join(commands)}. Then the same command again, where that folder "

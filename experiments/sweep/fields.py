@@ -60,7 +60,7 @@ def fit(value: Any, hint: Any) -> Any:
     for one in _members(hint):
         try:
             return _fit(value, one)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # an infinity is no whole number
             continue
     raise ValueError(f"choose {in_words(hint)}")
 

@@ -56,10 +56,20 @@ class Records:
     # ------------------------------------------------------------ results
 
     def finished(self, run: Run, limit: int | None = None) -> bool:
-        """Whether a run has its result, after `limit` generations or as long as its settings say."""
+        """Whether a run has its result, after `limit` generations or as long as its settings say.
+
+        Raises:
+            UsageError: where it was trained for longer than its settings say now, and so is not to be
+                compared with the others.
+        """
         result = read_result(run.config.run_dir)
         if result is None:
             return False
+        if result["generations"] > run.config.limit:
+            raise UsageError(
+                f"{run.config.run_dir} was trained for {result['generations']} generations, more than the "
+                f"{run.config.limit} of this sweep: choose another out"
+            )
         if result["generations"] >= (limit or run.config.limit):
             return True
         # It ended early, at its target; unless it was cut short by a limit that has been raised.

@@ -22,7 +22,8 @@ METRICS = {
 GOALS = {"maximise": True, "minimise": False}
 # The sweep decides these itself.
 OWN = {"run_dir": "out", "preset": "preset", "seed": "seeds"}
-NEVER = ("overwrite", "accept_changes")
+# A run of a sweep is one process.
+NEVER = ("overwrite", "accept_changes", "coordinator", "processes", "process", "lost_seconds")
 EXECUTORS = ("processes", "slurm", "gke")
 KEYS = (
     *("driver", "preset", "fixed", "space", "samples", "seeds", "sweep_seed"),
@@ -194,7 +195,7 @@ class _Reader:
 
     def driver(self) -> str:
         found = self.content.get("driver")
-        if found not in DRIVERS:
+        if not isinstance(found, str) or found not in DRIVERS:
             near = suggestion(str(found), DRIVERS) or f"; there are {', '.join(DRIVERS)}"
             raise self.wrong("driver", f"{found!r} is no driver{near}")
         return str(found)
@@ -202,7 +203,7 @@ class _Reader:
     def base(self, module: Any, known: Mapping[str, Any]) -> Any:
         presets = module.PRESETS
         preset = self.content.get("preset", next(iter(presets)))
-        if preset not in presets:
+        if not isinstance(preset, str) or preset not in presets:
             near = suggestion(str(preset), presets) or f"; there are {', '.join(presets)}"
             raise self.wrong("preset", f"{preset!r} is no preset{near}")
         base = presets[preset]
@@ -285,7 +286,7 @@ class _Reader:
                 raise self.wrong("metric.name", f"{name!r} is not in result.json of {driver}{near}")
             if goal is None:
                 raise self.wrong("metric.goal", f"say whether to maximise or minimise {name}")
-        if goal is not None and goal not in GOALS:
+        if goal is not None and (not isinstance(goal, str) or goal not in GOALS):
             near = suggestion(str(goal), GOALS) or "; choose maximise or minimise"
             raise self.wrong("metric.goal", f"{goal!r} is no goal{near}")
         return name, maximise if goal is None else GOALS[goal]

@@ -9,15 +9,15 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from experiments.run.errors import RUN_ME_AGAIN, Interrupted, InUse, UsageError
-from experiments.run.folder import full_disk_in_one_sentence, held
+from experiments.run.folder import full_disk_in_one_sentence, held, write_whole
 from experiments.run.stopping import StopRequest, stop_requests
 from experiments.sweep.arrays import write_scripts
-from experiments.sweep.halving import at_rung, standings
+from experiments.sweep.halving import at_rung, settled, standings
 from experiments.sweep.outcome import best, write_outcome
 from experiments.sweep.plan import make_plan
 from experiments.sweep.processes import Task, how_it_ended, run_tasks
 from experiments.sweep.records import Records
-from experiments.sweep.spec import read_spec
+from experiments.sweep.spec import read_spec, read_yaml
 from experiments.sweep.status import counted, print_status, write_status
 from experiments.sweep.worker import work
 
@@ -78,7 +78,7 @@ def sweep(settings: SweepSettings, started: float) -> int:
 def _whole(settings: SweepSettings, records: Records) -> int:
     spec, copy = records.spec, records.spec.out / "sweep.yaml"
     if not (copy.exists() and settings.file.samefile(copy)):
-        shutil.copyfile(settings.file, copy)
+        keep_file(settings.file, copy, spec.out)
     if settings.resume:
         for run in records.plan.runs:
             records.forget_failure(run)
@@ -92,6 +92,9 @@ def _whole(settings: SweepSettings, records: Records) -> int:
                         f"Stopped by {stop.reason}; everything is saved. Run the same command again to "
                         "continue."
                     )
+                # A worker that was stopped by itself leaves its runs below the rung: they are not compared.
+                if rung is not None and not settled(records, rung):
+                    break
     found = standings(records)
     write_status(records, found)
     print_status(records, found)
@@ -109,6 +112,18 @@ def _whole(settings: SweepSettings, records: Records) -> int:
         return 1
     left = sum(one.state in ("queued", "running") for one in found)
     return RUN_ME_AGAIN if left and spec.executor.kind == "processes" else 0
+
+
+def keep_file(file: Path, copy: Path, out: Path) -> None:
+    """The sweep's file beside its runs, for workers; with its folder in it, which goes by the file's name."""
+    content = read_yaml(file)
+    if "out" in content:
+        shutil.copyfile(file, copy)
+        return
+    import yaml
+
+    text = yaml.safe_dump({**content, "out": str(out)}, sort_keys=False)
+    write_whole(copy, lambda part: part.write(text.encode()))
 
 
 def _run(records: Records, file: Path, rung: int | None, stop: StopRequest) -> None:

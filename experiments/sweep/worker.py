@@ -13,6 +13,7 @@ from typing import Any
 from experiments.run.drivers import DRIVERS
 from experiments.run.errors import RUN_ME_AGAIN, Interrupted, InUse, RunError, UsageError
 from experiments.run.folder import is_held
+from experiments.run.stopping import StopRequest, stop_requests
 from experiments.sweep.halving import at_rung, settled
 from experiments.sweep.plan import Run
 from experiments.sweep.records import Records
@@ -60,12 +61,22 @@ def work(records: Records, number: int, rung: int | None, started: float) -> int
     limit = None if rung is None else records.spec.rungs[rung]
     if not end_with_parent():
         return RUN_ME_AGAIN
+    # From here on a signal is never lost: also where a run is only read, or its results are written.
+    with stop_requests() as stop:
+        return _work(records, runs, limit, stop, started)
+
+
+def _work(
+    records: Records, runs: list[Run], limit: int | None, stop: StopRequest, started: float
+) -> int:
     from experiments.run.compilation import keep_compiled_programs
 
     keep_compiled_programs()
     deadline = time.monotonic() + PATIENCE
     todo = _left(records, runs, limit)
     while todo:
+        if stop.reason:
+            return RUN_ME_AGAIN
         free = [run for run in todo if not is_held(run.config.run_dir)]
         try:
             ended = dict(

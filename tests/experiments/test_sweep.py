@@ -14,9 +14,11 @@ import pytest
 import yaml
 
 from experiments.run.cli import main
+from experiments.run.errors import RUN_ME_AGAIN
 from experiments.run.folder import held
 from experiments.run.metrics import read_metrics
 from experiments.supervised.data import FILES
+from experiments.sweep import sweep as module
 from experiments.sweep import worker
 from experiments.sweep.arrays import gke_manifest, write_scripts
 from experiments.sweep.halving import standings
@@ -100,6 +102,29 @@ def test_a_job_is_done_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [one.generations for one in standings(records(file))] == [6] * 4
     assert main(["sweep", str(file), "--status"]) == 0
     assert "4 done." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_folder_goes_by_the_name_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, out=None, space={"learning_rate": [0.01, 0.1]}, samples=None)
+    file = file.rename(tmp_path / "rates.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "rates.yaml"]) == 0
+    assert "2 done." in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["rates"]
+    assert read_spec(tmp_path / "runs" / "rates" / "sweep.yaml").out == Path("runs/rates")
+
+
+def test_a_rung_is_left_open_where_a_worker_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rungs: list[int | None] = []
+    monkeypatch.setattr(module, "_run", lambda records, copy, rung, stop: rungs.append(rung))
+    file = write(tmp_path, halving={"first": 1, "eta": 2})
+    assert main(["sweep", str(file)]) == RUN_ME_AGAIN
+    assert rungs == [0] and states(file) == ["queued"] * 4
 
 
 @pytest.mark.slow
@@ -386,3 +411,8 @@ def test_the_manifest_of_gke_is_an_indexed_job(tmp_path: Path) -> None:
         "exec eggroll sweep 'runs/My sweep/sweep.yaml' --index \"$JOB_COMPLETION_INDEX\""
     )
     assert yaml.safe_load(yaml.safe_dump(manifest)) == manifest
+    # A job with an index that failed is never complete: the next rung waits for either end.
+    file = write(tmp_path, executor=executor, halving={"first": 1, "eta": 2})
+    told = write_scripts_of(file)
+    assert "until kubectl get job/out-rung-0 -o 'jsonpath={.status.conditions[*].type}'" in told
+    assert told.index("grep -qwE 'Complete|Failed'") < told.index("sweep-job-1.yaml")

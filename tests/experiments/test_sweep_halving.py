@@ -133,6 +133,9 @@ def test_finished_is_what_its_settings_ask_for(tmp_path: Path) -> None:
     exact = records(tmp_path, fixed={**settings, "generations": 8}, halving=None)
     assert exact.plan.runs[0].id == run.id
     assert not exact.finished(exact.plan.runs[0])
+    shorter = records(tmp_path, fixed={**settings, "generations": 5}, halving=None)
+    with pytest.raises(UsageError, match="was trained for 7 generations, more than the 5 of this"):
+        shorter.finished(shorter.plan.runs[0])
 
 
 def test_states_and_what_is_known_so_far(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ pendulum = replace(RL["pendulum"], population=16, width=8, generations=3, held_o
 
 
 def three(base: Any, path: Path, **settings: Any) -> list[Any]:
-    """Runs that differ in all that a program takes as numbers."""
+    """Runs that differ in all that a program takes as numbers; in decays where one is given."""
     rates = ((5, 0.1, 0.03), (6, 0.2, 0.01), (5, 0.05, 0.1))
+    apart = lambda i: {n: v - 0.1 * i if n.endswith("_decay") else v for n, v in settings.items()}
     return [
-        replace(base, seed=seed, sigma=sigma, learning_rate=rate, run_dir=path / str(i), **settings)
+        replace(base, seed=seed, sigma=sigma, learning_rate=rate, run_dir=path / str(i), **apart(i))
         for i, (seed, sigma, rate) in enumerate(rates)
     ]
 
@@ -109,6 +111,21 @@ def test_each_goes_on_from_where_its_own_folder_stands(tmp_path: Path) -> None:
     configs, whole = three(digits, tmp_path / "a"), three(digits, tmp_path / "b")
     supervised.train(replace(configs[0], generations=1))
     supervised.train_many([replace(c, generations=3) for c in configs[1:]])
+    results = supervised.train_many(configs)
+    assert [result.generations for result in results] == [4, 4, 4]
+    supervised.train_many(whole)
+    for config, right in zip(configs, whole, strict=True):
+        assert_close(config.run_dir, right.run_dir)
+
+
+@pytest.mark.slow
+def test_one_that_never_saved_begins_beside_those_that_go_on(tmp_path: Path) -> None:
+    configs, whole = three(digits, tmp_path / "a"), three(digits, tmp_path / "b")
+    supervised.train(replace(configs[0], generations=2))
+    supervised.train(replace(configs[1], generations=1))
+    # Killed in its first save: there is a folder, and nothing whole in it.
+    shutil.rmtree(configs[1].run_dir / "checkpoints")
+    (configs[1].run_dir / "checkpoints").mkdir()
     results = supervised.train_many(configs)
     assert [result.generations for result in results] == [4, 4, 4]
     supervised.train_many(whole)
