@@ -32,8 +32,10 @@ from jax.sharding import AxisType, Mesh
 
 from benchmarks.chips import CHIPS, Chip, Times, times
 from benchmarks.hlo import Module
-from benchmarks.pod_cases import AXIS, CASES, MODEL, Case
+from benchmarks.pod_cases import CASES, Case
 from benchmarks.work import Counts, count
+from eggroll.placement import AXIS
+from experiments.run.devices import MODEL
 
 # No TPU is looked for, and libtpu asks no server what it runs on.
 ENVIRONMENT = {

@@ -12,9 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from eggroll import EvolutionStrategy, integer, programs
 from eggroll.placement import AXIS
-from experiments.models import egg, rwkv7, transformer
+from experiments.models import egg, parallel, rwkv7, transformer
 
-MODEL = "model"
 EVERYWHERE = jax.P()
 TOKENS, SEQUENCES = 256, 4
 
@@ -111,27 +110,6 @@ def episodes(preset: str) -> Callable[[Case, Mesh], tuple[Any, ...]]:
 
 # ---------------------------------------------------------------- language models in bfloat16
 
-# Which axis of a matrix is divided over the chips that share the weights. What reads the residual stream
-# is cut by its outputs, what writes to it by its inputs, so that a block sends two sums.
-BY_OUTPUT = (
-    *("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "embed_tokens"),
-    *("receptance", "att/key", "att/value", "ffn/key", "head", "emb"),
-)
-BY_INPUT = ("o_proj", "down_proj", "output", "ffn/value")
-
-
-def spec_of(path: str, ndim: int) -> Any:
-    """Where a weight of a language model lies.
-
-    Example:
-      >>> spec_of("layers/down_proj", 3), spec_of("blocks/att/key", 3), spec_of("norm", 1)
-      (P(None, 'model', None), P(None, None, 'model'), P())
-    """
-    ends = lambda names: any(path == name or path.endswith("/" + name) for name in names)
-    if ends(BY_OUTPUT):
-        return jax.P(*(None,) * (ndim - 1), MODEL)
-    return jax.P(*(None,) * (ndim - 2), MODEL, None) if ends(BY_INPUT) else jax.P()
-
 
 def language_model(
     init: Callable[[Array], Any],
@@ -153,17 +131,12 @@ def language_model(
         def narrow(key: Array) -> Any:
             return jax.tree.map(lambda x: x.astype(jnp.bfloat16), init(key))
 
-        def lay_out(keys: Any, x: Any) -> Any:
-            path = "/".join(str(getattr(k, "key", k)) for k in keys)
-            return placed(x, mesh, spec_of(path, len(x.shape)))
-
-        params = jax.tree_util.tree_map_with_path(
-            lay_out, jax.eval_shape(narrow, jax.random.key(0))
+        state = jax.eval_shape(lambda key: es.init(narrow(key), key), jax.random.key(0))
+        state = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            state,
+            parallel.shardings(state, mesh),
         )
-        state = jax.eval_shape(es.init, params, jax.random.key(0))
-        # A master copy lies as its weight does; its key in the state is that weight's path.
-        master = {k: placed(x, mesh, spec_of(k, len(x.shape))) for k, x in state.master.items()}
-        state = placed(state, mesh)._replace(params=params, master=master)
         tokens = placed(jax.ShapeDtypeStruct((SEQUENCES, TOKENS + 1), jnp.int32), mesh)
         return es, state, fitness, (tokens,), None
 

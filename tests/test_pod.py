@@ -20,7 +20,8 @@ from benchmarks import chips, hlo, pod, pod_cases, work
 from benchmarks.chips import CHIPS
 from benchmarks.hlo import Module
 from benchmarks.work import Collective, Counts
-from experiments.models import egg, rwkv7, transformer
+from experiments.models import egg, parallel, rwkv7, transformer
+from experiments.run.devices import MODEL
 
 # Three trips of a loop of stride 2 to 6: a product [8,16] x [16,32] in a fusion, whose weight is a slice of a
 # stack, and a sum over groups of four chips; then a gather over all, and a reduction.
@@ -202,9 +203,9 @@ def test_every_large_matrix_is_divided(config: object) -> None:
     divided = whole = 0
     for keys, x in jax.tree_util.tree_flatten_with_path(params)[0]:
         path = "/".join(k.key for k in keys)
-        spec = pod_cases.spec_of(path, x.ndim)
-        divided += x.size * (pod_cases.MODEL in spec)
-        whole += x.size * (pod_cases.MODEL not in spec)
+        spec = parallel.spec_of(path, x.ndim)
+        divided += x.size * (MODEL in spec)
+        whole += x.size * (MODEL not in spec)
     # What stays whole are vectors and, of RWKV-7, the thin matrices, which are not thin at this width.
     assert whole < (0.02 if module is transformer else 0.4) * divided
 

@@ -90,7 +90,9 @@ class GroupPolicy(Backprop):
         self._update = self._compiled(
             grpo.make_update(begin.model, self._optimizer, self._settings)
         )
-        self._reference = begin.params(jnp.int32(config.seed)) if own.kl else None
+        self._reference = None
+        if own.kl:
+            self._reference = jax.tree.map(jnp.asarray, begin.params(jnp.int32(config.seed)))
 
     def generation(
         self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner

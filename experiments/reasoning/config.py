@@ -107,6 +107,9 @@ class Config(RunSettings):
     """Standard deviation of the noise."""
     noise_reuse: int = 1
     """Generations that see the same noise."""
+    tensor_parallel: int = 1
+    """Devices that share each large matrix, for models that one cannot hold; members are divided over the
+    rest."""
     memory_gib: float | None = None
     """Memory that a population may take; by default nine tenths of the device's, half of a CPU's."""
     chunk: int | None = None
@@ -140,6 +143,7 @@ class Config(RunSettings):
         positive(self, "sigma", "learning_rate", "gradient_norm", "reward_seconds")
         fraction(self, "learning_rate_decay", "top_p")
         at_least_one(self, "layers", "width", "prompts", "noise_reuse", "chunk", "prompt_chunk")
+        at_least_one(self, "tensor_parallel")
         at_least_one(self, "samples", "max_new_tokens", "held_out_questions", "rank", "patience")
         if self.memory_gib is not None:
             positive(self, "memory_gib")
@@ -197,6 +201,10 @@ class Config(RunSettings):
         self.settled()
         if self.chat_arguments() and not self.chat:
             raise UsageError(f"--chat-settings {self.chat_settings!r}: they are those of --chat")
+
+    def on_one_device(self) -> Any:
+        """The same by one process on one device."""
+        return replace(super().on_one_device(), tensor_parallel=1)
 
     @property
     def narrow_type(self) -> str | None:

@@ -267,7 +267,7 @@ def stream(
     Yields:
         Answers to at most `chunk` prompts. Each prompt comes once, not in order.
     """
-    writer = _Writer(model, es, sampling, _ends(eos), segment)
+    writer = _Writer(model, es.placed(state), sampling, _ends(eos), segment)
     yield from writer.parts(state, None, prompts, chunk)
 
 

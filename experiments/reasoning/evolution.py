@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 import eggroll
+from experiments.models import parallel
 from experiments.reasoning import diagnostics, scores, sft
 from experiments.reasoning.config import Config
 from experiments.reasoning.engine import stream
@@ -55,11 +56,22 @@ class Evolution:
             mesh=layout.mesh,
             deterministic=layout.same_bits,
         )
-        self._update = layout.jit(self._updated, donate_argnums=0)
+        # How the state lies on several devices.
+        self.lies = parallel.shardings(jax.eval_shape(self.start, jnp.int32(0)), layout.mesh)
+        self._update = layout.jit(
+            self._updated,
+            (self.lies, layout.everywhere, layout.everywhere),
+            static_argnums=0,
+            donate_argnums=1,
+        )
 
     def start(self, seed: Array) -> Any:
         """The state before generation 0."""
-        return self.es.init(self._begin.params(seed), jax.random.fold_in(jax.random.key(seed), 1))
+        params, mesh = self._begin.params(seed), self._layout.mesh
+        if mesh is not None:
+            # Before anything is copied: no device need have room for all of it.
+            params = jax.device_put(params, parallel.shardings(params, mesh))
+        return self.es.init(params, jax.random.fold_in(jax.random.key(seed), 1))
 
     def generation(
         self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner
@@ -67,7 +79,7 @@ class Evolution:
         """Scores of every member, and an update."""
         told = self._rewarded if self._config.fitness == "reward" else self._likely
         values, row = told(state, questions, examiner)
-        state, metrics, changed = self._update(state, values)
+        state, metrics, changed = self._update(self.es.placed(state), state, values)
         row |= {
             "fitness_mean": metrics.fitness_mean,
             "fitness_std": metrics.fitness_std,
@@ -76,8 +88,10 @@ class Evolution:
         }
         return state, row | changed
 
-    def _updated(self, state: Any, values: Array) -> tuple[Any, Any, dict[str, Array]]:
-        new, metrics = self.es.update(state, values)
+    def _updated(
+        self, es: eggroll.EvolutionStrategy, state: Any, values: Array
+    ) -> tuple[Any, Any, dict[str, Array]]:
+        new, metrics = es.update(state, values)
         changed = diagnostics.changed_weights(state.params, new.params, self._config.narrow_type)
         return new, metrics, changed
 
@@ -86,14 +100,16 @@ class Evolution:
         """Scores of all members on worked solutions."""
         score = functools.partial(FITNESS[self._config.fitness], self._begin.model)
         return self._layout.jit(
-            lambda state, tokens, mask: self.es.evaluate(state, score, tokens, mask)
+            lambda es, state, tokens, mask: es.evaluate(state, score, tokens, mask),
+            static_argnums=0,
         )
 
     def _likely(
         self, state: Any, questions: Sequence[Question], examiner: Examiner
     ) -> tuple[Array, dict[str, Any]]:
         """Scores of worked solutions, with no answer written."""
-        return self._score(state, *examiner.solutions(questions)), {"generated_tokens": 0}
+        values = self._score(self.es.placed(state), state, *examiner.solutions(questions))
+        return values, {"generated_tokens": 0}
 
     def _rewarded(
         self, state: Any, questions: Sequence[Question], examiner: Examiner

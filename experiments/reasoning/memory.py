@@ -3,15 +3,19 @@
 Everything is counted from shapes; nothing is computed or allotted.
 """
 
+import math
 import os
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from eggroll import EvolutionStrategy
+from experiments.models import parallel
 from experiments.reasoning.engine import Sampling, padded_length, segments
 from experiments.reasoning.language_model import LanguageModel
 from experiments.run.errors import UsageError
@@ -89,7 +93,8 @@ def plan_memory(
 
     Args:
         model: what its functions are.
-        es: says rank, plan and optimizer.
+        es: says rank, plan and optimizer, and by its mesh how many devices share weights and caches. Noise,
+            logits and activations are counted as if each of them had these whole.
         params: of the model, or their shapes.
         population: members; on a mesh those of one device.
         prompts: that there are.
@@ -121,7 +126,7 @@ def plan_memory(
         at a time                 64 of 64 members, 7 prompts
     """
     state = jax.eval_shape(lambda params: es.init(params, 0), params)
-    weights = _bytes(state.params)
+    weights = _bytes(state.params, es.mesh)
     slots = padded_length(prompt_slots)
     count, steps = segments(sampling.max_new_tokens, segment)
 
@@ -132,9 +137,9 @@ def plan_memory(
     _, cache = jax.eval_shape(read, params, tokens, length)
     plan = MemoryPlan(
         weights=weights,
-        training=_bytes(state) - weights,
+        training=_bytes(state, es.mesh) - weights,
         factors=es.plan_of(params).noise_bytes,
-        cache=_bytes(cache),
+        cache=_bytes(cache, es.mesh),
         logits=3 * 4 * model.vocab_size,
         activations=_activations(read, params, slots),
         population=population,
@@ -219,8 +224,15 @@ def _activations(read: Any, params: Any, slots: int) -> int:
     return 2 * largest(traced.jaxpr)
 
 
-def _bytes(tree: Any) -> int:
-    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+def _bytes(tree: PyTree, mesh: Mesh | None) -> int:
+    """On one device."""
+    places = jax.tree.leaves(parallel.shardings(tree, mesh)) or repeat(None)
+
+    def own(x: Any, place: NamedSharding | None) -> int:
+        shape = x.shape if place is None else place.shard_shape(x.shape)
+        return math.prod(shape) * jnp.dtype(x.dtype).itemsize
+
+    return sum(map(own, jax.tree.leaves(tree), places))
 
 
 def _size(n: int) -> str:

@@ -34,7 +34,8 @@ class Start(NamedTuple):
         model: the functions.
         shape: the configuration of the model: a TransformerConfig or RWKV7Config.
         tokenizer: of its texts.
-        params: makes the parameters; an array of the seed decides new ones.
+        params: makes the parameters; an array of the seed decides new ones. Those that are read lie on the
+            host.
         folder: that they were read from, if any.
     """
 
@@ -174,7 +175,7 @@ def _of_folder(config: Config) -> Start:
         raise UsageError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}"
         )
-    return Start(_functions(shape, config), shape, tokenizer, lambda seed: params, folder)
+    return Start(_functions(shape, config), shape, tokenizer, _held(params), folder)
 
 
 def _of_run(config: Config) -> Start:
@@ -186,7 +187,13 @@ def _of_run(config: Config) -> Start:
     before = start(found.config)
     params = found.module.parameters(found.config, found.state)
     params = in_floats(before.shape, params, found.config.dtype)
-    return before._replace(model=_functions(before.shape, config), params=lambda seed: params)
+    return before._replace(model=_functions(before.shape, config), params=_held(params))
+
+
+def _held(params: PyTree) -> Callable[[Array], PyTree]:
+    """Parameters that are there already, on the host: what is trained is a copy of them on the devices."""
+    on_host = jax.device_get(params)
+    return lambda seed: on_host
 
 
 def _functions(

@@ -101,7 +101,7 @@ class Course:
         self.reward = reward_of(config, self.task)
         evolves = config.algorithm == "eggroll"
         alone = None if evolves else f"--algorithm {config.algorithm} has no population to divide"
-        self.layout = layout_of(config, config.population, alone)
+        self.layout = layout_of(config, config.population, alone, config.tensor_parallel)
         self.method: Any = method_of(config, self.begin, self.layout)
 
     def fit_memory(self, examiner: Examiner) -> MemoryPlan:
@@ -110,8 +110,8 @@ class Course:
         config = self.config
         prompts = examiner.prompts(examiner.questions(0))
         shapes = jax.eval_shape(self.begin.params, jnp.int32(0))
-        # Every device has the members of at most so many pairs.
-        share = 2 * -(-config.population // (2 * self.layout.devices))
+        # Every device, or group of them, has the members of at most so many pairs.
+        share = 2 * -(-config.population // (2 * self.layout.groups))
         # The same for all processes, whose programs are one.
         budget = agreement.least(
             device_bytes() if config.memory_gib is None else int(config.memory_gib * 2**30)
@@ -135,7 +135,8 @@ class Course:
         )
         self.method = method_of(self.config, self.begin, self.layout)
         return plan._replace(
-            tokens_per_s=expected_tokens_per_s(shapes, plan.members * plan.prompts)
+            tokens_per_s=self.layout.devices
+            * expected_tokens_per_s(shapes, plan.members * plan.prompts)
         )
 
     @functools.cached_property
@@ -146,7 +147,14 @@ class Course:
     def first(self) -> Carry:
         """The state before generation 0."""
         seed = jnp.int32(self.config.seed)
-        return self.layout.put(Carry(self.method.start(seed), jnp.int32(0), seed))
+        carry = Carry(self.method.start(seed), jnp.int32(0), seed)
+        return carry if self.lies is None else jax.device_put(carry, self.lies)
+
+    @property
+    def lies(self) -> Carry | None:
+        """How the state lies on several devices."""
+        everywhere: Any = self.layout.everywhere
+        return None if everywhere is None else Carry(self.method.lies, everywhere, everywhere)
 
     @contextlib.contextmanager
     def examiner(self) -> Iterator[Examiner]:
@@ -232,7 +240,7 @@ def job(config: Config, course: Course | None = None, examiner: Examiner | None 
         tell=tell,
         measured=("held_out_accuracy", "held_out_reward", "held_out_length"),
         totals=("generated_tokens",),
-        sharding=course.layout.everywhere,
+        sharding=course.lies,
     )
 
 
@@ -389,6 +397,7 @@ def write(
     """What the model of a run, or without a state the one that the settings name, writes after prompts."""
     begin = start(config)
     params = begin.params(jnp.int32(config.seed)) if state is None else parameters(config, state)
+    params = jax.tree.map(jnp.asarray, params)
     tokenizer = begin.tokenizer
     given = [tokenizer.encode(asked(config, tokenizer, text)) for text in prompts]
     if not all(given):

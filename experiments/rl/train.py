@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,7 +240,7 @@ def train_many(configs: Sequence[Config], started: float | None = None) -> list[
     watch.finish("imports")
     task, policy = parts(configs[0])
     # The runs are mapped, not their members divided.
-    alone = replace(configs[0], devices=1)
+    alone = configs[0].on_one_device()
     one = lambda config, rates: pieces(config, task, policy, rates)
     return run_together("rl", configs, job(alone), one, finish, watch)
 

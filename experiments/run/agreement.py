@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from experiments.run import hosts
-from experiments.run.errors import UsageError
+from experiments.run.errors import RunError, UsageError
 
 
 def agreed(value: bool) -> bool:
@@ -27,6 +27,22 @@ def least(value: int) -> int:
     # In two halves: arrays of JAX have 32 bits.
     halves = gathered(np.array([value >> 31, value & (2**31 - 1)], np.int32))
     return min((int(high) << 31) + int(low) for high, low in halves)
+
+
+def same(value: int, what: str) -> None:
+    """Raises RunError on all processes where they do not have the same number.
+
+    Args:
+        value: of this process.
+        what: it is, as the words before the number.
+
+    Example:
+        >>> same(3, "generation")
+    """
+    values = gathered(np.array(value)).tolist()
+    if len(set(values)) > 1:
+        told = ", ".join(f"{what} {v} in process {i}" for i, v in enumerate(values))
+        raise RunError(f"processes of one run do not see the same: {told}")
 
 
 def gathered(value: np.ndarray) -> np.ndarray:

@@ -141,6 +141,10 @@ class Checkpoints:
                     f"and that of generation {generation} is used."
                 )
             generation, state, totals = found
+            agreement.same(
+                generation,
+                f"the newest checkpoint in {self._path} that can be read is of generation",
+            )
             state = jax.tree.map(
                 lambda x, w: x if w.size else jnp.zeros(w.shape, w.dtype), state, wanted
             )

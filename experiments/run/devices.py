@@ -7,17 +7,22 @@ import jax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from eggroll import placement
 from eggroll.programs import EXACT
 from experiments.run import hosts
 from experiments.run.errors import UsageError
 from experiments.run.settings import RunSettings
+
+# The axis of a mesh along which devices share weights.
+MODEL = "model"
 
 
 class Layout(NamedTuple):
     """Where things lie.
 
     Attributes:
-        mesh: of all devices, members along "population"; None for one device.
+        mesh: of all devices, members along "population", and along "model" those that share weights, where
+            there are such; None for one device.
         everywhere: of what every device has; None without a mesh.
         members: of what has a leading axis [population]; None without a mesh.
         same_bits: whether the number of devices may change no bit.
@@ -33,6 +38,11 @@ class Layout(NamedTuple):
         """How many there are."""
         return 1 if self.mesh is None else self.mesh.size
 
+    @property
+    def groups(self) -> int:
+        """How many devices, or groups of them that share weights, members are divided over."""
+        return placement.devices(self.mesh)
+
     def jit(self, fn: Callable[..., Any], out: Any = None, **options: Any) -> Callable[..., Any]:
         """`jax.jit`, with outputs that lie as `out` says, everywhere by default."""
         if self.mesh is not None:
@@ -40,12 +50,6 @@ class Layout(NamedTuple):
         if self.same_bits:
             options["compiler_options"] = EXACT
         return jax.jit(fn, **options)
-
-    def put(self, tree: Any) -> Any:
-        """Arrays of one device on all of them."""
-        if self.everywhere is None:
-            return tree
-        return jax.device_put(tree, self.everywhere)
 
     def gather(self, tree: Any) -> Any:
         """Inside a program: members' arrays as a whole on every device, so that sums over members are
@@ -58,7 +62,9 @@ class Layout(NamedTuple):
 ONE = Layout()
 
 
-def layout_of(settings: RunSettings, population: int = 0, alone: str | None = None) -> Layout:
+def layout_of(
+    settings: RunSettings, population: int = 0, alone: str | None = None, sharing: int = 1
+) -> Layout:
     """The devices that the settings name.
 
     By default these are all GPUs or TPUs that there are. Of CPU devices, which share the same cores, it is
@@ -68,17 +74,22 @@ def layout_of(settings: RunSettings, population: int = 0, alone: str | None = No
         settings: of the run.
         population: members.
         alone: why there can be one device only, if so.
+        sharing: how many devices share each weight.
 
     Raises:
         UsageError: where there are not as many.
     """
     there = jax.devices()
     if alone is not None:
-        if hosts.several() or (settings.devices or 1) > 1 or settings.same_bits:
-            what = "several processes" if hosts.several() else f"--devices {settings.devices}"
-            raise UsageError(
-                f"{'--same-bits' if settings.same_bits else what}: {alone}, so one device is right"
-            )
+        asked = {
+            "--same-bits": settings.same_bits,
+            f"--tensor-parallel {sharing}": sharing > 1,
+            "several processes": hosts.several(),
+            f"--devices {settings.devices}": (settings.devices or 1) > 1,
+        }
+        for what, given in asked.items():
+            if given:
+                raise UsageError(f"{what}: {alone}, so one device is right")
         return ONE
     if hosts.several():
         wanted = len(there)
@@ -91,15 +102,24 @@ def layout_of(settings: RunSettings, population: int = 0, alone: str | None = No
         wanted = settings.devices or (1 if jax.default_backend() == "cpu" else len(there))
     if wanted > len(there):
         raise UsageError(f"--devices {wanted}: there are {len(there)}; choose at most as many")
+    if wanted % sharing:
+        raise UsageError(
+            f"--tensor-parallel {sharing}: it does not divide the {wanted} device{'s' * (wanted > 1)} of the "
+            "run; choose a divisor, or other --devices"
+        )
     if wanted == 1:
         return Layout(same_bits=settings.same_bits)
+    axes = {placement.AXIS: wanted // sharing, **({MODEL: sharing} if sharing > 1 else {})}
     mesh = jax.make_mesh(
-        (wanted,), ("population",), axis_types=(AxisType.Auto,), devices=there[:wanted]
+        tuple(axes.values()),
+        tuple(axes),
+        axis_types=(AxisType.Auto,) * len(axes),
+        devices=there[:wanted],
     )
     everywhere, members = (NamedSharding(mesh, spec) for spec in (jax.P(), jax.P("population")))
     return Layout(
         mesh,
         everywhere,
-        everywhere if population % wanted else members,
+        everywhere if population % (wanted // sharing) else members,
         settings.same_bits,
     )

@@ -116,16 +116,7 @@ def read_run(path: Path) -> Found:
         raise UsageError(f"{path}/config.json names the driver {name!r}, which there is not")
     config = from_json(importlib.import_module(DRIVERS[name].config).Config, content)
     # The folder may have been moved, and what is in it is to be read, not replaced.
-    # One device is enough, however many it was trained on.
-    config = replace(
-        config,
-        run_dir=path,
-        overwrite=False,
-        devices=1,
-        coordinator=None,
-        processes=None,
-        process=None,
-    )
+    config = replace(config.on_one_device(), run_dir=path, overwrite=False)
     module = importlib.import_module(DRIVERS[name].train)
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
         found = checkpoints.restore(module.job(config).start)

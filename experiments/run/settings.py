@@ -5,7 +5,7 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +65,10 @@ class RunSettings:
         """Generations after which training stops in any case."""
         return self.max_generations if self.generations is None else self.generations
 
+    def on_one_device(self) -> Any:
+        """The same by one process on one device: enough to read a run, however many trained it."""
+        return replace(self, devices=1, coordinator=None, processes=None, process=None)
+
     def check_run(self) -> None:
         """Raises UsageError for the first of these settings that cannot be right."""
         at_least_one(self, "generations", "max_generations", "evaluate_every")
@@ -81,7 +85,7 @@ class RunSettings:
 FREE = frozenset(
     {"run_dir", "generations", "max_generations", "checkpoint_seconds", "overwrite"}
     | {"accept_changes", "tensorboard", "wandb_project", "preset"}
-    | {"devices", "coordinator", "processes", "process", "lost_seconds"}
+    | {"devices", "tensor_parallel", "coordinator", "processes", "process", "lost_seconds"}
 )
 
 

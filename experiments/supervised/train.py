@@ -1,7 +1,6 @@
 """`eggroll supervised`: from settings to a trained classifier, its curve and a sentence about it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -235,7 +234,7 @@ def train_many(configs: Sequence[Config], started: float | None = None) -> list[
     watch.finish("imports")
     data = load(configs[0].data)
     # The runs are mapped, not their members divided.
-    alone = replace(configs[0], devices=1)
+    alone = configs[0].on_one_device()
     one = lambda config, rates: pieces(config, data, rates)
     return run_together("supervised", configs, job(alone), one, finish, watch)
 

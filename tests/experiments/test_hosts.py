@@ -20,7 +20,7 @@ from experiments.run import agreement, report
 from experiments.run.cli import main
 from experiments.run.devices import layout_of
 from experiments.run.drivers import read_run
-from experiments.run.errors import UsageError
+from experiments.run.errors import RunError, UsageError
 from experiments.run.hosts import ADDRESS, PROCESS, PROCESSES, Cluster, cluster_of
 from experiments.run.metrics import read_metrics
 from experiments.supervised.config import PRESETS
@@ -245,6 +245,19 @@ def test_mistakes_about_devices(flags: Any, alone: str | None, words: str) -> No
         layout_of(replace(DIGITS, **flags), 64, alone)
 
 
+@pytest.mark.parametrize(
+    ("devices", "alone", "words"),
+    [
+        (4, None, "--tensor-parallel 3: it does not divide the 4 devices of the run"),
+        (None, None, "--tensor-parallel 3: it does not divide the 1 device of the run"),
+        (None, "it has no population", "--tensor-parallel 3: it has no population, so one"),
+    ],
+)
+def test_mistakes_about_shared_weights(devices: int | None, alone: str | None, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        layout_of(replace(DIGITS, devices=devices), 64, alone, sharing=3)
+
+
 def test_members_lie_with_their_devices_where_these_divide_them() -> None:
     assert layout_of(DIGITS, 64).mesh is None  # CPU devices share their cores
     layout = layout_of(replace(DIGITS, devices=4), 64)
@@ -259,6 +272,13 @@ def test_a_process_alone_agrees_with_itself() -> None:
     with pytest.raises(UsageError, match="mine"):
         agreement.share_fate(UsageError("mine"))
     agreement.share_fate(None)
+    agreement.same(3, "generation")
+
+
+def test_processes_that_see_different_things_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "gathered", lambda value: np.stack([value, value - 1]))
+    with pytest.raises(RunError, match="generation 3 in process 0, generation 2 in process 1"):
+        agreement.same(3, "generation")
 
 
 def test_parts_of_all_processes_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
