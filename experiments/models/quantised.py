@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int, PyTree
 
 from eggroll.plan import Dense, Frozen, Plan, Planner, Treatment, by_shape, leaf_paths
 
@@ -64,8 +64,8 @@ def dequantise(params: PyTree, dtype: DTypeLike, axis_of: Callable[[str], int | 
     return each(params, "")
 
 
-def _rounded(w: Array, axis: int) -> dict[str, Array]:
-    w = w.astype(jnp.float32)
+def _rounded(w: ArrayLike, axis: int) -> dict[str, Array]:
+    w = jnp.asarray(w, jnp.float32)
     scale = jnp.abs(w).max(axis, keepdims=True) / LARGEST
     whole = jnp.round(w / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
     return {"int8": whole, "scale": scale.squeeze(axis)}

@@ -34,8 +34,8 @@ class Start(NamedTuple):
         model: the functions.
         shape: the configuration of the model: a TransformerConfig or RWKV7Config.
         tokenizer: of its texts.
-        params: makes the parameters; an array of the seed decides new ones. Those that are read lie on the
-            host.
+        params: makes the parameters; an array of the seed decides new ones. Those that are read, or
+            rounded to int8, lie on the host.
         folder: that they were read from, if any.
     """
 
@@ -79,7 +79,7 @@ def in_int8(found: Start, config: Config) -> Start:
     quantise = _family(found.shape).quantise
     params = quantise(found.params(jnp.int32(config.seed)))
     model = _functions(found.shape, config, quantised.steps(params))
-    return found._replace(model=model, params=lambda seed: quantise(found.params(seed)))
+    return found._replace(model=model, params=_held(params))
 
 
 def in_floats(shape: Any, params: PyTree, dtype: DTypeLike) -> PyTree:

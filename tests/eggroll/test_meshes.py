@@ -172,7 +172,7 @@ def laid_out_alike(tree, like):
         ((4, 2), {}),
         ((2, 4), dict(population=36, chunk=8, rank=3)),
         ((2, 2), dict(rank="full", exchange="fitness")),
-        ((1, 4), dict(factor_memory=0, agreement=True)),
+        pytest.param((1, 4), dict(factor_memory=0, agreement=True), marks=pytest.mark.soak),
         ((2, 2), dict(deterministic=True)),
     ],
     ids=str,

@@ -37,7 +37,9 @@ def settings(folder: Path, **changes: Any) -> Config:
     return dataclasses.replace(TINY, **{"run_dir": folder, "checkpoint_seconds": 0.0, **changes})
 
 
-@pytest.mark.parametrize("arm", list(ARMS))
+@pytest.mark.parametrize(
+    "arm", ["eggroll", pytest.param("dense", marks=pytest.mark.soak), "grpo", "sft"]
+)
 def test_a_run_in_two_parts_is_the_whole(arm: str, tmp_path: Path) -> None:
     whole, parts = (settings(tmp_path / name, **ARMS[arm]) for name in ("whole", "parts"))
     train(whole)

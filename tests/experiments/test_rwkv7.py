@@ -234,7 +234,11 @@ def test_bfloat16_stays_bfloat16_but_the_matrices_of_heads(params: Any) -> None:
 # ---------------------------------------------------------------- EGGROLL
 
 
-@pytest.mark.parametrize("train", [(), rwkv7.OTHERS], ids=["matrices", "all"])
+@pytest.mark.parametrize(
+    "train",
+    [pytest.param((), marks=pytest.mark.soak), rwkv7.OTHERS],
+    ids=["matrices", "all"],
+)
 def test_eggroll_perturbs_it_as_it_is(train: tuple[str, ...], params: Any) -> None:
     es = eggroll.EvolutionStrategy(
         population=4,
