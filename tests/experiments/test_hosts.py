@@ -29,7 +29,10 @@ SMALL = "--generations 6 --checkpoint-seconds 0 --evaluate-every 3".split()
 COMMANDS = {
     "rl": "rl --preset cartpole --population 32 --width 8 --normalise".split(),
     "pretrain": ["pretrain", "--preset", "tiny", "--sample-every", "3", "--data", report.__file__],
-    "reasoning": "reasoning --preset tiny --reward-workers 1".split(),
+    "reasoning": [
+        *"reasoning --preset tiny --width 64 --reward-workers 1 --sigma 0.1 --learning-rate 0.01".split(),
+        *("--reward", f"{Path(__file__).parent / 'own_reward.py'}:letters"),
+    ],
 }
 CACHE = os.environ.get("EGGROLL_TEST_CACHE", str(Path(__file__).parents[2] / ".cache" / "jax"))
 LOST_SECONDS = 30
@@ -161,11 +164,15 @@ def test_a_preempted_run_goes_on_elsewhere_with_the_same_bits(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_two_processes_write_and_reward_the_answers_of_one(tmp_path: Path) -> None:
-    with running(COMMANDS["reasoning"], tmp_path / "two") as both:
+@pytest.mark.parametrize("sharing", [1, *(pytest.param(n, marks=pytest.mark.soak) for n in (2, 4))])
+def test_two_processes_write_and_reward_the_answers_of_one(sharing: int, tmp_path: Path) -> None:
+    """Weights that are shared by the devices of one process, or by those of both."""
+    shared = [*COMMANDS["reasoning"], "--tensor-parallel", str(sharing)]
+    with running(shared, tmp_path / "two", devices=1 if sharing == 1 else 2) as both:
         finish(both)
     alone(COMMANDS["reasoning"], tmp_path / "one")
     assert_same(tmp_path / "two", tmp_path / "one", rounding=1e-4)
+    assert all(row["updated"] for row in read_metrics(tmp_path / "one" / "metrics.jsonl"))
 
 
 @pytest.mark.soak

@@ -27,9 +27,7 @@ SMALL = (
     "--held-out-questions 2 --reward-workers 0 --checkpoint-seconds 0 --sigma 0.02"
 ).split()
 # Random models answer nothing right, and without a difference nothing is learned.
-REWARD = (
-    "def even(completions, answers, **_): return [sum(map(ord, x)) / 1000 for x in completions]\n"
-)
+REWARD = f"{Path(__file__).parent / 'own_reward.py'}:letters"
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +37,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, model: Path, *words: str) -> list[str]:
     own = ["--model", str(model), "--run-dir", str(folder / "run")]
-    (folder / "reward.py").write_text(REWARD)
     task = ["--task-settings", '{"size": 20, "held_out": 2}']
-    return [*SMALL, *own, *task, "--reward", f"{folder / 'reward.py'}:even", *words]
+    return [*SMALL, *own, *task, "--reward", REWARD, *words]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
