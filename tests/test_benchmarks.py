@@ -55,7 +55,8 @@ def test_scaling(capsys: pytest.CaptureFixture) -> None:
 def test_saving(capsys: pytest.CaptureFixture) -> None:
     shares = saving.main("--mib 1 --seconds 0.001 --generations 2 --blocks 2".split())
     assert list(shares) == [0.001] and 0 < shares[0.001] < 1
-    assert "1 MiB saved every generation" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 MiB saved every generation" in told and f"{shares[0.001]:.1%}" in told
 
 
 def test_forward_skips_what_does_not_fit_and_says_why(
