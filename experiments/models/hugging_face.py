@@ -84,12 +84,15 @@ def resolve(name: str) -> Path:
         ) from error
 
 
-def load(folder: Path, dtype: DTypeLike | None = None) -> tuple[TransformerConfig, Params]:
+def load(
+    folder: Path, dtype: DTypeLike | None = None, on_host: bool = False
+) -> tuple[TransformerConfig, Params]:
     """A model of the Llama, Qwen2 or Qwen3 architecture.
 
     Args:
         folder: with config.json, and model.safetensors or shards with their index.
         dtype: of all parameters; by default that of the file, float32 where layers differ.
+        on_host: gives arrays of NumPy; else they lie on the first device.
 
     Raises:
         UsageError: for a file that is absent or damaged, a setting that is not supported, a tensor that
@@ -104,7 +107,8 @@ def load(folder: Path, dtype: DTypeLike | None = None) -> tuple[TransformerConfi
     for one in wanted:
         _check(folder, files, one)
     _check_rest(folder, files, {one.name for one in wanted}, config)
-    return config, _gather(files, wanted, dtype)
+    params = _gather(files, wanted, dtype)
+    return config, params if on_host else jax.tree.map(jnp.asarray, params)
 
 
 def save(
@@ -432,9 +436,9 @@ def _gather(files: _Files, wanted: list[_Tensor], dtype: DTypeLike | None) -> Pa
             x = files.read(one.name)
             stack[i] = x.T if one.transposed else x
         if parts[0].layer is None:
-            params[key] = jnp.asarray(stack[0])
+            params[key] = stack[0]
         else:
-            params["layers"][key] = jnp.asarray(stack)
+            params["layers"][key] = stack
     return params
 
 

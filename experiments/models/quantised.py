@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int, PyTree
 
 from eggroll.plan import Dense, Frozen, Plan, Planner, Treatment, by_shape, leaf_paths
@@ -25,7 +27,8 @@ def quantise(params: PyTree, axis_of: Callable[[str], int | None]) -> PyTree:
     """The same model with some of its matrices in int8.
 
     Args:
-        params: nested dicts of float arrays.
+        params: nested dicts of float arrays; of those of NumPy one at a time is on a device, and the rounded
+            ones are of NumPy again.
         axis_of: of a matrix's path, the axis that a scale is taken over; None leaves it as it is.
 
     Example:
@@ -38,7 +41,10 @@ def quantise(params: PyTree, axis_of: Callable[[str], int | None]) -> PyTree:
         if isinstance(tree, dict):
             return {name: each(leaf, f"{prefix}/{name}") for name, leaf in tree.items()}
         axis = axis_of(prefix.removeprefix("/"))
-        return tree if axis is None else _rounded(tree, axis)
+        if axis is None:
+            return tree
+        rounded = _rounded(tree, axis)
+        return jax.device_get(rounded) if isinstance(tree, np.ndarray) else rounded
 
     return each(params, "")
 

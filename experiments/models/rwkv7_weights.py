@@ -33,12 +33,15 @@ def is_folder(path: Path) -> bool:
     return file.is_file() and _read_json(file).get("model_type") == MODEL_TYPE
 
 
-def load(path: Path, dtype: DTypeLike | None = None) -> tuple[RWKV7Config, Params]:
+def load(
+    path: Path, dtype: DTypeLike | None = None, on_host: bool = False
+) -> tuple[RWKV7Config, Params]:
     """A model from a folder that :func:`save` or :func:`convert_pth` wrote.
 
     Args:
         path: the folder, with config.json and model.safetensors.
         dtype: of the parameters; as in the file by default.
+        on_host: gives arrays of NumPy; else they lie on the first device.
 
     Raises:
         UsageError: where a file is missing or is none of RWKV-7, or a tensor is missing, misshapen or
@@ -62,7 +65,8 @@ def load(path: Path, dtype: DTypeLike | None = None) -> tuple[RWKV7Config, Param
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{file} cannot be read as safetensors: {error}") from error
-    return config, _params(file, config, tensors, dtype)
+    params = _params(file, config, tensors, dtype)
+    return config, params if on_host else jax.tree.map(jnp.asarray, params)
 
 
 def save(folder: Path, config: RWKV7Config, params: Params) -> None:
@@ -181,15 +185,15 @@ def _params(
         x = x.reshape(shape[2:] if shape[:2] == (1, 1) else shape)
         parts.setdefault(path, []).append(x.T if transposed else x)
 
-    def leaf(keys: Any, shape: Any) -> jax.Array:
+    def leaf(keys: Any, shape: Any) -> np.ndarray:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         found = parts.get(path, [])
         if not path.startswith("blocks/"):
-            return jnp.asarray(found[0], dtype)
+            return np.asarray(found[0], dtype)
         if len(found) < config.num_hidden_layers:  # v0, v1 and v2 of layer 0
             like = found[0].dtype if found else tensors["emb.weight"].dtype
             found = [np.zeros(shape.shape[1:], like), *found]
-        return jnp.asarray(np.stack(found), dtype)
+        return np.asarray(np.stack(found), dtype)
 
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), config))
     return jax.tree_util.tree_map_with_path(leaf, shapes)

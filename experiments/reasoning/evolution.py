@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 import eggroll
+from eggroll import compat
 from experiments.models import parallel
 from experiments.reasoning import diagnostics, scores, sft
 from experiments.reasoning.config import Config
@@ -57,7 +59,9 @@ class Evolution:
             deterministic=layout.same_bits,
         )
         # How the state lies on several devices.
-        self.lies = parallel.shardings(jax.eval_shape(self.start, jnp.int32(0)), layout.mesh)
+        self.lies = None
+        if layout.mesh is not None:
+            self.lies = parallel.shardings(jax.eval_shape(self.start, jnp.int32(0)), layout.mesh)
         self._update = layout.jit(
             self._updated,
             (self.lies, layout.everywhere, layout.everywhere),
@@ -67,11 +71,23 @@ class Evolution:
 
     def start(self, seed: Array) -> Any:
         """The state before generation 0."""
-        params, mesh = self._begin.params(seed), self._layout.mesh
-        if mesh is not None:
-            # Before anything is copied: no device need have room for all of it.
-            params = jax.device_put(params, parallel.shardings(params, mesh))
+        params = self._on_devices(self._begin.params(seed))
         return self.es.init(params, jax.random.fold_in(jax.random.key(seed), 1))
+
+    def _on_devices(self, params: PyTree) -> PyTree:
+        """Every device gets its own part alone, so that none need have room for the whole."""
+        if compat.tracing():
+            # Only shapes are asked for.
+            return jax.tree.map(jnp.asarray, params)
+        if self._layout.mesh is None:
+            return params
+        whole = jax.device_get(params)
+
+        # Not device_put: between processes it compares the whole on every device.
+        def put(x: np.ndarray, where: NamedSharding) -> Array:
+            return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
+
+        return jax.tree.map(put, whole, parallel.shardings(whole, self._layout.mesh))
 
     def generation(
         self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner

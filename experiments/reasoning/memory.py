@@ -96,7 +96,7 @@ def plan_memory(
         es: says rank, plan and optimizer, and by its mesh how many devices share weights and caches. Noise,
             logits and activations are counted as if each of them had these whole.
         params: of the model, or their shapes.
-        population: members; on a mesh those of one device.
+        population: members; on a mesh those of one device, or of one group that shares weights.
         prompts: that there are.
         prompt_slots: tokens of the longest.
         sampling: how many tokens are written.
@@ -150,10 +150,16 @@ def plan_memory(
     )
     fitting = [p for p in _choices(plan, prompts) if p.prompts >= 1]
     if not fitting:
+        held = plan.weights + plan.training
+        if held > budget_bytes:
+            raise UsageError(
+                f"the weights and what the optimizer holds of them take {_size(held)} of a device, and the "
+                f"budget is {_size(budget_bytes)}: more devices that share them (--tensor-parallel) are right"
+            )
         needed = min(_total(plan, members, 1) for members in _members(population))
         raise UsageError(
-            f"a population of {population} needs {_size(needed)} for one prompt at a time, and the budget is "
-            f"{_size(budget_bytes)}: fewer members or tokens, or more devices, are right"
+            f"a population of {population} on a device needs {_size(needed)} for one prompt at a time, and "
+            f"the budget is {_size(budget_bytes)}: fewer members or tokens, or more devices, are right"
         )
     return max(fitting, key=lambda p: (p.members * p.prompts, p.members))
 

@@ -77,7 +77,7 @@ def start(config: Config, task: Task | None = None) -> Start:
 def in_int8(found: Start, config: Config) -> Start:
     """The same with its matrices in int8. What a step of them is worth is that of the first parameters."""
     quantise = _family(found.shape).quantise
-    params = quantise(found.params(jnp.int32(config.seed)))
+    params = quantise(jax.device_get(found.params(jnp.int32(config.seed))))
     model = _functions(found.shape, config, quantised.steps(params))
     return found._replace(model=model, params=_held(params))
 
@@ -164,12 +164,12 @@ def _of_folder(config: Config) -> Start:
     folder, dtype = hugging_face.resolve(config.model), jnp.dtype(config.dtype)
     if rwkv7_weights.is_folder(folder):
         shape: Any
-        shape, params = rwkv7_weights.load(folder, dtype)
+        shape, params = rwkv7_weights.load(folder, dtype, on_host=True)
         # One that was trained here has a tokenizer of its own; the published ones have theirs in common.
         own = (folder / "tokenizer.json").exists()
         tokenizer: Any = tokens.from_folder(folder) if own else _world()
     else:
-        shape, params = hugging_face.load(folder, dtype)
+        shape, params = hugging_face.load(folder, dtype, on_host=True)
         tokenizer = tokens.from_folder(folder)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UsageError(
@@ -181,7 +181,7 @@ def _of_folder(config: Config) -> Start:
 def _of_run(config: Config) -> Start:
     """The model of an earlier run, with the parameters that it ended with."""
     assert config.start is not None
-    found = read_run(config.start)
+    found = read_run(config.start, on_host=True)
     if not isinstance(found.config, Config):
         raise UsageError(f"--start {config.start}: that run is of another driver")
     before = start(found.config)

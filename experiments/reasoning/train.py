@@ -96,12 +96,12 @@ class Course:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.task: Task = tasks.load(config.task, **config.task_arguments())
-        self.begin: Start = start(config, self.task)
-        self.reward = reward_of(config, self.task)
         evolves = config.algorithm == "eggroll"
         alone = None if evolves else f"--algorithm {config.algorithm} has no population to divide"
         self.layout = layout_of(config, config.population, alone, config.tensor_parallel)
+        self.task: Task = tasks.load(config.task, **config.task_arguments())
+        self.begin: Start = start(config, self.task)
+        self.reward = reward_of(config, self.task)
         self.method: Any = method_of(config, self.begin, self.layout)
 
     def fit_memory(self, examiner: Examiner) -> MemoryPlan:
@@ -134,10 +134,10 @@ class Course:
             prompt_chunk=config.prompt_chunk or (few if few < config.prompts else None),
         )
         self.method = method_of(self.config, self.begin, self.layout)
-        return plan._replace(
-            tokens_per_s=self.layout.devices
-            * expected_tokens_per_s(shapes, plan.members * plan.prompts)
-        )
+        # Devices of a CPU share its cores.
+        devices = 1 if jax.default_backend() == "cpu" else self.layout.devices
+        speed = devices * expected_tokens_per_s(shapes, plan.members * plan.prompts)
+        return plan._replace(tokens_per_s=speed)
 
     @functools.cached_property
     def held_out(self) -> Sequence[Question]:

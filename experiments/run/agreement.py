@@ -30,19 +30,22 @@ def least(value: int) -> int:
 
 
 def same(value: int, what: str) -> None:
-    """Raises RunError on all processes where they do not have the same number.
+    """Raises RunError on all processes where they do not see the same number in files.
 
     Args:
-        value: of this process.
-        what: it is, as the words before the number.
+        value: of this process; below 0 for none.
+        what: it is.
 
     Example:
-        >>> same(3, "generation")
+        >>> same(3, "the generation")
     """
     values = gathered(np.array(value)).tolist()
     if len(set(values)) > 1:
-        told = ", ".join(f"{what} {v} in process {i}" for i, v in enumerate(values))
-        raise RunError(f"processes of one run do not see the same: {told}")
+        told = ", ".join(f"{'none' if v < 0 else v} in process {i}" for i, v in enumerate(values))
+        raise RunError(
+            f"the processes of this run do not see the same files: {what} is {told}; a --run-dir on a file "
+            "system that all hosts share is right"
+        )
 
 
 def gathered(value: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from experiments.run import agreement, hosts
@@ -100,6 +101,7 @@ class Checkpoints:
         start: Callable[[], Any],
         tell: Callable[[str], None] | None = None,
         place: Any = None,
+        on_host: bool = False,
     ) -> tuple[int, Any, dict[str, Any]] | None:
         """(generation, state, totals) of the newest checkpoint that can be read, None if there is none.
 
@@ -110,10 +112,11 @@ class Checkpoints:
           tell: gets a sentence for every checkpoint that is damaged and passed over.
           place: shardings to read the state with, a tree of which its own begins, whatever those that it
             was saved with; by default the first device has it.
+          on_host: read arrays of NumPy instead.
 
         Raises:
-          RunError: for a checkpoint of a state of other shapes, or where there are checkpoints and none
-            can be read; nothing is moved then.
+          RunError: for a checkpoint of a state of other shapes, where there are checkpoints and none can be
+            read, or where several processes can read different ones; nothing is moved then.
         """
         tell = tell or (lambda sentence: print(sentence, file=sys.stderr))
         if not agreement.agreed(self._path.is_dir()):
@@ -122,10 +125,16 @@ class Checkpoints:
         if place is None:
             place = SingleDeviceSharding(jax.local_devices()[0])
         shapes = jax.tree.map(_stored, wanted, jax.tree.broadcast(place, wanted))
+        if on_host:
+            shapes = jax.tree.map(_of_numpy, shapes)
+        generations = sorted(self._open().all_steps(), reverse=True)
+        agreement.same(max(generations, default=-1), "the newest checkpoint")
         damaged: dict[int, str] = {}
-        for generation in sorted(self._open().all_steps(), reverse=True):
+        found = None
+        for generation in generations:
             try:
                 found = self._read(generation, shapes)
+                break
             except RunError:
                 raise
             # Orbax, its readers and decoders raise errors of a dozen types for damaged files.
@@ -133,28 +142,25 @@ class Checkpoints:
                 if hosts.tells_of_loss(error):
                     raise
                 damaged[generation] = _first_line(error)
-                continue
-            for other, reason in damaged.items():
-                where = "" if self._read_only else f"; it now lies in {self._set_aside(other)}"
-                tell(
-                    f"WARNING: the checkpoint of generation {other} cannot be read ({reason}){where}, "
-                    f"and that of generation {generation} is used."
+        agreement.same(found[0] if found else -1, "the newest checkpoint that can be read")
+        if found is None:
+            if damaged:
+                raise RunError(
+                    f"none of the checkpoints in {self._path} can be read (the newest: "
+                    f"{damaged[max(damaged)]}); look at them, or start anew with --overwrite"
                 )
-            generation, state, totals = found
-            agreement.same(
-                generation,
-                f"the newest checkpoint in {self._path} that can be read is of generation",
+            return None
+        generation, state, totals = found
+        for other, reason in damaged.items():
+            where = "" if self._read_only else f"; it now lies in {self._set_aside(other)}"
+            tell(
+                f"WARNING: the checkpoint of generation {other} cannot be read ({reason}){where}, "
+                f"and that of generation {generation} is used."
             )
-            state = jax.tree.map(
-                lambda x, w: x if w.size else jnp.zeros(w.shape, w.dtype), state, wanted
-            )
-            return generation, state, totals
-        if damaged:
-            raise RunError(
-                f"none of the checkpoints in {self._path} can be read (the newest: "
-                f"{damaged[max(damaged)]}); look at them, or start anew with --overwrite"
-            )
-        return None
+        state = jax.tree.map(
+            lambda x, w: x if w.size else jnp.zeros(w.shape, w.dtype), state, wanted
+        )
+        return generation, state, totals
 
     def _read(self, generation: int, shapes: Any) -> tuple[int, Any, dict[str, Any]]:
         wanted = _by_path(shapes)
@@ -227,6 +233,11 @@ def _stored(x: Any, place: Any) -> jax.ShapeDtypeStruct:
     if isinstance(place, NamedSharding):
         place = NamedSharding(place.mesh, jax.P())
     return jax.ShapeDtypeStruct((1,), x.dtype, sharding=place)
+
+
+def _of_numpy(x: jax.ShapeDtypeStruct) -> np.ndarray:
+    """How orbax is told that such an array is to be NumPy's; takes no memory."""
+    return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
 @jax.jit

@@ -103,9 +103,10 @@ def layout_of(
     if wanted > len(there):
         raise UsageError(f"--devices {wanted}: there are {len(there)}; choose at most as many")
     if wanted % sharing:
+        other = "another number of processes" if hosts.several() else "other --devices"
         raise UsageError(
             f"--tensor-parallel {sharing}: it does not divide the {wanted} device{'s' * (wanted > 1)} of the "
-            "run; choose a divisor, or other --devices"
+            f"run; choose a divisor, or {other}"
         )
     if wanted == 1:
         return Layout(same_bits=settings.same_bits)

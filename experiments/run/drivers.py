@@ -102,8 +102,12 @@ class Found(NamedTuple):
     state: Any
 
 
-def read_run(path: Path) -> Found:
+def read_run(path: Path, on_host: bool = False) -> Found:
     """The newest state of a run.
+
+    Args:
+        path: the run folder.
+        on_host: gives arrays of NumPy; else the state lies on the first device.
 
     Raises:
         UsageError: if the folder holds no run, or no checkpoint that can be read.
@@ -119,7 +123,7 @@ def read_run(path: Path) -> Found:
     config = replace(config.on_one_device(), run_dir=path, overwrite=False)
     module = importlib.import_module(DRIVERS[name].train)
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        found = checkpoints.restore(module.job(config).start)
+        found = checkpoints.restore(module.job(config).start, on_host=on_host)
     if found is None:
         raise UsageError(f"{path} has no checkpoint yet")
     return Found(config, module, found[0], found[1])
@@ -181,7 +185,7 @@ def export(settings: ExportSettings) -> str:
     import numpy as np
     from safetensors.numpy import save
 
-    run = read_run(settings.run)
+    run = read_run(settings.run, on_host=True)
     if hasattr(run.module, "save"):
         return run.module.save(run.config, run.state, settings.to or settings.run / "exported")
     tree = jax.device_get(run.module.parameters(run.config, run.state))

@@ -66,7 +66,7 @@ class RunSettings:
         return self.max_generations if self.generations is None else self.generations
 
     def on_one_device(self) -> Any:
-        """The same by one process on one device: enough to read a run, however many trained it."""
+        """The same by one process on one device, as a run is read, however many trained it."""
         return replace(self, devices=1, coordinator=None, processes=None, process=None)
 
     def check_run(self) -> None:
@@ -205,8 +205,10 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     """Settings that decide results and are not the same, as "--flag old -> new"."""
     a, b = dict(_flat(old)), dict(_flat(new))
+    # What shares a product sums it in another order.
+    free = FREE - {"tensor_parallel"} if b.get("same_bits") else FREE
     for name in sorted(a.keys() | b.keys()):
-        if name not in FREE and a.get(name, "absent") != b.get(name, "absent"):
+        if name not in free and a.get(name, "absent") != b.get(name, "absent"):
             yield f"{flag(name)} {a.get(name, 'absent')} -> {b.get(name, 'absent')}"
 
 

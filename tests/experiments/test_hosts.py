@@ -38,11 +38,15 @@ CACHE = os.environ.get("EGGROLL_TEST_CACHE", str(Path(__file__).parents[2] / ".c
 LOST_SECONDS = 30
 
 
-def begin(command: list[str], folder: Path, processes: int, devices: int) -> list[subprocess.Popen]:
-    """The processes of a run, each with its devices."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def begin(command: list[str], folder: Path, processes: int, devices: int) -> list[subprocess.Popen]:
+    """The processes of a run, each with its devices."""
+    port = free_port()
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     here = {"JAX_COMPILATION_CACHE_DIR": CACHE, "XLA_FLAGS": flags}
     code = "import sys; from experiments.run.cli import main; sys.exit(main())"
@@ -175,6 +179,65 @@ def test_two_processes_write_and_reward_the_answers_of_one(sharing: int, tmp_pat
     assert all(row["updated"] for row in read_metrics(tmp_path / "one" / "metrics.jsonl"))
 
 
+RESTORE = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from experiments.run.checkpoints import Checkpoints
+from experiments.run.errors import RunError
+from jax.sharding import NamedSharding
+address, process, folder, damage = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(process))
+everywhere = NamedSharding(jax.make_mesh((2,), ("a",)), jax.P())
+state = jax.jit(lambda: {"x": jnp.arange(4)}, out_shardings=everywhere)
+with Checkpoints(Path(folder)) as checkpoints:
+    for generation in (1, 2):
+        checkpoints.save(generation, state(), {})
+    checkpoints.wait()
+    if process == "1":
+        if damage == "hidden":
+            checkpoints._manager.all_steps = lambda: [1]
+        read = checkpoints._read
+        def fails(generation, shapes):
+            if generation == 2:
+                raise OSError("no such block")
+            return read(generation, shapes)
+        checkpoints._read = fails
+    try:
+        checkpoints.restore(state, place=everywhere)
+    except RunError as error:
+        print("told:", error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        ("hidden", "the newest checkpoint is 2 in process 0, 1 in process 1"),
+        ("unread", "the newest checkpoint that can be read is 2 in process 0, 1 in process 1"),
+    ],
+)
+def test_processes_that_can_read_different_checkpoints_end(
+    damage: str, what: str, tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RESTORE, address, str(i), str(tmp_path / "c"), damage],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for told in finish(started):
+        assert f"told: the processes of this run do not see the same files: {what};" in told
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["1", "2"]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("driver", list(COMMANDS))
 def test_four_processes(driver: str, tmp_path: Path) -> None:
@@ -284,8 +347,8 @@ def test_a_process_alone_agrees_with_itself() -> None:
 
 def test_processes_that_see_different_things_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement, "gathered", lambda value: np.stack([value, value - 1]))
-    with pytest.raises(RunError, match="generation 3 in process 0, generation 2 in process 1"):
-        agreement.same(3, "generation")
+    with pytest.raises(RunError, match="the newest is 0 in process 0, none in process 1"):
+        agreement.same(0, "the newest")
 
 
 def test_parts_of_all_processes_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,9 +298,11 @@ def test_what_fits_is_within_the_budget() -> None:
     # So little that members go a few at a time.
     assert planned(budget=8 * 2**20, prompts=1).members < 64
     with pytest.raises(
-        UsageError, match="a population of 64 needs .* MiB for one prompt at a time"
+        UsageError, match="a population of 64 on a device needs .* MiB for one prompt at a time"
     ):
         planned(budget=2**20)
+    with pytest.raises(UsageError, match=r"weights .* KiB of a device, .* \(--tensor-parallel\)"):
+        planned(budget=2**16)
 
 
 def test_a_plan_is_told() -> None:

@@ -14,10 +14,12 @@ import pytest
 pytest.importorskip("tokenizers")
 pytest.importorskip("reasoning_gym")
 
+from eggroll import checks
 from experiments.models import hugging_face, rwkv7_weights
 from experiments.reasoning.config import PRESETS
 from experiments.reasoning.examiner import asked
 from experiments.reasoning.start import start
+from experiments.reasoning.train import Course, train
 from experiments.run.cli import main
 from experiments.run.drivers import read_run
 from experiments.run.metrics import read_metrics
@@ -92,6 +94,27 @@ def test_the_documented_command_of_a_qwen3(
         main(command(tmp_path, exported, "--run-dir", str(tmp_path / "next"), "--generations", "1"))
         == 0
     )
+
+
+def test_what_is_read_stays_on_the_host(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices that share a model get their parts from there: none has room for all of it."""
+    run, tiny = tmp_path / "run", PRESETS["tiny"]
+    train(dataclasses.replace(tiny, generations=1, run_dir=run))
+    read = [rwkv7_weights.load(model_folders.rwkv(tmp_path / "rwkv"), on_host=True)[1]]
+    for changes in (dict(model=str(qwen)), dict(model=str(qwen), quantised=True), dict(start=run)):
+        read.append(start(dataclasses.replace(tiny, **changes)).params(jnp.int32(0)))
+    for params in read:
+        assert {type(leaf) for leaf in jax.tree.leaves(params)} == {np.ndarray}
+
+    # Where a state is only described, nothing goes to a device, and nothing is checked there.
+    monkeypatch.setattr(jax, "make_array_from_callback", None)
+    monkeypatch.setattr(checks, "_count_unfit", lambda known: {} if not known else pytest.fail())
+    shared = dataclasses.replace(tiny, model=str(qwen), devices=4, tensor_parallel=2)
+    for config in (shared, dataclasses.replace(shared, devices=1, tensor_parallel=1)):
+        course = Course(config)
+        assert jax.eval_shape(course.first).training.params["norm"].shape == (64,)
 
 
 def test_a_chat_is_asked_and_ended_as_the_folder_says(qwen: Path) -> None:

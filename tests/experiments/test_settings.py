@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.reasoning.config import PRESETS as REASONING
 from experiments.rl.config import PAPER_SEARCH_SPACE
 from experiments.rl.config import PRESETS as RL
 from experiments.run.errors import UsageError
@@ -38,6 +39,13 @@ def test_differences_name_what_decides_a_run() -> None:
     old = RL["cartpole"]
     free = dataclasses.replace(old, run_dir=Path("x"), generations=7, checkpoint_seconds=1.0)
     assert list(differences(to_json(old), to_json(free))) == []
+    # Which devices share a product decides the last bits alone.
+    tiny = to_json(REASONING["tiny"])
+    assert list(differences(tiny, tiny | {"tensor_parallel": 2})) == []
+    told = list(
+        differences(tiny | {"same_bits": True}, tiny | {"same_bits": True, "tensor_parallel": 2})
+    )
+    assert told == ["--tensor-parallel 1 -> 2"]
     new = dataclasses.replace(old, sigma=0.2, seed=3, ppo=dataclasses.replace(old.ppo, clip=0.3))
     assert list(differences(to_json(old), to_json(new))) == [
         "--ppo.clip 0.2 -> 0.3", "--seed 0 -> 3", "--sigma 0.1 -> 0.2",
