@@ -62,7 +62,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.memory
 
 soak: setup
-	$(BIN)/python -m pytest -m 'soak or hypothesis' --hypothesis-profile=soak $(ARGS)
+	XLA_FLAGS=--xla_cpu_use_fusion_emitters=true $(BIN)/python -m pytest -m 'soak or hypothesis' --hypothesis-profile=soak $(ARGS)
 
 # The versions now in $(VENV), names and numbers alone: make clean first, for those of a fresh one.
 constraints: setup

@@ -47,7 +47,7 @@ def free_port() -> int:
 def begin(command: list[str], folder: Path, processes: int, devices: int) -> list[subprocess.Popen]:
     """The processes of a run, each with its devices."""
     port = free_port()
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     here = {"JAX_COMPILATION_CACHE_DIR": CACHE, "XLA_FLAGS": flags}
     code = "import sys; from experiments.run.cli import main; sys.exit(main())"
     words = [sys.executable, "-c", code, command[0], *SMALL, *command[1:], "--run-dir", str(folder)]
@@ -222,11 +222,11 @@ def test_processes_that_can_read_different_checkpoints_end(
     damage: str, what: str, tmp_path: Path
 ) -> None:
     address = f"127.0.0.1:{free_port()}"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     started = [
         subprocess.Popen(
             [sys.executable, "-c", RESTORE, address, str(i), str(tmp_path / "c"), damage],
-            env=env,
+            env={**os.environ, "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -36,7 +36,7 @@ ENVIRONMENT = {
     "JAX_COMPILATION_CACHE_DIR": str(
         Path(os.environ.get("EGGROLL_TEST_CACHE", Path(__file__).parents[2] / ".cache" / "jax"))
     ),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
 }
 
 
