@@ -47,7 +47,9 @@ def free_port() -> int:
 def begin(command: list[str], folder: Path, processes: int, devices: int) -> list[subprocess.Popen]:
     """The processes of a run, each with its devices."""
     port = free_port()
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    # Same bits are promised of the emitters that users have.
+    flags = f"{os.environ['XLA_FLAGS']} --xla_cpu_use_fusion_emitters=true"
+    flags += f" --xla_force_host_platform_device_count={devices}"
     here = {"JAX_COMPILATION_CACHE_DIR": CACHE, "XLA_FLAGS": flags}
     code = "import sys; from experiments.run.cli import main; sys.exit(main())"
     words = [sys.executable, "-c", code, command[0], *SMALL, *command[1:], "--run-dir", str(folder)]
@@ -153,17 +155,20 @@ def test_integers_of_two_processes_are_those_of_one_though_one_was_killed(tmp_pa
 def test_a_preempted_run_goes_on_elsewhere_with_the_same_bits(tmp_path: Path) -> None:
     """Eight devices, then two processes of two of which one gets SIGTERM, then four devices."""
     command, folder = [*COMMANDS["rl"], "--same-bits"], tmp_path / "moved"
-    alone(command, folder, "--devices", "8", "--generations", "1")
+    eight = ["--generations", "1", "--devices", "8"]
+    with running([*command, *eight], folder, processes=1, devices=8) as first:
+        finish(first)
     with running([*command, "--generations", "4000"], folder, devices=2) as both:
         wait_for_rows(folder, 2, both)
         both[1].send_signal(signal.SIGTERM)
-        first, second = finish(both, code=75)
+        told, also = finish(both, code=75)
     done = len(read_metrics(folder / "metrics.jsonl"))
     total = ["--generations", str(max(done + 2, 6))]
-    assert f"Stopped by SIGTERM after {done} generations; everything is saved" in first
-    assert f"after {done} generations" in second
-    alone(command, folder, "--devices", "4", *total)
-    alone(command, tmp_path / "whole", *total)
+    assert f"Stopped by SIGTERM after {done} generations; everything is saved" in told
+    assert f"after {done} generations" in also
+    for where, devices in ((folder, 4), (tmp_path / "whole", 1)):
+        with running([*command, *total, "--devices", str(devices)], where, 1, devices) as last:
+            finish(last)
     assert_same(folder, tmp_path / "whole")
 
 
