@@ -41,10 +41,7 @@ def quantise(params: PyTree, axis_of: Callable[[str], int | None]) -> PyTree:
         if isinstance(tree, dict):
             return {name: each(leaf, f"{prefix}/{name}") for name, leaf in tree.items()}
         axis = axis_of(prefix.removeprefix("/"))
-        if axis is None:
-            return tree
-        rounded = _rounded(tree, axis)
-        return jax.device_get(rounded) if isinstance(tree, np.ndarray) else rounded
+        return tree if axis is None else _where(tree, _rounded(tree, axis))
 
     return each(params, "")
 
@@ -53,7 +50,7 @@ def dequantise(params: PyTree, dtype: DTypeLike, axis_of: Callable[[str], int | 
     """The float model that a quantised one stands for; one in floats stays as it is.
 
     Args:
-        params: of :func:`quantise`.
+        params: of :func:`quantise`; those of NumPy give such.
         dtype: of the matrices.
         axis_of: as in :func:`quantise`.
     """
@@ -62,7 +59,8 @@ def dequantise(params: PyTree, dtype: DTypeLike, axis_of: Callable[[str], int | 
         if is_quantised(tree):
             axis = axis_of(prefix.removeprefix("/"))
             assert axis is not None
-            return (tree["int8"] * jnp.expand_dims(tree["scale"], axis)).astype(dtype)
+            floats = (tree["int8"] * jnp.expand_dims(tree["scale"], axis)).astype(dtype)
+            return _where(tree["int8"], floats)
         if isinstance(tree, dict):
             return {name: each(leaf, f"{prefix}/{name}") for name, leaf in tree.items()}
         return tree
@@ -75,6 +73,11 @@ def _rounded(w: ArrayLike, axis: int) -> dict[str, Array]:
     scale = jnp.abs(w).max(axis, keepdims=True) / LARGEST
     whole = jnp.round(w / jnp.where(scale == 0, 1, scale)).astype(jnp.int8)
     return {"int8": whole, "scale": scale.squeeze(axis)}
+
+
+def _where(given: ArrayLike, made: PyTree) -> PyTree:
+    """What was made of an array, on the host where that is one of NumPy."""
+    return jax.device_get(made) if isinstance(given, np.ndarray) else made
 
 
 def is_quantised(w: Weight) -> bool:

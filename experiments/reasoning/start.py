@@ -79,7 +79,7 @@ def in_int8(found: Start, config: Config) -> Start:
     quantise = _family(found.shape).quantise
     params = quantise(jax.device_get(found.params(jnp.int32(config.seed))))
     model = _functions(found.shape, config, quantised.steps(params))
-    return found._replace(model=model, params=_held(params))
+    return found._replace(model=model, params=lambda seed: params)
 
 
 def in_floats(shape: Any, params: PyTree, dtype: DTypeLike) -> PyTree:
@@ -175,7 +175,7 @@ def _of_folder(config: Config) -> Start:
         raise UsageError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}"
         )
-    return Start(_functions(shape, config), shape, tokenizer, _held(params), folder)
+    return Start(_functions(shape, config), shape, tokenizer, lambda seed: params, folder)
 
 
 def _of_run(config: Config) -> Start:
@@ -187,13 +187,7 @@ def _of_run(config: Config) -> Start:
     before = start(found.config)
     params = found.module.parameters(found.config, found.state)
     params = in_floats(before.shape, params, found.config.dtype)
-    return before._replace(model=_functions(before.shape, config), params=_held(params))
-
-
-def _held(params: PyTree) -> Callable[[Array], PyTree]:
-    """Parameters that are there already, on the host: what is trained is a copy of them on the devices."""
-    on_host = jax.device_get(params)
-    return lambda seed: on_host
+    return before._replace(model=_functions(before.shape, config), params=lambda seed: params)
 
 
 def _functions(

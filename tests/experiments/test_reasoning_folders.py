@@ -101,7 +101,7 @@ def test_what_is_read_stays_on_the_host(
 ) -> None:
     """Devices that share a model get their parts from there: none has room for all of it."""
     run, tiny = tmp_path / "run", PRESETS["tiny"]
-    train(dataclasses.replace(tiny, generations=1, run_dir=run))
+    train(dataclasses.replace(tiny, generations=1, run_dir=run, quantised=True))
     read = [rwkv7_weights.load(model_folders.rwkv(tmp_path / "rwkv"), on_host=True)[1]]
     for changes in (dict(model=str(qwen)), dict(model=str(qwen), quantised=True), dict(start=run)):
         read.append(start(dataclasses.replace(tiny, **changes)).params(jnp.int32(0)))
