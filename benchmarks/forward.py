@@ -21,8 +21,8 @@ import eggroll
 from benchmarks import common
 from benchmarks.common import PLAIN, Call, Case, Row
 from benchmarks.models import Problem, problem
+from eggroll import _programs as internals
 from eggroll import generation
-from eggroll import programs as internals
 
 KEPT, LIVE, DENSE = "perturbed, kept factors", "perturbed, noise drawn inside", "dense ES"
 

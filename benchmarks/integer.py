@@ -29,8 +29,8 @@ from jax import Array, lax
 
 from benchmarks import common
 from benchmarks.common import MIB, PLAIN, Call, Case, Row
+from eggroll import _programs as internals
 from eggroll import integer, integer_generation
-from eggroll import programs as internals
 from eggroll.perturbation import draw_pairs
 from experiments.models import egg
 

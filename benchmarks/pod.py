@@ -34,7 +34,7 @@ from benchmarks.chips import CHIPS, Chip, Times, times
 from benchmarks.hlo import Module
 from benchmarks.pod_cases import CASES, Case
 from benchmarks.work import Counts, count
-from eggroll.placement import AXIS
+from eggroll.population.placement import AXIS
 from experiments.run.devices import MODEL
 
 # No TPU is looked for, and libtpu asks no server what it runs on.

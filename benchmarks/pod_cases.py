@@ -10,8 +10,9 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
-from eggroll import EvolutionStrategy, integer, programs
-from eggroll.placement import AXIS
+from eggroll import EvolutionStrategy, integer
+from eggroll import _programs as programs
+from eggroll.population.placement import AXIS
 from experiments.models import egg, parallel, rwkv7, transformer
 
 EVERYWHERE = jax.P()

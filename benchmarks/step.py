@@ -25,7 +25,7 @@ from benchmarks import common
 from benchmarks.common import PLAIN, Call, Case, Row
 from benchmarks.forward import strategy
 from benchmarks.models import Problem, problem
-from eggroll import programs as internals
+from eggroll import _programs as internals
 
 try:
     from evosax.algorithms import Open_ES

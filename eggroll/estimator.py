@@ -14,12 +14,12 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int, Num, UInt32
 
-from eggroll import fixed_point
 from eggroll.noise import Noise
 from eggroll.perturbation import Draw, Sigma, draw_pairs
-from eggroll.placement import AXIS, constrain, devices, member_axis
 from eggroll.plan import Leaf, Matrix, Plan
-from eggroll.population import by_chunk, part_of, split_pairs, stored
+from eggroll.population.pairs import by_chunk, part_of, split_pairs, stored
+from eggroll.population.placement import AXIS, constrain, devices, member_axis
+from eggroll.values import fixed_point
 
 # Noise of this many bytes is contracted at a time. It fixes the order of summation, so it depends
 # on nothing but the plan: kept and redrawn factors then give the same bits.

@@ -12,8 +12,8 @@ import math
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from eggroll.placement import devices, member_axis, split_over
 from eggroll.plan import Leaf, Matrix, Plan
+from eggroll.population.placement import devices, member_axis, split_over
 
 # Vector instructions a sample of eggroll.noise.counter.
 SAMPLE_FLOPS = 30

@@ -15,15 +15,16 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import UInt32
 
-from eggroll import estimator, fixed_point
-from eggroll.interpreter import Context, interpret
-from eggroll.lowrank import is_narrow
+from eggroll import estimator
+from eggroll.interpret.interpreter import Context, interpret
 from eggroll.noise import stream
 from eggroll.perturbation import draw_pairs, perturb
-from eggroll.placement import AXIS, constrain_all, on_all
 from eggroll.plan import Leaf, Plan
-from eggroll.population import map_pairs, split_pairs, stored
+from eggroll.population.pairs import map_pairs, split_pairs, stored
+from eggroll.population.placement import AXIS, constrain_all, on_all
 from eggroll.state import Metrics, State, trainable_of
+from eggroll.values import fixed_point
+from eggroll.values.lowrank import is_narrow
 
 # Even the square of a gradient's entry, which optimizers form, is then a finite float32.
 LARGEST_SUM = 1e17

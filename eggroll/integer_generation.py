@@ -12,11 +12,12 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Int8, Int32
 
-from eggroll import estimator, fixed_point, shaping
+from eggroll import estimator, shaping
 from eggroll.generation import advance, statistics, weighted_noise
-from eggroll.placement import constrain_all
 from eggroll.plan import Plan, is_float
+from eggroll.population.placement import constrain_all
 from eggroll.state import Metrics, State, trainable_of
+from eggroll.values import fixed_point
 
 
 class Outcome(NamedTuple):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, UInt32
 
-from eggroll import fixed_point
-from eggroll.lowrank import LowRank, Wide, build
 from eggroll.noise import Noise, stream
-from eggroll.placement import constrain
 from eggroll.plan import Leaf, Matrix, Plan
-from eggroll.population import stored
+from eggroll.population.pairs import stored
+from eggroll.population.placement import constrain
+from eggroll.values import fixed_point
+from eggroll.values.lowrank import LowRank, Wide, build
 
 # Of each leaf what a pair draws: the factors (A, B), dense noise (E,), or nothing.
 Draw = tuple[Array, ...]

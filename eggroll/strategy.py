@@ -13,14 +13,17 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from eggroll import checks, generation, integer_generation, programs, table
+from eggroll import _checks as checks
+from eggroll import _programs as programs
 from eggroll import exchange as exchanges
+from eggroll import generation, integer_generation
 from eggroll import noise as noises
 from eggroll import plan as plans
 from eggroll import shaping as shapings
-from eggroll.interpreter import Context, interpret
+from eggroll.interpret.interpreter import Context, interpret
 from eggroll.perturbation import draw, perturb
-from eggroll.placement import Specs, specs_of, spread
+from eggroll.plan import table
+from eggroll.population.placement import Specs, specs_of, spread
 from eggroll.state import Metrics, State, trainable_of
 
 

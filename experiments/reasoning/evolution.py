@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 import eggroll
-from eggroll import compat
+from eggroll import _compat as compat
 from experiments.models import parallel
 from experiments.reasoning import diagnostics, scores, sft
 from experiments.reasoning.config import Config

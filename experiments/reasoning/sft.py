@@ -17,8 +17,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from eggroll.lowrank import is_narrow
 from eggroll.plan import leaf_paths
+from eggroll.values.lowrank import is_narrow
 from experiments.reasoning.language_model import LanguageModel
 from experiments.run.optimizers import make_optimizer
 

@@ -7,8 +7,8 @@ import jax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from eggroll import placement
-from eggroll.programs import EXACT
+from eggroll._programs import EXACT
+from eggroll.population import placement
 from experiments.run import hosts
 from experiments.run.errors import UsageError
 from experiments.run.settings import RunSettings

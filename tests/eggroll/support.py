@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eggroll import interpreter
-from eggroll.interpreter import Context, interpret
-from eggroll.lowrank import LowRank, Wide, build
+from eggroll.interpret import interpreter
+from eggroll.interpret.interpreter import Context, interpret
+from eggroll.values.lowrank import LowRank, Wide, build
 
 SCALE = 0.3
 

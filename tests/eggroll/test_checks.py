@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from eggroll import EvolutionStrategy, Frozen, checks
+from eggroll import EvolutionStrategy, Frozen
+from eggroll import _checks as checks
 
 
 @pytest.mark.parametrize(

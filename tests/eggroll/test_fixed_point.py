@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eggroll import fixed_point
-from eggroll.fixed_point import INT32_MAX, LARGEST
+from eggroll.values import fixed_point
+from eggroll.values.fixed_point import INT32_MAX, LARGEST
 
 SIGNED = st.integers(-(2**30), 2**30)
 

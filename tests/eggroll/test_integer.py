@@ -12,10 +12,11 @@ import pytest
 from jax import lax
 
 import eggroll
-from eggroll import Dense, EvolutionStrategy, Frozen, Matrix, estimator, fixed_point, integer
-from eggroll.interpreter import Context, interpret
-from eggroll.lowrank import LowRank
+from eggroll import Dense, EvolutionStrategy, Frozen, Matrix, estimator, integer
+from eggroll.interpret.interpreter import Context, interpret
 from eggroll.perturbation import draw_pairs
+from eggroll.values import fixed_point
+from eggroll.values.lowrank import LowRank
 
 SHIFT = 8
 

@@ -26,8 +26,8 @@ from support import (
 )
 
 from eggroll import DenseBuildError, DenseBuildWarning
-from eggroll.interpreter import Context, interpret
-from eggroll.lowrank import Wide, build
+from eggroll.interpret.interpreter import Context, interpret
+from eggroll.values.lowrank import Wide, build
 
 
 @pytest.fixture(scope="module", autouse=True)

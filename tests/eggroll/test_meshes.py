@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 import eggroll
-from eggroll import EvolutionStrategy, integer, programs
+from eggroll import EvolutionStrategy, integer
+from eggroll import _programs as programs
 
 P = jax.P
 D = 64

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from jax import lax
 from support import agree, cases, checked_in_float64, data, low_rank, matrix, normal, run_case
 
-from eggroll import lowrank, products, rules
-from eggroll.interpreter import interpret
-from eggroll.lowrank import LowRank, build
+from eggroll.interpret import products, rules
+from eggroll.interpret.interpreter import interpret
+from eggroll.values import lowrank
+from eggroll.values.lowrank import LowRank, build
 
 
 @pytest.fixture(scope="module", autouse=True)

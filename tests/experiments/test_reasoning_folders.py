@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("tokenizers")
 pytest.importorskip("reasoning_gym")
 
-from eggroll import checks
+from eggroll import _checks as checks
 from experiments.models import hugging_face, rwkv7_weights
 from experiments.reasoning.config import PRESETS
 from experiments.reasoning.examiner import asked

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 from jaxtyping import Int32
 
-from eggroll.fixed_point import isqrt, shift_round
+from eggroll.values.fixed_point import isqrt, shift_round
 
 # Integers a standard deviation of Z is counted in where it is kept from step to step.
 UNITS = {jnp.dtype(jnp.int16): 64, jnp.dtype(jnp.int8): 8}

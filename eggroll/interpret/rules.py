@@ -1,10 +1,10 @@
-"""What each of JAX's primitives does to a :class:`~eggroll.lowrank.LowRank` value.
+"""What each of JAX's primitives does to a :class:`~eggroll.values.lowrank.LowRank` value.
 
 A rule takes ``(context, equation, *values)`` and returns the equation's output, or ``UNHANDLED``
 where the perturbed array has to be built after all. Rules never look at the shape alone: they ask
 along which axes each factor varies, so that one rule serves matrices, kernels with several row or
-column axes, stacks and batches alike. What joins several values is in :mod:`eggroll.joins`, products
-are in :mod:`eggroll.products`.
+column axes, stacks and batches alike. Rules that join values are in :mod:`eggroll.interpret.joins`, products
+are in :mod:`eggroll.interpret.products`.
 """
 
 import itertools
@@ -18,9 +18,9 @@ import numpy as np
 from jax import Array, lax
 from jax.extend import core
 
-from eggroll import compat
-from eggroll.fixed_point import is_integer
-from eggroll.lowrank import (
+from eggroll import _compat as compat
+from eggroll.values.fixed_point import is_integer
+from eggroll.values.lowrank import (
     LowRank,
     Spread,
     Value,

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 from jaxtyping import Bool
 
-from eggroll.placement import AXIS, devices
+from eggroll.population.placement import AXIS, devices
 
 # What a deterministic strategy cuts the population into, whatever the number of devices. More would
 # serve more devices, and take more memory where the parts' sums are added up.

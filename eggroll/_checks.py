@@ -22,9 +22,9 @@ from eggroll import noise as noises
 from eggroll import plan as plans
 from eggroll import shaping as shapings
 from eggroll.exchange import Auto
-from eggroll.fixed_point import LARGEST
 from eggroll.generation import is_real
-from eggroll.placement import check_mesh
+from eggroll.population.placement import check_mesh
+from eggroll.values.fixed_point import LARGEST
 
 
 def is_whole(x: Any) -> bool:

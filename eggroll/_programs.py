@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from eggroll import checks, compat, generation, integer_generation
+from eggroll import _checks as checks
+from eggroll import _compat as compat
+from eggroll import generation, integer_generation
 from eggroll.perturbation import built_member, draw
-from eggroll.placement import devices
+from eggroll.population.placement import devices
 from eggroll.state import Metrics, State, trainable_of
 
 # XLA may leave out roundings to bfloat16, and does so depending on the number of devices.

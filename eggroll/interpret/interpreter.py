@@ -2,8 +2,8 @@
 
 ``jax.make_jaxpr`` turns a function, whatever library its model is written in, into equations over
 primitives. :func:`interpret` evaluates those equations again with some inputs replaced by
-:class:`~eggroll.lowrank.LowRank` values: an equation that meets none is bound as it is, one that
-does goes through its rule in :mod:`eggroll.rules`, control flow is entered, and an operation
+:class:`~eggroll.values.lowrank.LowRank` values: an equation that meets none is bound as it is, one that
+does goes through its rule in :mod:`eggroll.interpret.rules`, control flow is entered, and an operation
 without a rule gets the array built, which is reported (:class:`DenseBuildWarning`) or refused.
 """
 
@@ -18,8 +18,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import core
 
-from eggroll import compat, joins, products  # noqa: F401  (joins and products register rules)
-from eggroll.lowrank import (
+from eggroll import _compat as compat
+from eggroll.interpret import joins, products  # noqa: F401  (joins and products register rules)
+from eggroll.interpret.rules import NOT_OF_INTEGERS, RULES, TAKE_SPREAD, UNHANDLED, dims, results
+from eggroll.interpret.wide import MOVES, in_float32
+from eggroll.values.lowrank import (
     LowRank,
     Spread,
     Value,
@@ -31,8 +34,6 @@ from eggroll.lowrank import (
     materialize,
     narrow,
 )
-from eggroll.rules import NOT_OF_INTEGERS, RULES, TAKE_SPREAD, UNHANDLED, dims, results
-from eggroll.wide import MOVES, in_float32
 
 OnDense = Literal["error", "warn", "ignore"]
 

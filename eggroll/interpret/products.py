@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from eggroll import fixed_point
-from eggroll.lowrank import (
+from eggroll.interpret.rules import UNHANDLED, bind, dims, rule
+from eggroll.values import fixed_point
+from eggroll.values.lowrank import (
     Labelled,
     LowRank,
     Value,
@@ -28,7 +29,6 @@ from eggroll.lowrank import (
     perturbation,
     terms,
 )
-from eggroll.rules import UNHANDLED, bind, dims, rule
 
 # Kernels with more positions than this are convolved thinly (rank output channels); below it, the
 # perturbation is a sum of shifted products, since a convolution with a kernel of each member's own

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from eggroll import fixed_point
-from eggroll.fixed_point import is_integer
+from eggroll.values import fixed_point
+from eggroll.values.fixed_point import is_integer
 
 # Up to this rank the perturbation is a sum of outer products that XLA fuses into the addition to
 # the main product; above it, a matrix product over the rank. On CPU, rank 4 took 1.0 ms unrolled
@@ -205,7 +205,7 @@ def perturbation(
       dtype: the type of sums and of the result.
       precision: as in ``jax.lax.dot_general``.
       split: of integers, whether to keep the sum in int32 by taking it in two parts
-        (:func:`eggroll.fixed_point.fits`).
+        (:func:`eggroll.values.fixed_point.fits`).
 
     Returns:
       Array with one axis for each of ``out_labels``, of full size or 1.

@@ -2,7 +2,7 @@
 
 A model is any function of plain ``jnp`` integer operations on a tree of int8 arrays in [-127, 127], whose
 fixed point is that of arXiv 2511.16652 (integer pretraining): 16 stands for 1. The perturbed integer
-operations are the definition of a member (:mod:`eggroll.fixed_point`): a product with a matrix is
+operations are the definition of a member (:mod:`eggroll.values.fixed_point`): a product with a matrix is
 ``x W + sign * (((x B) A) >> (4 + s))`` in int32, a looked-up row or a vector is rounded to int8. What
 has no such rule is an error that names the parameter and the operation.
 """
@@ -20,13 +20,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Int8, UInt32
 
 from eggroll import noise, shaping
-from eggroll.fixed_point import LARGEST
+from eggroll.integer.threshold import error_feedback as error_feedback
+from eggroll.integer.threshold import inverse_decay as inverse_decay
+from eggroll.integer.threshold import momentum as momentum
+from eggroll.integer.threshold import threshold as threshold
 from eggroll.noise import Noise
 from eggroll.strategy import EvolutionStrategy
-from eggroll.threshold import error_feedback as error_feedback
-from eggroll.threshold import inverse_decay as inverse_decay
-from eggroll.threshold import momentum as momentum
-from eggroll.threshold import threshold as threshold
+from eggroll.values.fixed_point import LARGEST
 
 
 def strategy(

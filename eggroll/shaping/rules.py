@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int, Integer, Shaped
 
-from eggroll.moments import (
+from eggroll.shaping._moments import (
     SHRINK,
     differs_from_previous,
     divide,

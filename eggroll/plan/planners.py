@@ -14,9 +14,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from eggroll.fixed_point import is_integer
-from eggroll.lowrank import accumulator, is_narrow
-from eggroll.roles import Roles, trace_roles
+from eggroll.plan.axis_uses import Roles, trace_roles
+from eggroll.values.fixed_point import is_integer
+from eggroll.values.lowrank import accumulator, is_narrow
 
 Axes = int | Sequence[int]
 

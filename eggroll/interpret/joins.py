@@ -11,8 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from eggroll.lowrank import LowRank, Value, Wide, is_special
-from eggroll.rules import UNHANDLED, bind, dims, on_each, rule
+from eggroll.interpret.rules import UNHANDLED, bind, dims, on_each, rule
+from eggroll.values.lowrank import LowRank, Value, Wide, is_special
 
 
 @rule("concatenate")

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eggroll.interpreter import Context, interpret
-from eggroll.lowrank import LowRank, accumulator
+from eggroll.interpret.interpreter import Context, interpret
+from eggroll.values.lowrank import LowRank, accumulator
 
 # For each axis of a parameter what is done with it.
 Roles = dict[int, set[str]]

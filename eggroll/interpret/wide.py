@@ -1,4 +1,4 @@
-"""Equations on narrow parameters that are held in float32 (:class:`~eggroll.lowrank.Wide`).
+"""Equations on narrow parameters that are held in float32 (:class:`~eggroll.values.lowrank.Wide`).
 
 Dense noise is never rounded into a bfloat16 weight: it stays in float32 until the operation that brings
 parameters and data together is done.
@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from eggroll.lowrank import Value, Wide, is_narrow, narrow
-from eggroll.rules import results
+from eggroll.interpret.rules import results
+from eggroll.values.lowrank import Value, Wide, is_narrow, narrow
 
 # These move numbers and do not round them: of Wide operands they give Wide results.
 MOVES = frozenset(

@@ -1,0 +1,1 @@
+"""Runs any traced JAX function on perturbed parameters that are never built."""

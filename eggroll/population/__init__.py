@@ -1,0 +1,1 @@
+"""Maps a function over the population: pairs, chunks, devices."""

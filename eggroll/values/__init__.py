@@ -1,0 +1,1 @@
+"""Values that stand for a perturbed array without ever building it."""
