@@ -11,8 +11,7 @@ from eggroll.noise import Noise, stream
 from eggroll.plan import Leaf, Matrix, Plan
 from eggroll.population.pairs import stored
 from eggroll.population.placement import constrain
-from eggroll.values import fixed_point
-from eggroll.values.lowrank import LowRank, Wide, build
+from eggroll.values import FLOATS, QUANTISED, FixedPoint, LowRank, Upcast, build, fixed_point
 
 # Of each leaf what a pair draws: the factors (A, B), dense noise (E,), or nothing.
 Draw = tuple[Array, ...]
@@ -98,14 +97,16 @@ def perturb(plan: Plan, params: Any, draws: list[Draw], sigma: Sigma, sign: Arra
             out.append(w)
         elif leaf.integer:
             shift = fixed_point.shift_of(float(sigma) * leaf.sigma)
-            value = LowRank(w, drawn, sign, (leaf.path,), shift=shift)
+            value = LowRank(w, drawn, sign, (leaf.path,), arithmetic=FixedPoint(shift))
             out.append(value if isinstance(leaf.treatment, Matrix) else build(value))
         elif isinstance(leaf.treatment, Matrix):
-            out.append(LowRank(w, drawn, sign * scale_of(leaf, sigma), (leaf.path,)))
+            arithmetic = QUANTISED if leaf.quantised else FLOATS
+            scale = sign * scale_of(leaf, sigma)
+            out.append(LowRank(w, drawn, scale, (leaf.path,), arithmetic=arithmetic))
         else:
             wide = leaf.sums
             value = w.astype(wide) + (sign * scale_of(leaf, sigma)).astype(wide) * drawn[0]
-            out.append(Wide(value, w.dtype) if leaf.held else value)
+            out.append(Upcast(value, w.dtype) if leaf.held else value)
     return jax.tree.unflatten(tree, out)
 
 
@@ -116,6 +117,6 @@ def built_member(plan: Plan, params: Any, draws: list[Draw], sigma: Sigma, sign:
     def dense(value: Any) -> Array:
         if isinstance(value, LowRank):
             return build(value)
-        return value.value if isinstance(value, Wide) else jnp.asarray(value)
+        return value.value if isinstance(value, Upcast) else jnp.asarray(value)
 
-    return jax.tree.map(dense, lazy, is_leaf=lambda v: isinstance(v, LowRank | Wide))
+    return jax.tree.map(dense, lazy, is_leaf=lambda v: isinstance(v, LowRank | Upcast))
