@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.interpreters import batching
 from jax.sharding import AxisType
 
 
@@ -31,7 +32,17 @@ def bind(eqn: Any, values: Sequence[Any], changes: Mapping[str, Any]) -> Any:
     return eqn.primitive.bind(*values, **{**params, **changes})
 
 
+def solve_parts(eqn: Any, values: list[Any]) -> tuple[core.Jaxpr, list[Any], list[Any]]:
+    """The body of ``lax.custom_linear_solve`` that solves, its constants and its operands."""
+    lengths, bodies = eqn.params["const_lengths"], eqn.params["jaxprs"]
+    start = lengths.matvec + lengths.vecmat
+    operands = values[start + lengths.solve + lengths.transpose_solve :]
+    given = [*values[start : start + lengths.solve], *operands]
+    return bodies.solve.jaxpr, bodies.solve.consts, given
+
+
 def scan_parts(eqn: Any, values: list[Any]) -> ScanParts:
+    """Takes a scan equation apart, in the form of either version."""
     p = eqn.params
     if "ft_in" in p:  # 0.11: the inputs as a tree of (constants, carry, scanned)
         consts, carry, _ = p["ft_in"].unpack()
@@ -52,7 +63,7 @@ def scan_parts(eqn: Any, values: list[Any]) -> ScanParts:
 
 def called_jaxpr(eqn: Any) -> tuple[core.Jaxpr, list[Any]]:
     """The body of a call-like equation (jit, remat, custom rules) and its constants."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "fwd_jaxpr", "call", "callee"):
         body = eqn.params.get(name)
         if body is not None:
             return (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, [])
@@ -84,3 +95,15 @@ def varying_axes(x: Any) -> frozenset[str]:
 def tracing() -> bool:
     """Whether a program is being traced right now, whatever its arguments."""
     return isinstance(jnp.zeros(()) + 0, jax.core.Tracer)
+
+
+def is_batched(x: Any) -> bool:
+    """Whether a value differs between the elements of a vmap that is being traced."""
+    return type(x).__name__ == "BatchTracer"
+
+
+def has_batching_rule(primitive: core.Primitive) -> bool:
+    """Whether JAX has a rule to vmap a primitive."""
+    rules = batching.fancy_primitive_batchers
+    table = getattr(batching, "primitive_batchers", {})
+    return primitive in rules or (isinstance(table, Mapping) and primitive in table)

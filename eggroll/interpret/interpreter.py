@@ -21,6 +21,7 @@ from eggroll.interpret.context import DenseBuildError as DenseBuildError
 from eggroll.interpret.context import DenseBuildWarning as DenseBuildWarning
 from eggroll.interpret.context import check_integers
 from eggroll.interpret.equations import results
+from eggroll.interpret.member_loops import must_enter
 from eggroll.interpret.registry import Entry, Unhandled, entry
 from eggroll.interpret.upcasting import in_float32
 from eggroll.values.lowrank import (
@@ -95,10 +96,10 @@ def step(context: Context, eqn: core.JaxprEqn, values: list[Value]) -> list[Valu
     lazy = any(isinstance(v, LowRank) for v in values)
     if known.primitive == "broadcast_in_dim" and len(values) == 1 and not lazy:
         shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-        return [broadcast_late(materialize(values[0]), tuple(shape), where)]
+        return [broadcast_late(materialize(values[0]), tuple(shape), tuple(map(int, where)))]
     if not (known.late_broadcasts and lazy):
         values = [materialize(v) for v in values]
-    if applies(known, values):
+    if applies(known, values) or (known.enters and must_enter(eqn)):
         assert known.rule is not None
         out = known.rule(context, eqn, *values)
         if not isinstance(out, Unhandled):

@@ -12,7 +12,6 @@ from eggroll.interpret.registry import Entry, Rounding, without_rule
 from eggroll.values.dtypes import is_narrow
 from eggroll.values.lowrank import Upcast, Value, narrow
 
-without_rule("dynamic_update_slice", "select_n", rounding=Rounding.EXACT)
 without_rule(
     "abs", "clamp", "cos", "erf", "exp", "exp2", "expm1", "integer_pow", "log", "log1p",
     "logistic", "max", "min", "pow", "rsqrt", "sign", "sin", "sqrt", "square", "tanh",
