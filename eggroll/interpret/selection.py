@@ -75,7 +75,7 @@ def masked(noise: Noise, chosen: Array, value: LowRank) -> Noise | None:
     k = factor_over(value, [a for a, n in enumerate(chosen.shape) if n > 1])
     if k is None:
         return None
-    factor = noise[k] * chosen.astype(noise[k].dtype)
+    factor = noise[k] * chosen[None].astype(noise[k].dtype)
     return (*noise[:k], factor, *noise[k + 1 :])
 
 

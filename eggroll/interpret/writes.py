@@ -225,11 +225,11 @@ def kept_block(
 
 
 def within(block: dict[int, tuple[Array, int]], axis: int, shape: Sequence[int]) -> Array:
-    """Whether each place along an axis lies in a block, with the axes of the array."""
+    """Whether each place along an axis lies in a block, with the axes of a factor."""
     start, size = block[axis]
     places = jnp.arange(shape[axis], dtype=start.dtype)
     inside = (places >= start) & (places < start + size)
-    return inside.reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    return inside.reshape([1, *(-1 if a == axis else 1 for a in range(len(shape)))])
 
 
 # ---------------------------------------------------------------- what every write does
