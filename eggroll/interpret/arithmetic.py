@@ -24,6 +24,8 @@ def scale_by(ctx: Context, eqn: core.JaxprEqn, left: Value, right: Value) -> Res
     value, other = (left, right) if isinstance(left, LowRank) else (right, left)
     if isinstance(other, LowRank) or (value is right and not multiply):
         return UNHANDLED
+    if not value.ndim:
+        return UNHANDLED  # a number, which is as thin as its factors
     small = other.value if isinstance(other, LateBroadcast) else other
     small = jnp.asarray(small.value if isinstance(small, Upcast) else small)
     axes = [a for a, n in enumerate(small.shape) if n > 1]

@@ -79,6 +79,15 @@ class Program:
     def __repr__(self) -> str:
         return "\n" + self.source
 
+    def up_to(self, name: str) -> "Program":
+        """The lines that one name needs, with that name as the output."""
+        needed, lines = {name}, []
+        for own, expression in reversed(self.lines):
+            if own in needed:
+                needed |= words(expression)
+                lines.append((own, expression))
+        return Program(tuple(reversed(lines)), (name,))
+
     def run(self, values: dict[str, Any], everything: bool = False) -> list[Any]:
         """The outputs for the values of all parameters and data, or the values of all lines."""
         env = dict(NAMESPACE, **values)
@@ -86,6 +95,11 @@ class Program:
             env[name] = eval(compiled(expression), env)
         names = [name for name, _ in self.lines] if everything else self.outputs
         return [env[name] for name in names]
+
+
+def words(expression: str) -> set[str]:
+    """The names in an expression, and other words."""
+    return set("".join(c if c.isalnum() else " " for c in expression).split())
 
 
 def compiled(expression: str) -> CodeType:
@@ -177,12 +191,7 @@ def programs(draw: Callable[..., Any], operations: Any = None, most: int = 6) ->
     if not lines:
         maker.add("jnp.tanh(w)")
         lines.append(("a0", "jnp.tanh(w)"))
-    # A name is used where it stands as a whole word.
-    used = {
-        word
-        for _, expression in lines
-        for word in "".join(c if c.isalnum() else " " for c in expression).split()
-    }
+    used = set().union(*(words(expression) for _, expression in lines))
     return Program(tuple(lines), tuple(name for name, _ in lines if name not in used))
 
 
