@@ -84,3 +84,8 @@ def varying_axes(x: Any) -> frozenset[str]:
 def tracing() -> bool:
     """Whether a program is being traced right now, whatever its arguments."""
     return isinstance(jnp.zeros(()) + 0, jax.core.Tracer)
+
+
+def is_batched(x: Any) -> bool:
+    """Whether a value differs between the elements of a vmap that is being traced."""
+    return type(x).__name__ == "BatchTracer"
