@@ -6,51 +6,60 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import core
 
-from eggroll import _compat as compat
-from eggroll.interpret.context import Context
+from eggroll.interpret.context import Context, Origin
 from eggroll.interpret.equations import type_of
-from eggroll.interpret.registry import UNHANDLED, Rounding, rule
+from eggroll.interpret.joins import aligned, combined
+from eggroll.interpret.registry import UNHANDLED, Rounding, Unhandled, rule
 from eggroll.interpret.structure import Result
-from eggroll.interpret.terms import Noise, noise_of, value_of
 from eggroll.values.lowrank import LateBroadcast, LowRank, Upcast, Value, materialize
 
 
 @rule(
     "select_n",
-    keeps="of one value with itself; by what varies along the axes of one factor, or along axes "
-    "without noise",
+    keeps="of one value with itself; by what members share, between a value and an array that they "
+    "share, and between values if it varies along the axes of one factor",
     integers=True,
     late_broadcasts=True,
     rounding=Rounding.EXACT,
 )
 def select_n(ctx: Context, eqn: core.JaxprEqn, which: Value, *cases: Value) -> Result:
-    """Noise of each case is kept where that case is chosen: the ranks of all cases, side by side."""
-    first = cases[0]
-    if all(case is first for case in cases):
+    if all(case is cases[0] for case in cases):
         # Operands of a cond under vmap: select(p, w, stop_gradient(w)).
-        return first
-    cases = tuple(case if isinstance(case, LowRank) else materialize(case) for case in cases)
-    values = [case for case in cases if isinstance(case, LowRank)]
-    if any(v.gains or v.activation or v.arithmetic != values[0].arithmetic for v in values):
-        return UNHANDLED
-    others = [case for case in cases if not isinstance(case, LowRank)]
-    if any(isinstance(v, Upcast) or compat.is_batched(v) for v in (*others, thin(which))):
+        return cases[0]
+    lazy = [isinstance(case, LowRank) for case in cases]
+    operands = zip((False, *lazy), ctx.origins_of(eqn), strict=True)
+    if isinstance(which, LowRank) or any(o & Origin.OWN for is_lazy, o in operands if not is_lazy):
         return UNHANDLED  # the array would be each member's own
-    noises = []
-    for i, case in enumerate(cases):
-        if isinstance(case, LowRank):
-            chosen = thin(which, case.ndim) == jnp.asarray(i, thin(which).dtype)
-            noise = masked(noise_of(case), chosen, case)
-            if noise is None and ctx.recorder is None:
-                return UNHANDLED
-            noises.append(noise or noise_of(case))
-    plain = [jnp.asarray(case.w if isinstance(case, LowRank) else case) for case in cases]
+    cases = tuple(
+        case.absorb_gains() if own else materialize(case)
+        for own, case in zip(lazy, cases, strict=True)
+    )
+    values = [case for own, case in zip(lazy, cases, strict=True) if own]
+    if any(isinstance(case, Upcast) or case is None for case in cases):
+        return UNHANDLED
+    if any(v.arithmetic != values[0].arithmetic for v in values):
+        return UNHANDLED
+    plain = [jnp.asarray(case.w if own else case) for own, case in zip(lazy, cases, strict=True)]
     w = lax.select_n(spread(which, type_of(eqn.outvars[0]).shape), *plain)
-    return value_of(w, noises, values) or UNHANDLED
+    small = thin(which, w.ndim)
+    if len(values) == 1:
+        value = values[0]
+        chosen = small == jnp.asarray(lazy.index(True), small.dtype)
+        if value.arithmetic.linear or factor_over(value, varying(chosen)) is not None:
+            return masked(value, w, chosen)
+        return UNHANDLED
+    terms = []
+    for i, case in enumerate(cases):
+        if lazy[i]:
+            chosen = small == jnp.asarray(i, small.dtype)
+            if factor_over(case, varying(chosen)) is None and ctx.recorder is None:
+                return UNHANDLED
+            terms.append(masked(case, w, chosen))
+    return summed(w, terms)
 
 
-def thin(which: Value, ndim: int = 0) -> Array:
-    """A predicate of the size it varies in, with ``ndim`` axes of size 1 in place of none."""
+def thin(which: Value, ndim: int) -> Array:
+    """A predicate with ``ndim`` axes, of size 1 where a broadcast repeats it."""
     array = jnp.asarray(which.value if isinstance(which, LateBroadcast) else which)
     return array.reshape(array.shape or (1,) * ndim)
 
@@ -61,27 +70,37 @@ def spread(which: Value, shape: tuple[int, ...]) -> Array:
     return array if array.ndim == 0 else jnp.broadcast_to(array, shape)
 
 
-def masked(noise: Noise, chosen: Array, value: LowRank) -> Noise | None:
-    """The noise where ``chosen`` holds, and 0 elsewhere.
+def varying(array: Array) -> list[int]:
+    """The axes that an array varies along."""
+    return [axis for axis, n in enumerate(array.shape) if n > 1]
+
+
+def masked(value: LowRank, w: Array, chosen: Array) -> LowRank:
+    """A value with the array ``w``, and with noise where ``chosen`` holds.
 
     Args:
-      noise: factors of a value.
-      chosen: bool with the axes of the value, of size 1 where it does not vary.
-      value: the value.
-
-    Returns:
-      None where no factor varies along all axes of ``chosen`` that carry noise.
+      value: without gains.
+      w: the array, of the value's shape.
+      chosen: bool with the axes of the value, the same for every member.
     """
-    k = factor_over(value, [a for a, n in enumerate(chosen.shape) if n > 1])
+    repeated = any(value.shape[a] > 1 and not value.along(a) for a in varying(chosen))
+    k = factor_over(value, varying(chosen))
     if k is None:
-        return None
-    factor = noise[k] * chosen[None].astype(noise[k].dtype)
-    return (*noise[:k], factor, *noise[k + 1 :])
+        return value.masked(w, chosen).replace(activation=value.activation)
+    factors = list(value.factors)
+    factors[k] = factors[k] * chosen[None].astype(factors[k].dtype)
+    # What repeats a value and differs from place to place is as large as data.
+    return value.replace(w=w, factors=tuple(factors), activation=value.activation or repeated)
 
 
 def factor_over(value: LowRank, axes: Sequence[int]) -> int | None:
     """The smallest factor that varies along all of the axes that carry noise, if there is one."""
     carrying = [a for a in axes if value.along(a)]
     fitting = [k for k in range(len(value.factors)) if all(value.varies(k, a) for a in carrying)]
-    sizes = {k: value.factors[k].size for k in fitting}
-    return min(fitting, key=lambda k: sizes[k]) if fitting else None
+    return min(fitting, key=lambda k: value.factors[k].size) if fitting else None
+
+
+def summed(w: Array, terms: Sequence[LowRank]) -> LowRank | Unhandled:
+    """The array ``w`` plus the noise of several values, if their factors together stay thin."""
+    parts = aligned([term.replace(w=w) for term in terms])
+    return UNHANDLED if parts is None else combined(parts, w, 0)

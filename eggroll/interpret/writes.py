@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend import core
 
-from eggroll import _compat as compat
-from eggroll.interpret.context import Context
+from eggroll.interpret.context import Context, Origin
 from eggroll.interpret.equations import bind
 from eggroll.interpret.registry import UNHANDLED, Rounding, rule
-from eggroll.interpret.selection import factor_over
+from eggroll.interpret.selection import factor_over, summed
 from eggroll.interpret.structure import Result
-from eggroll.interpret.terms import Noise, noise_of, value_of
 from eggroll.values.lowrank import LateBroadcast, LowRank, Upcast, Value, materialize
 
+# For axes of an array the start and the size of a part.
+Block = dict[int, tuple[Array, int]]
 # A write of an update into an array: (array, update) -> array.
 Put = Callable[[Array, Array], Array]
 
@@ -48,7 +48,7 @@ class Write:
     axis_of: tuple[int | None, ...]
     partial: tuple[int, ...]
     together: tuple[int, ...]
-    block: dict[int, tuple[Array, int]] | None
+    block: Block | None
 
     @property
     def placed(self) -> list[int]:
@@ -107,7 +107,7 @@ def dynamic_update_slice(
         return lax.dynamic_update_slice(x, u, starts)
 
     write = Write(put, tuple(sizes), tuple(range(len(shape))), partial, (), block)
-    return written(ctx, write, operand, update)
+    return written(ctx, eqn, write, operand, update)
 
 
 @rule(
@@ -122,7 +122,7 @@ def scatter(
 ) -> Result:
     if eqn.params["update_jaxpr"] is not None:
         return UNHANDLED  # .at[].apply(fn)
-    return written(ctx, scattered(eqn, operand.shape, indices, update.shape), operand, update)
+    return written(ctx, eqn, scattered(eqn, operand.shape, indices, update.shape), operand, update)
 
 
 @rule(
@@ -136,7 +136,7 @@ def scatter_add(
     ctx: Context, eqn: core.JaxprEqn, operand: Value, indices: Value, update: Value
 ) -> Result:
     write = scattered(eqn, operand.shape, indices, update.shape)
-    return written(ctx, write, operand, update, adds=True)
+    return written(ctx, eqn, write, operand, update, adds=True)
 
 
 @rule(
@@ -148,10 +148,12 @@ def scatter_add(
 def scatter_mul(
     ctx: Context, eqn: core.JaxprEqn, operand: Value, indices: Value, update: Value
 ) -> Result:
-    if not isinstance(operand, LowRank) or isinstance(update, LowRank) or operand.gains:
+    own = bool(ctx.origin(eqn.invars[2]) & Origin.OWN)
+    operand = operand.absorb_gains() if isinstance(operand, LowRank) else None
+    if operand is None or isinstance(update, LowRank) or own:
         return UNHANDLED
     small, full = small_of(update), materialize(update)
-    if isinstance(full, Upcast) or compat.is_batched(small):
+    if isinstance(full, Upcast):
         return UNHANDLED
     full = jnp.asarray(full)
     write = scattered(eqn, operand.shape, indices, full.shape)
@@ -167,15 +169,13 @@ def scatter_mul(
 def multiplied_block(write: Write, value: LowRank, small: Array, full: Array) -> Result:
     """A multiple of one block: the noise outside it, and the multiple of the noise inside."""
     along = [a for a, n in zip(write.axis_of, small.shape, strict=True) if n > 1 and a is not None]
-    j, left = factor_over(value, along), outside(write, value)
-    if write.block is None or left is None or j is None or set(along) & set(write.partial):
+    k, left = factor_over(value, along), outside(write, value)
+    if write.block is None or left is None or k is None or set(along) & set(write.partial):
         return UNHANDLED
-    block = in_block(write.block, value, noise_of(value))
-    times = write.over(small[None], value.ndim)
-    block = (*block[:j], block[j] * times.astype(block[j].dtype), *block[j + 1 :])
-    terms = [*left, block]
-    out = value_of(write.put(value.w, full), terms, [value] * len(terms))
-    return UNHANDLED if out is None else out
+    factors = list(in_block(write.block, value).factors)
+    factors[k] = factors[k] * write.over(small[None], value.ndim).astype(factors[k].dtype)
+    w = write.put(value.w, full)
+    return summed(w, [*left, value.replace(factors=tuple(factors))])
 
 
 def scattered(
@@ -211,9 +211,7 @@ def scattered(
     return Write(put, tuple(update), tuple(axis_of), partial, tuple(together), block)
 
 
-def kept_block(
-    given: dict[int, tuple[Array, int]], shape: Sequence[int], mode: lax.GatherScatterMode
-) -> dict[int, tuple[Array, int]]:
+def kept_block(given: Block, shape: Sequence[int], mode: lax.GatherScatterMode) -> Block:
     """The starts and sizes of a block, clipped, or past the end of the array if it is dropped."""
     last = {axis: shape[axis] - size for axis, (_, size) in given.items()}
     if mode == lax.GatherScatterMode.CLIP:
@@ -224,7 +222,7 @@ def kept_block(
     return {a: (jnp.where(whole, start, shape[a]), size) for a, (start, size) in given.items()}
 
 
-def within(block: dict[int, tuple[Array, int]], axis: int, shape: Sequence[int]) -> Array:
+def within(block: Block, axis: int, shape: Sequence[int]) -> Array:
     """Whether each place along an axis lies in a block, with the axes of a factor."""
     start, size = block[axis]
     places = jnp.arange(shape[axis], dtype=start.dtype)
@@ -236,41 +234,57 @@ def within(block: dict[int, tuple[Array, int]], axis: int, shape: Sequence[int])
 
 
 def written(
-    ctx: Context, write: Write, operand: Value, update: Value, adds: bool = False
+    ctx: Context,
+    eqn: core.JaxprEqn,
+    write: Write,
+    operand: Value,
+    update: Value,
+    adds: bool = False,
 ) -> Result:
-    """The result of a write that replaces what is there, or adds to it."""
+    """The result of a write that replaces what is there, or adds to it.
+
+    Args:
+      ctx: of the interpretation.
+      eqn: the equation; its first operand is written into, its last or second is the update.
+      write: where the update goes.
+      operand: what is written into.
+      update: what is written.
+      adds: whether the write adds.
+    """
+    origins = ctx.origins_of(eqn)
+    own_update = bool(
+        origins[1 if eqn.primitive.name == "dynamic_update_slice" else 2] & Origin.OWN
+    )
+    operand, update = (v.absorb_gains() if isinstance(v, LowRank) else v for v in (operand, update))
     values = [v for v in (operand, update) if isinstance(v, LowRank)]
-    if any(v.gains or v.arithmetic != values[0].arithmetic for v in values):
+    if operand is None or update is None or len({v.arithmetic for v in values}) > 1:
         return UNHANDLED
-    into_data = operand.activation if isinstance(operand, LowRank) else update.activation
     plain = operand.w if isinstance(operand, LowRank) else materialize(operand)
-    if into_data or isinstance(plain, Upcast) or compat.is_batched(plain):
+    into_data = operand.activation if isinstance(operand, LowRank) else update.activation
+    if into_data or isinstance(plain, Upcast):
         return UNHANDLED
-    noises: list[Noise | None] = []
-    sources: list[LowRank] = []
+    if not isinstance(operand, LowRank) and origins[0] & Origin.OWN:
+        return UNHANDLED  # the array would be each member's own
+    terms: list[LowRank | None] = []
     if isinstance(operand, LowRank):
-        kept = [noise_of(operand)] if adds or ctx.recorder else outside(write, operand)
-        noises += kept or [None]
-        sources += [operand] * len(noises)
+        kept = [operand] if adds or ctx.recorder else outside(write, operand)
+        terms += kept or [None]
     if isinstance(update, LowRank):
-        noises.append(inside(write, plain.shape, noise_of(update)))
-        sources.append(update)
+        terms.append(inside(write, plain.shape, update))
         shared = update.w
     else:
         small, shared = small_of(update), materialize(update)
         if isinstance(shared, Upcast):
             return UNHANDLED
-        if compat.is_batched(small) and operand.arithmetic.linear:
+        if own_update:
             # A row of a member's own is noise of rank 1; the array stays shared.
-            noises.append(inside(write, plain.shape, row_of(write, small)))
-            sources.append(operand)
+            row = row_of(write, small, operand) if operand.arithmetic.linear else None
+            terms.append(None if row is None else inside(write, plain.shape, row))
             shared = jnp.zeros_like(shared)
-    w = write.put(jnp.asarray(plain), jnp.asarray(shared))
-    terms = [noise for noise in noises if noise is not None]
-    if len(terms) < len(noises):
+    found = [term for term in terms if term is not None]
+    if len(found) < len(terms):
         return UNHANDLED
-    out = value_of(w, terms, sources)
-    return UNHANDLED if out is None else out
+    return summed(write.put(jnp.asarray(plain), jnp.asarray(shared)), found)
 
 
 def small_of(update: Value) -> Array:
@@ -279,85 +293,95 @@ def small_of(update: Value) -> Array:
     return value.value if isinstance(value, Upcast) else jnp.asarray(value)
 
 
-def outside(write: Write, value: LowRank) -> list[Noise] | None:
+def outside(write: Write, value: LowRank) -> list[LowRank] | None:
     """The noise of a value, 0 where something else is written, in one or two terms."""
-    noise = noise_of(value)
     k = factor_over(value, write.partial)
     if k is not None:
-        zeros = jnp.zeros((1, *[1] * len(write.shape)), noise[k].dtype)
-        return [(*noise[:k], write.into(noise[k], value.shape, zeros), *noise[k + 1 :])]
+        factors = list(value.factors)
+        zeros = jnp.zeros((1, *[1] * len(write.shape)), factors[k].dtype)
+        factors[k] = write.into(factors[k], value.shape, zeros)
+        return [value.replace(factors=tuple(factors))]
     if write.block is None:
         return None
-    block = in_block(write.block, value, noise)
-    return [noise, (-block[0], *block[1:])]
+    first, *others = in_block(write.block, value).factors
+    return [value, value.replace(factors=(-first, *others))]
 
 
-def in_block(block: dict[int, tuple[Array, int]], value: LowRank, noise: Noise) -> Noise:
+def in_block(block: Block, value: LowRank) -> LowRank:
     """The noise of a value, 0 outside a block."""
-    factors = list(noise)
+    factors = list(value.factors)
     for axis in block:
         k = next(iter(value.along(axis)), 0)
         factors[k] = factors[k] * within(block, axis, value.shape).astype(factors[k].dtype)
-    return tuple(factors)
+    return value.replace(factors=tuple(factors))
 
 
-def inside(write: Write, shape: Sequence[int], noise: Noise | None) -> Noise | None:
-    """The noise of an update, in the axes of the array and 0 elsewhere.
+def inside(write: Write, shape: Sequence[int], update: LowRank) -> LowRank | None:
+    """The noise of an update, with the axes of the array and 0 outside what is written.
 
     Args:
       write: where the update goes.
       shape: of the array.
-      noise: factors ``[rank, *update]``.
+      update: what is written.
 
     Returns:
       None where several factors vary from place to place.
     """
-    if noise is None:
-        return None
-    moving = [k for k, f in enumerate(noise) if any(f.shape[i + 1] > 1 for i in write.placed)]
+    noise = update.factors
     if write.block is not None and len(write.block) > 1:
-        return inside_block(write, write.block, shape, noise)
+        return inside_block(write, write.block, shape, update)
+    moving = [k for k, f in enumerate(noise) if any(f.shape[i + 1] > 1 for i in write.placed)]
     if len(moving) > 1:
         return None
     k = moving[0] if moving else min(range(len(noise)), key=lambda k: noise[k].size)
     zeros = jnp.zeros((noise[k].shape[0], *[1] * len(shape)), noise[k].dtype)
     placed = write.into(zeros, shape, noise[k])
-    return tuple(placed if j == k else write.over(f, len(shape)) for j, f in enumerate(noise))
+    factors = [placed if j == k else write.over(f, len(shape)) for j, f in enumerate(noise)]
+    return update.replace(factors=tuple(factors))
 
 
 def inside_block(
-    write: Write, block: dict[int, tuple[Array, int]], shape: Sequence[int], noise: Noise
-) -> Noise | None:
+    write: Write, block: Block, shape: Sequence[int], update: LowRank
+) -> LowRank | None:
     """:func:`inside` for one place, each factor along the axes that it varies along."""
     factors, free = [], set(block)
-    for factor in noise:
+    for factor in update.factors:
         if any(factor.shape[i + 1] > 1 for i, a in enumerate(write.axis_of) if a is None):
             return None
         out = write.over(factor, len(shape))
         for axis in [a for a in block if out.shape[a + 1] > 1]:
             free.discard(axis)
-            out = padded(out, block[axis], axis + 1, shape[axis])
+            out = with_zeros(out, block[axis], axis + 1, shape[axis])
         factors.append(out)
-    for axis in free:
+    for axis in sorted(free):
         k = min(range(len(factors)), key=lambda k: factors[k].size)
         factors[k] = factors[k] * within(block, axis, shape).astype(factors[k].dtype)
-    return tuple(factors)
+    return update.replace(factors=tuple(factors))
 
 
-def padded(factor: Array, part: tuple[Array, int], axis: int, size: int) -> Array:
+def with_zeros(factor: Array, part: tuple[Array, int], axis: int, size: int) -> Array:
     """A factor put at its place along an axis of a size, with zeros around it."""
     start, length = part
-    zeros = jnp.zeros(
-        (*factor.shape[:axis], size + length, *factor.shape[axis + 1 :]), factor.dtype
-    )
+    shape = (*factor.shape[:axis], size + length, *factor.shape[axis + 1 :])
+    zeros = jnp.zeros(shape, factor.dtype)
     whole = lax.dynamic_update_slice_in_dim(zeros, factor, start, axis)
     return lax.slice_in_dim(whole, 0, size, axis=axis)
 
 
-def row_of(write: Write, small: Array) -> Noise | None:
-    """An update that is one product of what varies from place to place and what does not."""
+def row_of(write: Write, small: Array, beside: LowRank) -> LowRank | None:
+    """An update of a member's own as noise of rank 1, beside a value's.
+
+    Returns:
+      None where it is no product of what varies from place to place and what does not.
+    """
     one = jnp.ones((1, *[1] * small.ndim), small.dtype)
+    moving = {i for i, n in enumerate(small.shape) if n > 1}
     if all(small.shape[i] == 1 for i in write.placed):
-        return one, small[None]
-    moving = [i for i, n in enumerate(small.shape) if n > 1]
-    return (small[None], one) if set(moving) <= set(write.placed) else None
+        factors = one, small[None]
+    elif moving <= set(write.placed):
+        factors = small[None], one
+    else:
+        return None
+    tags = (frozenset[tuple[str, int]](),) * 2 if beside.tags else ()
+    scale = jnp.ones_like(beside.scale)
+    return beside.replace(factors=factors, scale=scale, tags=tags, paths=())
