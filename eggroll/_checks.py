@@ -14,24 +14,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Int, PyTree
 
-from eggroll import integer_generation
-from eggroll import noise as noises
-from eggroll import plan as plans
-from eggroll import shaping as shapings
-from eggroll.exchange import Auto
-from eggroll.generation import is_real
-from eggroll.population.placement import check_mesh
-from eggroll.values.fixed_point import LARGEST
+from eggroll.plan.leaf import Plan
+from eggroll.state import State
 
 
-def is_whole(x: Any) -> bool:
+def is_whole(x: object) -> bool:
+    """Whether it is a whole number, and no truth value."""
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
-def is_number(x: Any) -> bool:
+def is_even(x: object) -> bool:
+    """Whether it is an even whole number of at least 2."""
+    return isinstance(x, int | np.integer) and is_whole(x) and bool(x >= 2 and x % 2 == 0)
+
+
+def is_real(dtype: DTypeLike) -> bool:
+    """Whether arrays of the type hold real numbers or truth values."""
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
+def is_number(x: object) -> bool:
     """Whether it is one real number, be it as an array without axes."""
     if isinstance(x, jax.Array | np.ndarray):
         return x.ndim == 0 and is_real(x.dtype)
@@ -39,120 +46,86 @@ def is_number(x: Any) -> bool:
 
 
 def is_positive(x: Any) -> bool:
+    """Whether it is one positive, finite number."""
     return is_number(x) and math.isfinite(x) and bool(x > 0)
 
 
-def settings(es: Any) -> None:
-    """The fields of an EvolutionStrategy."""
-
-    def require(field: str, ok: bool, right: str) -> None:
-        if not ok:
-            raise ValueError(f"{field}={getattr(es, field)!r}: {right} is right")
-
-    even = lambda x: is_whole(x) and x >= 2 and x % 2 == 0
-    require(
-        "population",
-        even(es.population),
-        "members come in pairs with opposite noise, so an even number of at least 2",
-    )
-    require(
-        "sigma",
-        callable(es.sigma) or is_positive(es.sigma),
-        "a positive number or a schedule over generations",
-    )
-    require(
-        "rank",
-        es.rank == "full" or (is_whole(es.rank) and es.rank >= 1),
-        "a whole number of at least 1, or 'full' for dense noise,",
-    )
-    require(
-        "chunk",
-        es.chunk is None or even(es.chunk),
-        "an even number of members of at least 2, or None for all at once,",
-    )
-    require(
-        "noise_reuse",
-        is_whole(es.noise_reuse) and es.noise_reuse >= 1,
-        "a whole number of generations of at least 1",
-    )
-    require("on_dense", es.on_dense in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'")
-    if es.deterministic and es.exchange not in ("update", "fitness"):
-        raise ValueError(
-            f"exchange={es.exchange!r}: what deterministic=True sends is not counted; 'update' or 'fitness' "
-            "is right"
-        )
-    require(
-        "exchange",
-        es.exchange in ("update", "fitness", "auto") or isinstance(es.exchange, Auto),
-        "'update', 'fitness', 'auto' or eggroll.exchange.auto(bandwidth, flops)",
-    )
-    require(
-        "factor_memory",
-        is_number(es.factor_memory) and es.factor_memory >= 0,
-        "a number of bytes, 0 for none,",
-    )
-    require(
-        "optimizer",
-        isinstance(es.optimizer, optax.GradientTransformation),
-        "an optax transform such as optax.adam(1e-2)",
-    )
-    for field, module in (("shaping", shapings), ("plan", plans), ("noise", noises)):
-        value = getattr(es, field)
-        name = getattr(value, "__name__", "")
-        made_here = bool(name) and getattr(module, name, None) is value
-        require(field, not made_here, f"this is the function that makes one; {name}()")
-    require(
-        "shaping",
-        es.shaping is None or callable(es.shaping),
-        "one of eggroll.shaping such as zscore(), or None for the scores as they are,",
-    )
-    require(
-        "plan",
-        callable(es.plan),
-        "eggroll.plan.by_shape(overrides) or eggroll.plan.infer(fitness, params, *args)",
-    )
-    require("noise", isinstance(es.noise, noises.Noise), "one of eggroll.noise such as counter()")
-    if es.noise.integer:
-        integer_generation.check_settings(es)
-    check_mesh(es.mesh)
+# ---------------------------------------------------------------- what a run starts from
 
 
-def quantised(plan: plans.Plan, master_weights: bool) -> None:
+def seed(key: object) -> Array:
+    """A typed key from a key or a seed.
+
+    Args:
+      key: ``jax.random.key(seed)``, or a whole number from 0 to 2^64 - 1. Numbers below 2^32 give what
+        ``jax.random.key`` gives.
+    """
+    if not is_whole(key):
+        return key  # type: ignore[return-value]  # noise.seed_words says what is wrong with it
+    number = int(key)  # type: ignore[call-overload]
+    if not 0 <= number < 2**64:
+        raise ValueError(f"key={number}: a seed from 0 to 2**64 - 1 is right")
+    low, high = jax.device_put((np.uint32(number % 2**32), np.uint32(number >> 32)))
+    return _key_of_words(low, high)
+
+
+@jax.jit
+def _key_of_words(low: Array, high: Array) -> Array:
+    key = jax.random.key(low)
+    # jax.random.key alone would drop the high word.
+    folded = jax.random.key_data(jax.random.fold_in(key, high))
+    data = jnp.where(high == 0, jax.random.key_data(key), folded)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
+def state(given: object) -> State:
+    """A state of a strategy."""
+    if isinstance(given, State):
+        return given
+    raise ValueError(
+        f"state is a {type(given).__name__}; what es.init(params, key) or the step before returned "
+        "is right"
+    )
+
+
+def quantised(plan: Plan, master_weights: bool) -> None:
     """That int8 parameters beside float ones have copies which can hold a part of a step."""
     for leaf in plan.leaves:
-        if leaf.quantised and not master_weights:
+        if leaf.keeps_copy and leaf.dtype == jnp.int8 and not master_weights:
             raise ValueError(
                 f"master_weights=False: parameter {leaf.path!r} is int8 and would round every update "
                 "away; True is right"
             )
 
 
-def parameters(plan: plans.Plan, params: Any) -> None:
+def parameters(plan: Plan, params: PyTree) -> None:
     """That parameters start from numbers that training can go on from (where they are known)."""
-    known = {
-        leaf.path: value
+    leaves = {
+        leaf.path: (leaf, value)
         for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True)
-        if (plans.is_float(value) or (leaf.trainable and value.dtype == jnp.int8))
+        if (jnp.issubdtype(value.dtype, jnp.floating) or leaf.trainable)
         and not isinstance(value, jax.core.Tracer)
     }
+    unfit = {path: leaf.arithmetic.unfit for path, (leaf, _) in leaves.items()}
+
+    @jax.jit
+    def count(known: dict[str, Array]) -> dict[str, Array]:
+        return {path: jnp.sum(unfit[path](value)) for path, value in known.items()}
+
     # Constants are looked at also where init itself is traced.
     with jax.ensure_compile_time_eval():
-        counts = _count_unfit(known)
-    for path, count in counts.items():
-        if count:
-            wrong, right = "not finite", "finite numbers"
-            if known[path].dtype == jnp.int8:
-                wrong, right = "-128", f"-{LARGEST} to {LARGEST}"
+        counts = count({path: value for path, (_, value) in leaves.items()})
+    for path, found in jax.device_get(counts).items():
+        if found:
+            leaf, value = leaves[path]
+            wrong, right = leaf.arithmetic.unfit_reason()
             raise ValueError(
-                f"parameter {path!r} has {count} of {known[path].size} entries that are {wrong}; "
+                f"parameter {path!r} has {found} of {value.size} entries that are {wrong}; "
                 f"start from {right}"
             )
 
 
-@jax.jit
-def _count_unfit(leaves: dict[str, Array]) -> dict[str, Array]:
-    unfit = lambda x: ~jnp.isfinite(x) if plans.is_float(x) else x < -LARGEST
-    return {path: jnp.sum(unfit(value)) for path, value in leaves.items()}
+# ---------------------------------------------------------------- what methods are given
 
 
 def members(given: Any, population: int, axes: int) -> Array:
@@ -168,18 +141,19 @@ def members(given: Any, population: int, axes: int) -> Array:
         raise ValueError(
             f"member {wrong[0]} of a population of {population}: 0 to {population - 1} is right"
         )
-    return jnp.asarray(ids, jnp.int32)
+    return jax.device_put(ids.astype(np.int32))
 
 
-def generations(given: Any) -> None:
-    """A number of generations to run."""
+def generations(given: Any) -> Array:
+    """A number of generations to run, as an int32 scalar."""
     if isinstance(given, jax.core.Tracer):
-        return
+        return given.astype(jnp.int32)
     is_array = isinstance(given, jax.Array | np.ndarray)
     whole = is_whole(given.item() if is_array and given.ndim == 0 else given)
     if not whole or given < 0:
         told = f"{given.dtype}{list(given.shape)}" if is_array and given.ndim else repr(given)
         raise ValueError(f"generations={told}: a whole number of at least 0 is right")
+    return jax.device_put(np.int32(given))
 
 
 def scores(values: Any, population: int, integer: bool) -> Array:
@@ -200,10 +174,41 @@ def scores(values: Any, population: int, integer: bool) -> Array:
             f"values have the shape {list(shape)}; [population] or [population, tasks] with "
             f"population={population} is right"
         )
-    values = jnp.asarray(values)
+    if not isinstance(values, jax.Array):
+        values = jax.device_put(np.asarray(values))
     if not is_real(values.dtype):
         raise ValueError(f"values have the type {values.dtype}; real numbers are right")
-    return values
+    return values.astype(jnp.int32) if values.dtype == jnp.bool_ else values
+
+
+def scalar(given: Any, dtype: type) -> Array:
+    """A number as an array without axes; arrays are taken as they are, in the type."""
+    if isinstance(given, jax.Array):
+        return given.astype(dtype)
+    return jax.device_put(np.asarray(given, dtype))
+
+
+def groups(given: Any, population: int) -> Int[Array, "population"] | None:
+    """Numbers of groups, one a member."""
+    if given is None:
+        return None
+    ids = given if isinstance(given, jax.Array | np.ndarray) else np.asarray(given)
+    if ids.shape != (population,) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"groups have the shape {list(ids.shape)} and the type {ids.dtype}; a whole "
+            f"number a member, [{population}], is right"
+        )
+    return ids if isinstance(ids, jax.Array) else jax.device_put(ids)
+
+
+def member_data(members: PyTree, population: int) -> None:
+    """Data of members: leaves with a leading axis [population]."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(members)[0]:
+        if jnp.shape(leaf)[:1] != (population,):
+            raise ValueError(
+                f"members{jax.tree_util.keystr(keys)} has the shape {list(jnp.shape(leaf))}; a "
+                f"leading axis of population={population} is right"
+            )
 
 
 def _table(values: list | tuple, integer: bool) -> np.ndarray:

@@ -12,7 +12,7 @@ import math
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from eggroll.plan import Leaf, Matrix, Plan
+from eggroll.plan.leaf import Leaf, Plan
 from eggroll.population.placement import devices, member_axis, split_over
 
 # Vector instructions a sample of eggroll.noise.counter.
@@ -121,7 +121,7 @@ def costs(
     sums = sum(
         (2 if member_axis(leaf.spec) is None else 1)
         * math.prod(leaf.shape)
-        * jnp.dtype(leaf.sums).itemsize
+        * jnp.dtype(leaf.sum_type).itemsize
         / pieces
         for leaf, pieces in shard
     )
@@ -138,6 +138,5 @@ def costs(
 
 
 def _flops_of_pair(leaf: Leaf) -> float:
-    rank = leaf.treatment.rank if isinstance(leaf.treatment, Matrix) else 1
     samples = sum(math.prod(shape) for shape in leaf.noise_shapes())
-    return 2.0 * (rank or 1) * math.prod(leaf.shape) + SAMPLE_FLOPS * samples
+    return 2.0 * leaf.rank * math.prod(leaf.shape) + SAMPLE_FLOPS * samples

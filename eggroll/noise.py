@@ -12,6 +12,7 @@ instructions a sample and no state. Its arithmetic is chosen so that no compiler
 the result. ``gaussian`` and ``rademacher`` draw from JAX's threefry instead.
 """
 
+import enum
 import hashlib
 import math
 from collections.abc import Callable
@@ -25,6 +26,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Integer, UInt32
 
 Index = int | Integer[Array, ""]
+
+
+class Role(enum.IntEnum):
+    """What an array of random numbers is for. Streams are keyed by the number: it never changes."""
+
+    A = 0
+    B = 1
+    DENSE = 2
+    FITNESS_KEY = 3
 
 
 @dataclass(frozen=True)
@@ -167,7 +177,7 @@ def stream(
         path: the leaf's path in the parameter tree.
         epoch: ``generation // noise_reuse``; may be traced. Taken modulo 2**32, as ``pair`` is.
         pair: the antithetic pair, ``member // 2``; may be traced (the usual place of a ``vmap``).
-        role: which array of the leaf: 0 for the factor A, 1 for B, 2 for dense noise.
+        role: a :class:`Role`, or its number.
 
     Returns:
         uint32 ``[2]``, for ``Noise.sample``.
@@ -180,7 +190,7 @@ def stream(
     """
     # The pair comes last: under a vmap over pairs all the rest is computed once.
     words = _permute(seed ^ jnp.array(path_words(path), jnp.uint32))
-    words = _permute(words ^ _words(epoch, role))
+    words = _permute(words ^ _words(epoch, int(role)))
     return _permute(words ^ _words(pair, 0))
 
 

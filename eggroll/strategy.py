@@ -8,27 +8,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
-from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Array, Int, Num, PyTree
 
 from eggroll import _checks as checks
 from eggroll import _programs as programs
 from eggroll import exchange as exchanges
-from eggroll import generation, integer_generation
+from eggroll import generation
 from eggroll import noise as noises
-from eggroll import plan as plans
-from eggroll import shaping as shapings
+from eggroll._calling import Function, call, one_of
+from eggroll._settings import Settings
+from eggroll.arithmetic import Outcome
 from eggroll.interpret.interpreter import Context, interpret
 from eggroll.perturbation import draw, perturb
-from eggroll.plan import table
+from eggroll.plan import Plan, table
 from eggroll.population.placement import Specs, specs_of, spread
 from eggroll.state import Metrics, State, trainable_of
 
+Groups = Sequence[int] | np.ndarray | Array | None
+# Wider than documented where `_checks` says in a sentence what would be right.
+Values = Any
+Member = Any
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class EvolutionStrategy:
+class EvolutionStrategy(Settings):
     """Evolution strategies with low-rank noise, for any JAX function of any parameters.
 
     Members 2p and 2p + 1 of the population are a pair: they see ``+E_p`` and ``-E_p``. Fitness is
@@ -77,73 +80,51 @@ class EvolutionStrategy:
       True
     """
 
-    # Wider types than the docstring's where checks.settings says in a sentence what would be right.
-    optimizer: Any
-    population: int
-    sigma: float | optax.Schedule
-    rank: int | str = 1
-    shaping: shapings.Shaping | None = dataclasses.field(default_factory=shapings.zscore)
-    plan: plans.Planner = dataclasses.field(default_factory=plans.by_shape)
-    noise: Any = dataclasses.field(default_factory=noises.counter)
-    chunk: int | None = None
-    mesh: Mesh | None = None
-    exchange: str | exchanges.Auto = "update"
-    deterministic: bool = False
-    noise_reuse: int = 1
-    on_dense: str = "warn"
-    agreement: bool = False
-    shared_keys: bool = True
-    master_weights: bool = True
-    factor_memory: int = 2**25
-    specs: Specs | None = dataclasses.field(default=None, init=False, repr=False)
-    _seen: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
-    _placed: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        checks.settings(self)
+    # For the warning about a new fitness every generation, and the strategies that `placed` made.
+    _seen: dict[Any, tuple[int, int]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
+    _placed: dict[Specs, "EvolutionStrategy"] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
 
     # ------------------------------------------------------------ the state and what is in it
 
-    def init(self, params: Any, key: Any) -> State:
+    def init(self, params: PyTree, key: Array | int) -> State:
         """The state before the first generation.
 
         Args:
           params: any tree of arrays; floats are trained, other types pass through. In a tree without
             floats those in int8 are trained, by the noise of :mod:`eggroll.integer`; beside floats only
             those that the plan names, by noise of floats in units of their steps.
-          key: ``jax.random.key(seed)``, or a seed as a whole number.
+          key: ``jax.random.key(seed)``, or a seed: a whole number from 0 to 2^64 - 1.
 
         Raises:
-          ValueError: for a leaf that is no array, NaN or infinity (or -128) in a leaf, or nothing to
-            train.
+          ValueError: for a leaf that is no array or complex, NaN or infinity (or -128) in a leaf, a
+            negative seed, or nothing to train.
         """
         plan = self.plan_of(params)
         checks.parameters(plan, params)
         checks.quantised(plan, self.master_weights)
-        if checks.is_whole(key):
-            key = jax.random.key(key)
-        # Fresh arrays, so that a donated state never takes the caller's parameters with it.
-        params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-        master = {}
-        if self.master_weights:
-            for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True):
-                if leaf.held:
-                    master[leaf.path] = value.astype(jnp.float32)
-        trainable = trainable_of(plan, params, master)
-        state = State(
-            params,
-            master,
-            self.optimizer.init(trainable),
-            jnp.zeros((), jnp.int32),
-            noises.seed_words(key),
-        )
-        return spread(state, self.mesh)
+        # Constants that optimizers start from come from the host: no transfer that a guard is about.
+        with jax.transfer_guard_host_to_device("allow"):
+            # Fresh arrays, so that a donated state never takes the caller's parameters with it.
+            params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+            master = {}
+            if self.master_weights:
+                for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True):
+                    if leaf.keeps_copy:
+                        master[leaf.path] = value.astype(jnp.float32)
+            optimizer = self.optimizer.init(trainable_of(plan, params, master))
+            seed = noises.seed_words(checks.seed(key))
+            state = State(params, master, optimizer, jnp.zeros((), jnp.int32), seed)
+            return spread(state, self.mesh)
 
-    def params(self, state: State) -> Any:
+    def params(self, state: State) -> PyTree:
         """The current mean of the population: the trained parameters."""
-        return state.params
+        return checks.state(state).params
 
-    def member(self, state: State, i: Any) -> Any:
+    def member(self, state: State, i: Member) -> PyTree:
         """Parameters of member ``i`` of the coming generation, built; ``i`` may be traced.
 
         Perturbed leaves of a narrower type come in float32: rounding would lose the noise.
@@ -151,21 +132,23 @@ class EvolutionStrategy:
         Raises:
           ValueError: for a member that the population does not have.
         """
-        return programs.member(self, state, checks.members(i, self.population, axes=0))
+        members = checks.members(i, self.population, axes=0)
+        return programs.member(self, checks.state(state), members)
 
-    def ask(self, state: State, indices: Sequence[int] | Int[Array, "members"]) -> Any:
+    def ask(self, state: State, indices: Sequence[int] | Int[Array, "members"]) -> PyTree:
         """Parameters of several members, built, each leaf with a leading axis."""
-        return programs.ask(self, state, checks.members(indices, self.population, axes=1))
+        members = checks.members(indices, self.population, axes=1)
+        return programs.ask(self, checks.state(state), members)
 
     # ------------------------------------------------------------ a generation
 
     def step(
         self,
         state: State,
-        fitness: Callable[..., Any],
-        *args: Any,
-        members: Any = None,
-        groups: Any = None,
+        fitness: Function,
+        *args: PyTree,
+        members: PyTree = None,
+        groups: Groups = None,
     ) -> tuple[State, Metrics]:
         """One generation: evaluate the population, update the parameters.
 
@@ -179,11 +162,12 @@ class EvolutionStrategy:
           groups: int ``[population]``, for shapings that compare members within groups.
         """
         checks.fitness(self._seen, fitness)
-        return self._told(programs.step(self.placed(state), state, fitness, args, members, groups))
+        es, groups = self.placed(state), checks.groups(groups, self.population)
+        return self._with_metrics(programs.step(es, state, fitness, args, members, groups))
 
     def evaluate(
-        self, state: State, fitness: Callable[..., Any], *args: Any, members: Any = None
-    ) -> Any:
+        self, state: State, fitness: Function, *args: PyTree, members: PyTree = None
+    ) -> PyTree:
         """Scores of all members, ``[population]`` or ``[population, tasks]``.
 
         Gives ``(values, aux)``, aux with a leading axis [population], where the fitness gives
@@ -192,7 +176,7 @@ class EvolutionStrategy:
         checks.fitness(self._seen, fitness)
         return programs.evaluate(self.placed(state), state, fitness, args, members)
 
-    def map(self, state: State, fn: Callable[..., Any], *args: Any, members: Any = None) -> Any:
+    def map(self, state: State, fn: Function, *args: PyTree, members: PyTree = None) -> PyTree:
         """Any function ``fn(params, key, [member,] *args)`` of the perturbed parameters.
 
         Returns its outputs, each leaf with a leading axis [population].
@@ -200,7 +184,7 @@ class EvolutionStrategy:
         checks.fitness(self._seen, fn)
         return programs.map(self.placed(state), state, fn, args, members)
 
-    def update(self, state: State, values: Any, groups: Any = None) -> tuple[State, Metrics]:
+    def update(self, state: State, values: Values, groups: Groups = None) -> tuple[State, Metrics]:
         """The second half of a generation: from scores, wherever they come from.
 
         Args:
@@ -209,47 +193,54 @@ class EvolutionStrategy:
             not finite, or None, drops its pair (for that task) and is counted.
           groups: as in :meth:`step`.
         """
+        es, groups = self.placed(state), checks.groups(groups, self.population)
         values = checks.scores(values, self.population, self.noise.integer)
-        return self._told(programs.update(self.placed(state), state, values, groups))
+        return self._with_metrics(programs.update(es, state, values, groups))
 
     tell = update
 
-    def gradient(self, state: State, values: Any, groups: Any = None) -> Any:
+    def gradient(self, state: State, values: Values, groups: Groups = None) -> PyTree:
         """The gradient estimate alone: the tree of the parameters, None where nothing is trained."""
+        es, groups = self.placed(state), checks.groups(groups, self.population)
         values = checks.scores(values, self.population, self.noise.integer)
-        return programs.gradient(self.placed(state), state, values, groups)
+        return programs.gradient(es, state, values, groups)
 
     def apply_gradient(
-        self, state: State, grads: Any, pairs: int | Int[Array, ""] | None = None
+        self,
+        state: State,
+        grads: PyTree,
+        pairs: int | Int[Array, ""] | None = None,
+        value: float | Num[Array, ""] | None = None,
     ) -> tuple[State, Metrics]:
-        """The rest of :meth:`update`; its metrics know no fitness (NaN).
+        """The rest of :meth:`update`; its metrics know no fitness (None).
 
         Args:
           state: the state that the gradient is of.
           grads: of :meth:`gradient`, or from elsewhere.
           pairs: for int8 parameters, how many pairs did not end in a tie; all of them by default.
+          value: minus the mean fitness, for optimizers that take it.
         """
-        pairs = jnp.asarray(self.population // 2 if pairs is None else pairs, jnp.int32)
-        return self._told(programs.apply_gradient(self.placed(state), state, grads, pairs))
+        es = self.placed(state)
+        pairs = checks.scalar(self.population // 2 if pairs is None else pairs, np.int32)
+        value = None if value is None else checks.scalar(value, np.float32)
+        return self._with_metrics(programs.apply_gradient(es, state, grads, pairs, value))
 
     def optimize(
         self,
         state: State,
-        fitness: Callable[..., Any],
+        fitness: Function,
         generations: int,
-        *args: Any,
-        members: Any = None,
-        groups: Any = None,
-        callback: Callable[[State, Metrics], Any] | None = None,
+        *args: PyTree,
+        members: PyTree = None,
+        groups: Groups = None,
+        callback: Callable[[State, Metrics], object] | None = None,
     ) -> State:
         """Runs generations; with a callback, one at a time, until it returns something true."""
-        checks.generations(generations)
+        count = checks.generations(generations)
         if callback is None:
             checks.fitness(self._seen, fitness)
-            es = self.placed(state)
-            return programs.optimize(
-                es, state, fitness, jnp.int32(generations), args, members, groups
-            )
+            es, groups = self.placed(state), checks.groups(groups, self.population)
+            return programs.optimize(es, state, fitness, count, args, members, groups)
         for _ in range(generations):
             state, metrics = self.step(state, fitness, *args, members=members, groups=groups)
             if callback(state, metrics):
@@ -258,41 +249,37 @@ class EvolutionStrategy:
 
     def describe(
         self,
-        params: Any,
-        fitness: Callable[..., Any] | None = None,
-        *args: Any,
-        members: Any = None,
+        params: PyTree,
+        fitness: Function | None = None,
+        *args: PyTree,
+        members: PyTree = None,
     ) -> str:
         """A table of every parameter's treatment; with a fitness, what would be built and why."""
-        plan = self.plan_of(params)
+        plan, arithmetic = self.plan_of(params), self.arithmetic
         context = Context(on_dense="ignore")
         if fitness is not None:
 
-            def trace(params: Any, member: Any, args: tuple) -> Any:
+            def trace(params: PyTree, member: PyTree, args: tuple) -> PyTree:
                 words = jnp.zeros(2, jnp.uint32)
                 drawn = draw(plan, self.noise, words, jnp.int32(0), jnp.int32(0))
-                one = jnp.ones((), generation.sign_type(plan))
-                lazy = perturb(plan, params, drawn, 1.0 if plan.integer else one, one)
-                extra = () if members is None else (member,)
-                return interpret(fitness, context)(lazy, generation.typed_key(words), *extra, *args)
+                one = jnp.ones((), arithmetic.sign_type)
+                sigma = arithmetic.noise_sigma(self.sigma, jnp.float32(1))
+                lazy = perturb(plan, params, drawn, sigma, one)
+                key = generation.typed_key(words)
+                return call(interpret(fitness, context), lazy, key, member, args)
 
-            member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), members)
-            jax.eval_shape(trace, params, member, args)
+            jax.eval_shape(trace, params, one_of(members), args)
         return table.describe(plan, context.built)
 
     # ------------------------------------------------------------ parts
 
-    def plan_of(self, params: Any) -> plans.Plan:
+    def plan_of(self, params: PyTree) -> Plan:
         """The treatment of every parameter."""
-        plan = self.plan(params, self.rank)
-        integer_generation.check_plan(plan, self.noise.integer)
-        # Parameters come first in a state.
-        specs = specs_of(params, self.mesh) if self.specs is None else self.specs
-        return plan if specs is None else plan.placed(specs[: len(plan.leaves)])
+        return generation.plan_of(self, params)
 
     def placed(self, state: State) -> "EvolutionStrategy":
-        """This strategy for states that lie on the mesh as this one does, which its programs keep."""
-        specs = specs_of(state, self.mesh)
+        """This strategy for states that are laid out on the mesh as this one is; programs keep that."""
+        specs = specs_of(checks.state(state), self.mesh)
         if specs is None:
             return self
         if specs not in self._placed:
@@ -301,43 +288,21 @@ class EvolutionStrategy:
             self._placed[specs] = es
         return self._placed[specs]
 
-    def exchange_costs(self, params: Any, tasks: int = 1) -> exchanges.Costs:
+    def exchange_costs(self, params: PyTree, tasks: int = 1) -> exchanges.Costs:
         """What devices send and compute by either ``exchange``, to be printed.
 
         Args:
-          params: the parameters, as they lie on the mesh.
+          params: the parameters, as they are laid out on the mesh.
           tasks: scores of a member.
         """
         rates = self.exchange if isinstance(self.exchange, exchanges.Auto) else None
         return exchanges.costs(self.plan_of(params), self.population, self.mesh, tasks, rates)
 
-    def exchanged(self, plan: plans.Plan) -> str:
+    def exchanged(self, plan: Plan) -> str:
         """What devices send each other: "update" or "fitness"."""
-        if self.exchange in ("update", "fitness"):
-            return self.exchange
-        rates = self.exchange if isinstance(self.exchange, exchanges.Auto) else None
-        return exchanges.costs(plan, self.population, self.mesh, rates=rates).choice
+        return "fitness" if self.sends_scores_alone(plan) else "update"
 
-    def epoch(self, state: State) -> Int[Array, ""]:
-        """What noise is keyed by: the generation, unless noise is reused."""
-        return state.generation // self.noise_reuse
-
-    def sigma_of(self, state: State) -> Float[Array, ""]:
-        """The standard deviation of the noise in the coming generation."""
-        sigma = self.sigma(state.generation) if callable(self.sigma) else self.sigma
-        if np.shape(sigma):
-            raise ValueError(
-                f"sigma's schedule gives the shape {list(np.shape(sigma))}; one number is right"
-            )
-        return jnp.asarray(sigma, jnp.float32)
-
-    def noise_sigma(self, state: State) -> Any:
-        """The same for the arithmetic of a generation: that of integers has no float in it."""
-        return self.sigma if self.noise.integer else self.sigma_of(state)
-
-    def _told(self, done: tuple[State, Any]) -> tuple[State, Metrics]:
-        """Metrics of integers are floats, and so computed outside the program of the update."""
+    def _with_metrics(self, done: tuple[State, Outcome | Metrics]) -> tuple[State, Metrics]:
+        """The state with metrics, where the program of the update did not make them itself."""
         state, told = done
-        if isinstance(told, integer_generation.Outcome):
-            told = programs.report(self, told)
-        return state, told
+        return state, programs.metrics(self, told) if isinstance(told, Outcome) else told

@@ -11,21 +11,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from eggroll._calling import call, one_of
 from eggroll.interpret.interpreter import Context, interpret
 from eggroll.values.lowrank import LowRank, accumulator
 
 # For each axis of a parameter what is done with it.
-Roles = dict[int, set[str]]
+AxisUses = dict[int, set[str]]
 
 
-def trace_roles(
+def trace_axis_uses(
     fitness: Callable[..., Any],
     params: Any,
     paths: Sequence[str | None],
     args: tuple,
     members: Any,
-) -> dict[str, Roles]:
-    """The roles of the axes of every parameter that has a path.
+) -> dict[str, AxisUses]:
+    """The uses of the axes of every parameter that has a path.
 
     Args:
       fitness: ``fitness(params, key, [member,] *args)``.
@@ -36,31 +37,30 @@ def trace_roles(
 
     Example:
       >>> w = {"w": jnp.zeros((4, 8))}
-      >>> trace_roles(lambda p, key: jnp.ones(4) @ p["w"], w, ["w"], (), None)
+      >>> trace_axis_uses(lambda p, key: jnp.ones(4) @ p["w"], w, ["w"], (), None)
       {'w': {0: {'contracted'}, 1: {'free'}}}
     """
     leaves, tree = jax.tree.flatten(params)
-    roles: dict[str, Roles] = {
+    uses: dict[str, AxisUses] = {
         path: {axis: set() for axis in range(len(leaf.shape))}
         for path, leaf in zip(paths, leaves, strict=True)
         if path is not None
     }
 
-    def record(role: str, path: str, axis: int) -> None:
-        roles[path][axis].add(role)
+    def record(use: str, path: str, axis: int) -> None:
+        uses[path][axis].add(use)
 
     def run(arrays: list[Any], key: Any, member: Any, args: tuple) -> Any:
         probes = [
             array if path is None else probe(path, array)
             for path, array in zip(paths, arrays, strict=True)
         ]
-        extra = () if members is None else (member,)
-        context = Context(on_dense="ignore", recorder=record)
-        return interpret(fitness, context)(jax.tree.unflatten(tree, probes), key, *extra, *args)
+        traced = interpret(fitness, Context(on_dense="ignore", recorder=record))
+        return call(traced, jax.tree.unflatten(tree, probes), key, member, args)
 
-    member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), members)
-    jax.eval_shape(run, leaves, jax.random.key(0), member, args)
-    return roles
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jax.eval_shape(run, leaves, key, one_of(members), args)
+    return uses
 
 
 def probe(path: str, array: Array) -> Array | LowRank:

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
-from eggroll.plan import Dense, Frozen, Matrix, Plan
+from eggroll.plan.leaf import Plan
+from eggroll.plan.treatments import Dense, Frozen, Matrix
 
 
 def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:

@@ -93,7 +93,7 @@ def constrain_all(tree: Any, specs: Specs | None, mesh: Mesh | None = None) -> A
     )
 
 
-def on_all(fn: Callable[..., Any], mesh: Mesh | None, *args: Any) -> Any:
+def replicated(fn: Callable[..., Any], mesh: Mesh | None, *args: Any) -> Any:
     """``fn(*args)`` on every device by itself, with nothing shared out among them."""
     if mesh is None:
         return fn(*args)

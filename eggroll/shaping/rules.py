@@ -360,10 +360,11 @@ def _column_rank(
     up_to = end - group_first
     # Invalid keys are inf and hence the last of their group.
     finite = jnp.isfinite(ordered)
-    counted = jnp.cumsum(finite)
-    count = counted[group_end - 1] - counted[group_first] + finite[group_first]
+    counted = jnp.cumsum(finite, dtype=jnp.int32)
+    count = counted[group_end - 1] - counted[group_first] + finite[group_first].astype(jnp.int32)
     # Equal keys hold the ranks below ... up_to - 1; this is their average over count - 1, less 1/2.
-    rank = (below + up_to - count).astype(keys.dtype) / (2 * jnp.maximum(count - 1, 1))
+    steps = (2 * jnp.maximum(count - 1, 1)).astype(keys.dtype)
+    rank = (below + up_to - count).astype(keys.dtype) / steps
     return jnp.zeros_like(keys).at[order].set(rank, unique_indices=True)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from eggroll import EvolutionStrategy, Frozen
 from eggroll import _checks as checks
+from eggroll._settings import check
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_settings_of_any_type(field, value, message):
     es = EvolutionStrategy(optimizer=optax.sgd(0.1), population=8, sigma=0.1)
     object.__setattr__(es, field, value)  # the constructor's types would refuse it here
     with pytest.raises(ValueError, match=message):
-        checks.settings(es)
+        check(es)
 
 
 def test_numbers_of_any_type_are_numbers():

@@ -8,6 +8,7 @@ import pytest
 
 import eggroll
 from eggroll import Dense, EvolutionStrategy, Frozen, Matrix
+from eggroll.arithmetic import FLOATS
 from eggroll.plan import by_shape
 
 SCALE = 0.02
@@ -97,7 +98,7 @@ def test_without_an_override_they_pass_through():
     params = make_params()
     plan = by_shape()(params, 1)
     assert plan["layers"].treatment == Frozen() and plan["layers"].reason == "int8: passes through"
-    assert not plan.integer
+    assert plan.arithmetic == FLOATS
 
 
 def test_what_would_round_the_noise_is_refused():

@@ -12,7 +12,7 @@ import pytest
 
 import eggroll
 from eggroll import EvolutionStrategy, Frozen, Matrix
-from eggroll.generation import all_draws
+from eggroll.generation import all_draws, begin
 
 
 def make(**changes):
@@ -122,7 +122,7 @@ def test_bfloat16_factors_are_summed_in_float32():
     params = {"w": jnp.zeros((8, 6), jnp.bfloat16)}
     state = es.init(params, 0)
     values = np.random.default_rng(0).normal(size=2048).astype(np.float32)
-    draws = jax.jit(lambda s: all_draws(es, es.plan_of(s.params), s))(state)
+    draws = jax.jit(lambda s: all_draws(begin(es, s)))(state)
     a, b = (np.asarray(x, np.float64) for x in draws[0])  # [pairs, rank, 8, 1], [pairs, rank, 1, 6]
     d = (values[0::2] - values[1::2]).astype(np.float64)
     want = -np.einsum("p,prij,prkl->il", d, a, b) / (2048 * 0.1 * 2**0.5)

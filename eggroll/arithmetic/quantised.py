@@ -1,0 +1,53 @@
+"""Quantised int8 parameters beside float ones: noise of floats, in units of their own steps."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Array as AnyArray
+from jaxtyping import Bool, Num
+
+from eggroll.arithmetic._interface import Sigma
+from eggroll.arithmetic.floats import Floats, _scale
+from eggroll.values.fixed_point import LARGEST
+from eggroll.values.lowrank import Wide
+
+
+class Quantised(Floats):
+    """The arithmetic of an int8 parameter that is trained beside float ones.
+
+    A float32 copy is trained, of which the parameter is the rounded form. Factors are float32; a
+    model that casts the parameter to bfloat16 rounds them with it.
+    """
+
+    def factor_type(self, dtype: DTypeLike) -> DTypeLike:
+        return jnp.dtype(jnp.float32)
+
+    def sum_type(self, dtype: DTypeLike) -> DTypeLike:
+        return jnp.dtype(jnp.float32)
+
+    def keeps_copy(self, dtype: DTypeLike) -> bool:
+        return True
+
+    def dense(
+        self,
+        w: Array,
+        noise: tuple[Array, ...],
+        sign: Num[AnyArray, ""],
+        sigma: Sigma,
+        leaf_sigma: float,
+        path: str,
+    ) -> Array | Wide:
+        value = w.astype(jnp.float32) + sign * _scale(sigma, leaf_sigma, 1.0) * noise[0]
+        return Wide(value, w.dtype)
+
+    def in_range(self, trained: Array) -> Array:
+        return jnp.clip(trained, -LARGEST, LARGEST)
+
+    def stored(self, trained: Array, dtype: DTypeLike) -> Array:
+        return jnp.round(trained).astype(dtype)
+
+    def unfit(self, w: Array) -> Bool[AnyArray, "..."]:
+        return w < -LARGEST
+
+    def unfit_reason(self) -> tuple[str, str]:
+        return "-128", f"-{LARGEST} to {LARGEST}"
