@@ -6,8 +6,8 @@ from eggroll import integer as integer
 from eggroll import noise as noise
 from eggroll import plan as plan
 from eggroll import shaping as shaping
-from eggroll.interpret.interpreter import DenseBuildError as DenseBuildError
-from eggroll.interpret.interpreter import DenseBuildWarning as DenseBuildWarning
+from eggroll.interpret import DenseBuildError as DenseBuildError
+from eggroll.interpret import DenseBuildWarning as DenseBuildWarning
 from eggroll.plan import Dense as Dense
 from eggroll.plan import Frozen as Frozen
 from eggroll.plan import Matrix as Matrix

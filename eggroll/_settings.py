@@ -13,7 +13,7 @@ from eggroll import shaping as shapings
 from eggroll._checks import is_even, is_number, is_positive, is_whole
 from eggroll.arithmetic import FLOATS, INTEGERS, Arithmetic
 from eggroll.exchange import Auto, costs
-from eggroll.interpret.interpreter import OnDense
+from eggroll.interpret import OnDense
 from eggroll.plan.leaf import Plan
 from eggroll.population.placement import Specs, check_mesh
 from eggroll.population.schedule import Schedule

@@ -26,7 +26,7 @@ from eggroll._calling import Function, call
 from eggroll._checks import is_real, member_data
 from eggroll._settings import Settings
 from eggroll.arithmetic import Arithmetic, Outcome, Sigma, Weighed
-from eggroll.interpret.interpreter import Context, interpret
+from eggroll.interpret import Context, interpret
 from eggroll.noise import Noise, Role, stream
 from eggroll.perturbation import Draw, draw_pairs, perturb
 from eggroll.plan.leaf import Plan

@@ -12,7 +12,7 @@ from eggroll.plan.leaf import Leaf, Plan
 from eggroll.plan.treatments import Matrix
 from eggroll.population.placement import constrain
 from eggroll.population.schedule import isolated
-from eggroll.values.lowrank import LowRank, Wide, build
+from eggroll.values import LowRank, Upcast, build
 
 # What a pair draws for one leaf: the factors (A, B), dense noise (E,), or nothing.
 Draw = tuple[Array, ...]
@@ -93,7 +93,7 @@ def perturb(
     """
     leaves, tree = jax.tree.flatten(params)
 
-    def of(leaf: Leaf, w: Array, drawn: Draw) -> Array | LowRank | Wide:
+    def of(leaf: Leaf, w: Array, drawn: Draw) -> Array | LowRank | Upcast:
         how = leaf.arithmetic
         if not drawn:
             return w
@@ -112,9 +112,9 @@ def built_member(
     """The same as ordinary arrays; perturbed leaves of a narrow float type come in float32."""
     lazy = perturb(plan, params, draws, sigma, sign)
 
-    def dense(value: Array | LowRank | Wide) -> Array:
+    def dense(value: Array | LowRank | Upcast) -> Array:
         if isinstance(value, LowRank):
             return build(value)
-        return value.value if isinstance(value, Wide) else jnp.asarray(value)
+        return value.value if isinstance(value, Upcast) else jnp.asarray(value)
 
-    return jax.tree.map(dense, lazy, is_leaf=lambda v: isinstance(v, LowRank | Wide))
+    return jax.tree.map(dense, lazy, is_leaf=lambda v: isinstance(v, LowRank | Upcast))

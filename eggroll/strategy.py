@@ -18,7 +18,7 @@ from eggroll import noise as noises
 from eggroll._calling import Function, call, one_of
 from eggroll._settings import Settings
 from eggroll.arithmetic import Outcome
-from eggroll.interpret.interpreter import Context, interpret
+from eggroll.interpret import Context, interpret
 from eggroll.perturbation import draw, perturb
 from eggroll.plan import Plan, table
 from eggroll.population.placement import Specs, specs_of, spread

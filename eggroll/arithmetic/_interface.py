@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Num, PyTree
 
 from eggroll._types import DType
 from eggroll.shaping import Shaping
-from eggroll.values.lowrank import LowRank, Wide
+from eggroll.values import LowRank, Upcast
 
 # A number where shifts depend on it, else a scalar that may be traced.
 Sigma = float | Float[AnyArray, ""]
@@ -151,7 +151,7 @@ class Arithmetic(abc.ABC):
         sigma: Sigma,
         leaf_sigma: float,
         path: str,
-    ) -> Array | Wide:
+    ) -> Array | Upcast:
         """The parameter of one member under dense noise; arguments as in :meth:`low_rank`."""
 
     @abc.abstractmethod

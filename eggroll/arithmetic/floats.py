@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array as AnyArray
 from jaxtyping import Bool, Float, Int, Num, PyTree
 
+from eggroll import values
 from eggroll._types import DType
 from eggroll.arithmetic._interface import (
     Arithmetic,
@@ -21,8 +22,7 @@ from eggroll.arithmetic._interface import (
 )
 from eggroll.arithmetic._statistics import statistics, valid_pairs
 from eggroll.shaping import Shaping
-from eggroll.values.fixed_point import is_integer
-from eggroll.values.lowrank import LowRank, Wide, accumulator, is_narrow
+from eggroll.values import LowRank, Upcast, accumulator, is_integer, is_narrow
 
 # Below this even the square of a gradient's entry, which optimizers form, is a finite float32.
 LARGEST_SUM = 1e17
@@ -34,6 +34,7 @@ class Floats(Arithmetic):
     sign_type = jnp.float32
     exact_sums = False
     metrics_inside = True
+    of_values: values.Arithmetic = values.FLOATS
 
     def factor_type(self, dtype: DTypeLike) -> DTypeLike:
         return dtype
@@ -61,7 +62,8 @@ class Floats(Arithmetic):
         root_rank: float,
         path: str,
     ) -> LowRank:
-        return LowRank(w, factors, sign * _scale(sigma, leaf_sigma, root_rank), (path,))
+        scale = sign * _scale(sigma, leaf_sigma, root_rank)
+        return LowRank(w, factors, scale, (path,), arithmetic=self.of_values)
 
     def dense(
         self,
@@ -71,10 +73,10 @@ class Floats(Arithmetic):
         sigma: Sigma,
         leaf_sigma: float,
         path: str,
-    ) -> Array | Wide:
+    ) -> Array | Upcast:
         sums = self.sum_type(w.dtype)
         value = w.astype(sums) + (sign * _scale(sigma, leaf_sigma, 1.0)).astype(sums) * noise[0]
-        return Wide(value, w.dtype) if self.keeps_copy(w.dtype) else value
+        return Upcast(value, w.dtype) if self.keeps_copy(w.dtype) else value
 
     def product_type(self, dtype: DTypeLike) -> DTypeLike:
         return self.sum_type(dtype)

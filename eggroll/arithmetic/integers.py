@@ -27,9 +27,8 @@ from eggroll.arithmetic._interface import (
 )
 from eggroll.arithmetic._statistics import statistics
 from eggroll.shaping import Shaping, pair_sign
-from eggroll.values import fixed_point
+from eggroll.values import FixedPoint, LowRank, build, fixed_point
 from eggroll.values.fixed_point import LARGEST
-from eggroll.values.lowrank import LowRank, build
 
 
 class Integers(Arithmetic):
@@ -67,7 +66,7 @@ class Integers(Arithmetic):
     ) -> LowRank:
         # The law of the factors accounts for the rank already.
         shift = fixed_point.shift_of(float(sigma) * leaf_sigma)
-        return LowRank(w, factors, sign, (path,), shift=shift)
+        return LowRank(w, factors, sign, (path,), arithmetic=FixedPoint(shift))
 
     def dense(
         self,

@@ -6,10 +6,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array as AnyArray
 from jaxtyping import Bool, Num
 
+from eggroll import values
 from eggroll.arithmetic._interface import Sigma
 from eggroll.arithmetic.floats import Floats, _scale
+from eggroll.values import Upcast
 from eggroll.values.fixed_point import LARGEST
-from eggroll.values.lowrank import Wide
 
 
 class Quantised(Floats):
@@ -18,6 +19,8 @@ class Quantised(Floats):
     A float32 copy is trained, of which the parameter is the rounded form. Factors are float32; a
     model that casts the parameter to bfloat16 rounds them with it.
     """
+
+    of_values = values.QUANTISED
 
     def factor_type(self, dtype: DTypeLike) -> DTypeLike:
         return jnp.dtype(jnp.float32)
@@ -36,9 +39,9 @@ class Quantised(Floats):
         sigma: Sigma,
         leaf_sigma: float,
         path: str,
-    ) -> Array | Wide:
+    ) -> Array | Upcast:
         value = w.astype(jnp.float32) + sign * _scale(sigma, leaf_sigma, 1.0) * noise[0]
-        return Wide(value, w.dtype)
+        return Upcast(value, w.dtype)
 
     def in_range(self, trained: Array) -> Array:
         return jnp.clip(trained, -LARGEST, LARGEST)

@@ -1,7 +1,7 @@
-"""The rules that make one value of several: concatenation, stacks, padding, sums.
+"""Rules that make one value of several: concatenation, stacks, padding.
 
-The parts keep the ranks that they have: the factors of the whole are theirs side by side, along the axis
-that is joined where each part has noise of its own there, and along the rank otherwise.
+The parts keep their ranks: the factors of the whole are the parts' factors side by side, along the
+joined axis where each part has noise of its own there, and along the rank otherwise.
 """
 
 import itertools
@@ -10,32 +10,41 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend import core
 
-from eggroll.interpret.rules import UNHANDLED, bind, dims, on_each, rule
-from eggroll.values.lowrank import LowRank, Value, Wide, is_special
+from eggroll.interpret.context import Context
+from eggroll.interpret.equations import bind
+from eggroll.interpret.registry import UNHANDLED, Rounding, rule
+from eggroll.interpret.structure import dims, on_each
+from eggroll.values.lowrank import LowRank, Upcast, Value
 
 
-@rule("concatenate")
-def concatenate(ctx: Any, eqn: Any, *values: Value) -> Any:
+@rule(
+    "concatenate",
+    keeps="all of one arithmetic, without gains",
+    integers=True,
+    rounding=Rounding.EXACT,
+)
+def concatenate(ctx: Context, eqn: core.JaxprEqn, *values: Value) -> Any:
     return join(values, int(eqn.params["dimension"]))
 
 
-@rule("stack")
-def stack(ctx: Any, eqn: Any, *values: Value) -> Any:
+@rule("stack", keeps="all of one arithmetic, without gains", integers=True, rounding=Rounding.EXACT)
+def stack(ctx: Context, eqn: core.JaxprEqn, *values: Value) -> Any:
     axis = eqn.params["axis"]
     op = lambda x: jnp.expand_dims(x, axis)
     return join([on_each(v, op, op) if isinstance(v, LowRank) else op(v) for v in values], axis)
 
 
 def join(values: Sequence[Value], axis: int) -> Any:
-    if any(isinstance(v, Wide) or (isinstance(v, LowRank) and v.gains) for v in values):
+    if any(isinstance(v, Upcast) or (isinstance(v, LowRank) and v.gains) for v in values):
         return UNHANDLED
 
     def besides_axis(v: LowRank) -> Any:
         return [dims(f)[:axis] + dims(f)[axis + 1 :] for f in v.factors]
 
     parts = matched([v for v in values if isinstance(v, LowRank)], besides_axis)
-    if parts is None or len({v.shift for v in parts}) > 1:
+    if parts is None or len({v.arithmetic for v in parts}) > 1:
         return UNHANDLED
     w = jnp.concatenate([v.w if isinstance(v, LowRank) else v for v in values], axis)
     own_noise = all(dims(f)[axis] == v.shape[axis] for v in parts for f in v.factors)
@@ -72,19 +81,15 @@ def matched(values: Sequence[LowRank], form: Callable[[LowRank], Any]) -> list[L
 
 def combined(parts: Sequence[LowRank], w: Array, axis: int) -> LowRank:
     """The value ``w`` with the factors of several put together along ``axis`` (0 is the rank's)."""
-    integer = parts[0].integer  # then all have one scale, the member's sign
-    folded = []
-    for v in parts:  # their scales may differ: each goes into the first factor
-        first, *others = v.factors
-        folded.append((first if integer else first * v.scale.astype(first.dtype), *others))
+    folded, scales = zip(*(v.arithmetic.fold_scale(v) for v in parts), strict=True)
     return LowRank(
         w,
         tuple(jnp.concatenate(factors, axis) for factors in zip(*folded, strict=True)),
-        parts[0].scale if integer else jnp.ones_like(parts[0].scale),
+        scales[0],
         tuple(dict.fromkeys(path for v in parts for path in v.paths)),
         all(v.activation for v in parts),
         tags=tuple(frozenset().union(*tags) for tags in zip(*(v.tags for v in parts), strict=True)),
-        shift=parts[0].shift,
+        arithmetic=parts[0].arithmetic,
     )
 
 
@@ -99,8 +104,8 @@ def pad_noise(value: LowRank, along: list[int], axis: int, config: Sequence[Any]
     return value.replace(factors=tuple(factors))
 
 
-@rule("pad")
-def pad(ctx: Any, eqn: Any, value: LowRank, padding: Any) -> Any:
+@rule("pad", keeps="all without gains", integers=True, rounding=Rounding.EXACT)
+def pad(ctx: Context, eqn: core.JaxprEqn, value: LowRank, padding: Any) -> Any:
     if value.gains:
         return UNHANDLED
     w = bind(eqn, value.w, padding)
@@ -109,21 +114,3 @@ def pad(ctx: Any, eqn: Any, value: LowRank, padding: Any) -> Any:
             along = [k for k in range(len(value.factors)) if value.varies(k, axis)]
             value = pad_noise(value, along or [0], axis, config)
     return value.replace(w=w)
-
-
-@rule("add", "sub", "add_any")
-def add(ctx: Any, eqn: Any, left: Value, right: Value) -> Any:
-    """The sum of two perturbed matrices has the ranks of both; an array is added to the array."""
-    values = [v for v in (left, right) if isinstance(v, LowRank)]
-    others = [v for v in (left, right) if not isinstance(v, LowRank)]
-    if any(map(is_special, others)) or any(v.activation or v.gains for v in values):
-        return UNHANDLED
-    if eqn.invars[0].aval.shape != eqn.invars[1].aval.shape:
-        return UNHANDLED
-    w = bind(eqn, *(v.w if isinstance(v, LowRank) else v for v in (left, right)))
-    if eqn.primitive.name == "sub" and isinstance(right, LowRank):
-        values[-1] = right.replace(scale=-right.scale)
-    if len(values) == 1:
-        return values[0].replace(w=w)
-    parts = matched(values, lambda v: [dims(f) for f in v.factors])
-    return UNHANDLED if parts is None else combined(parts, w, 0)

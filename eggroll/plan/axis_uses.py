@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from eggroll._calling import call, one_of
-from eggroll.interpret.interpreter import Context, interpret
-from eggroll.values.lowrank import LowRank, accumulator
+from eggroll.interpret import Context, interpret
+from eggroll.values import FLOATS, FixedPoint, LowRank, accumulator, is_integer
 
 # For each axis of a parameter what is done with it.
 AxisUses = dict[int, set[str]]
@@ -75,4 +75,5 @@ def probe(path: str, array: Array) -> Array | LowRank:
         jnp.ones((), accumulator(array.dtype)),
         (path,),
         tags=tuple(frozenset({(path, axis)}) for axis in varying),
+        arithmetic=FixedPoint(0) if is_integer(array.dtype) else FLOATS,
     )

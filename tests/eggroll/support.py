@@ -11,7 +11,7 @@ import pytest
 
 from eggroll.interpret import interpreter
 from eggroll.interpret.interpreter import Context, interpret
-from eggroll.values.lowrank import LowRank, Wide, build
+from eggroll.values.lowrank import LowRank, Upcast, build
 
 SCALE = 0.3
 
@@ -40,7 +40,7 @@ def low_rank(shape, columns=(-1,), batch=(), rank=2, path="w", dtype=jnp.float64
 
 def wide(shape, path="v", dtype=jnp.bfloat16):
     """A narrow parameter with dense noise."""
-    return Wide(jnp.asarray(normal(shape, path), jnp.float32), jnp.dtype(dtype))
+    return Upcast(jnp.asarray(normal(shape, path), jnp.float32), jnp.dtype(dtype))
 
 
 # In tables of cases values are named before there is a test to make them in.

@@ -16,6 +16,7 @@ from eggroll import Dense, EvolutionStrategy, Frozen, Matrix, estimator, integer
 from eggroll.interpret.interpreter import Context, interpret
 from eggroll.perturbation import draw_pairs
 from eggroll.values import fixed_point
+from eggroll.values.arithmetic import FixedPoint
 from eggroll.values.lowrank import LowRank
 
 SHIFT = 8
@@ -35,7 +36,7 @@ def low_rank(shape, rank=2, columns=(-1,), batch=(), path="w", largest=60):
         for name, gone in (("a", columns), ("b", rows))
     )  # fmt: skip
     w = jnp.asarray(int8(shape, path))
-    return LowRank(w, factors, jnp.int32(1), (path,), shift=SHIFT)
+    return LowRank(w, factors, jnp.int32(1), (path,), arithmetic=FixedPoint(SHIFT))
 
 
 def dot(x, w):
@@ -160,7 +161,7 @@ def test_rows_that_are_looked_up_are_rounded_to_the_nearest(look_up):
 def test_the_largest_numbers_do_not_overflow(fan_in):
     full = lambda *shape: jnp.full(shape, 127, jnp.int8)
     factors = (full(1, fan_in, 1), jnp.array([127, -127], jnp.int8).reshape(1, 1, 2))
-    value = LowRank(full(fan_in, 2), factors, jnp.int32(1), ("w",), shift=SHIFT)
+    value = LowRank(full(fan_in, 2), factors, jnp.int32(1), ("w",), arithmetic=FixedPoint(SHIFT))
     assert (fixed_point.fits(fan_in, jnp.int8, 1, SHIFT) == "split") == (fan_in > 1040)
     for u in (-128, 127):
         x = jnp.full(fan_in, u, jnp.int8)
@@ -174,7 +175,7 @@ def test_products_too_long_for_int32_are_an_error():
     value = LowRank(
         jnp.zeros((140_000, 2), jnp.int8),
         (jnp.zeros((1, 140_000, 1), jnp.int8), jnp.zeros((1, 1, 2), jnp.int8)),
-        jnp.int32(1), ("w",), shift=SHIFT,
+        jnp.int32(1), ("w",), arithmetic=FixedPoint(SHIFT),
     )  # fmt: skip
     with pytest.raises(eggroll.DenseBuildError, match="'w'.*'dot_general'"):
         interpret(dot, Context("error"))(jnp.zeros(140_000, jnp.int8), value)

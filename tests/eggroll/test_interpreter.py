@@ -27,7 +27,7 @@ from support import (
 
 from eggroll import DenseBuildError, DenseBuildWarning
 from eggroll.interpret.interpreter import Context, interpret
-from eggroll.values.lowrank import Wide, build
+from eggroll.values.lowrank import Upcast, build
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -506,7 +506,7 @@ def test_noise_far_below_the_last_place_of_a_weight_shows_in_the_product(dtype):
     )
     got = interpret(lambda w, x: x @ w)(w, x)
     np.testing.assert_allclose(got.astype(jnp.float32), n * sigma, rtol=0.01)
-    dense = Wide(build(w), jnp.dtype(dtype))
+    dense = Upcast(build(w), jnp.dtype(dtype))
     np.testing.assert_array_equal(interpret(lambda w, x: x @ w)(dense, x), got)
 
 

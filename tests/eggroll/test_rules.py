@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from jax import lax
 from support import agree, cases, checked_in_float64, data, low_rank, matrix, normal, run_case
 
-from eggroll.interpret import products, rules
+from eggroll.interpret import convolutions as convolution_rules
+from eggroll.interpret import structure
 from eggroll.interpret.interpreter import interpret
-from eggroll.values import lowrank
+from eggroll.values import contraction
 from eggroll.values.lowrank import LowRank, build
 
 
@@ -493,12 +494,12 @@ def convolutions(draw):
     return params, draw_matrix(draw, kernel, "w"), data(*image)
 
 
-@pytest.mark.parametrize("most_shifts", [products.MAX_SHIFTS, 0])
+@pytest.mark.parametrize("most_shifts", [convolution_rules.MAX_SHIFTS, 0])
 @given(case=convolutions())
 def test_any_convolution(most_shifts, case):
     params, *makers = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "MAX_SHIFTS", most_shifts)
+        patch.setattr(convolution_rules, "MAX_SHIFTS", most_shifts)
         run_case(lambda w, x: lax.conv_general_dilated(x, w, **params), makers)
 
 
@@ -517,18 +518,20 @@ def test_any_convolution(most_shifts, case):
     ],
 )
 def test_common_groups_are_of_equal_size_and_cover_both_shapes(old, new):
-    groups = rules.common_groups(old, new)
+    groups = structure.common_groups(old, new)
     for mine, theirs in groups:
         assert math.prod(old[a] for a in mine) == math.prod(new[a] for a in theirs)
     assert [a for mine, _ in groups for a in mine] == list(range(len(old)))
     assert [a for _, theirs in groups for a in theirs] == list(range(len(new)))
 
 
-@pytest.mark.parametrize("rank", [1, lowrank.MAX_UNROLLED_RANK, lowrank.MAX_UNROLLED_RANK + 1])
+@pytest.mark.parametrize(
+    "rank", [1, contraction.MAX_UNROLLED_RANK, contraction.MAX_UNROLLED_RANK + 1]
+)
 def test_the_perturbation_is_the_same_summed_or_contracted_over_the_rank(rank):
     w = low_rank((5, 7), rank=rank)
     x = jnp.asarray(normal((3, 5)))
-    noise = lowrank.perturbation(x, "bi", w, "ij", "bj", jnp.float64)
+    noise = w.arithmetic.perturbation(x, "bi", w, "ij", "bj", jnp.float64)
     np.testing.assert_allclose(noise, x @ (build(w) - w.w), rtol=1e-12, atol=1e-12)
 
 

@@ -1,0 +1,33 @@
+"""Helpers around one equation of a jaxpr."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from eggroll import _compat as compat
+
+
+def bind(eqn: core.JaxprEqn, *values: Any, **params: Any) -> Any:
+    """Applies the equation's primitive to other operands, or with other parameters."""
+    return compat.bind(eqn, values, params)
+
+
+def results(eqn: core.JaxprEqn, values: Sequence[Any], **params: Any) -> list[Any]:
+    """As :func:`bind`, always a list."""
+    out = bind(eqn, *values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def type_of(atom: core.Var | core.Literal) -> jax.core.ShapedArray:
+    """The shape and type of an operand or an output."""
+    aval = atom.aval
+    assert isinstance(aval, jax.core.ShapedArray), aval
+    return aval
+
+
+def literal(atom: core.Var | core.Literal) -> np.ndarray | None:
+    """The value of an operand that is written into the jaxpr; None for any other."""
+    return np.asarray(atom.val) if isinstance(atom, core.Literal) else None
