@@ -228,7 +228,7 @@ def _table(values: list | tuple, integer: bool) -> np.ndarray:
     table = np.array(
         [[np.nan if v is None else v for v in row] for row in rows],
         np.int32 if whole and integer else np.float64,
-    )
+    ).reshape(len(rows), width)
     return table[:, 0] if flat else table
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import AxisType
 
@@ -79,8 +78,3 @@ def varying_axes(x: Any) -> frozenset[str]:
     aval = jax.typeof(x)
     kind = getattr(aval, "mat", None)  # 0.10; the set stands on the type itself in others
     return kind.varying if kind is not None else getattr(aval, "vma", frozenset())
-
-
-def tracing() -> bool:
-    """Whether a program is being traced right now, whatever its arguments."""
-    return isinstance(jnp.zeros(()) + 0, jax.core.Tracer)

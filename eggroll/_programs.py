@@ -12,19 +12,17 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Int, Num, PyTree
 
-from eggroll import _compat as compat
 from eggroll import generation
 from eggroll._calling import Function
 from eggroll._checks import gradients as check_gradients
 from eggroll._settings import Settings
 from eggroll.arithmetic import Outcome
 from eggroll.perturbation import built_member, draw
+from eggroll.population.placement import tracing
+from eggroll.population.schedule import EXACT
 from eggroll.state import Metrics, State, trainable_of
 
 Groups = Int[Array, "population"] | None
-
-# XLA may leave out roundings to bfloat16, and does so depending on the number of devices.
-EXACT = {"xla_allow_excess_precision": False}
 
 
 class _Program:
@@ -36,7 +34,7 @@ class _Program:
 
     def _of(self, settings: Settings) -> Any:
         # Inside another program it is compiled as that one is.
-        return self._exact if settings.deterministic and not compat.tracing() else self._plain
+        return self._exact if settings.deterministic and not tracing() else self._plain
 
     def __call__(self, settings: Settings, *args: Any) -> Any:
         return self._of(settings)(settings, *args)

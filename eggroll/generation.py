@@ -79,14 +79,17 @@ class Generation:
 
 def begin(settings: Settings, state: State) -> Generation:
     """The coming generation of a state."""
-    sigma = sigma_of(settings, state.generation)
+    number = state.generation
+    # In isolation, since a schedule's arithmetic may round otherwise in another program.
+    schedule = functools.partial(sigma_of, settings)
+    sigma = settings.schedule.isolate(schedule, number >= 0, number)
     return Generation(
         settings=settings,
         plan=plan_of(settings, state.params),
         arithmetic=settings.arithmetic,
         seed=state.seed,
-        number=state.generation,
-        epoch=state.generation // settings.noise_reuse,
+        number=number,
+        epoch=number // settings.noise_reuse,
         sigma=sigma,
         noise_sigma=settings.arithmetic.noise_sigma(settings.sigma, sigma),
     )

@@ -90,7 +90,7 @@ class EvolutionStrategy(Settings):
 
     # ------------------------------------------------------------ the state and what is in it
 
-    def init(self, params: PyTree, key: Array | int) -> State:
+    def init(self, params: PyTree, key: Array | int | np.integer) -> State:
         """The state before the first generation.
 
         Args:

@@ -180,7 +180,8 @@ class Integers(Arithmetic):
                 )
         new = kept(moves, optax.apply_updates(trained, updates), trained)
         # Changes are by one unit, so the sum is at most the number of parameters.
-        square = lambda a, b: jnp.sum(jnp.square(a.astype(jnp.int32) - b), dtype=jnp.int32)
+        wide = lambda x: x.astype(jnp.int32)
+        square = lambda a, b: jnp.sum(jnp.square(wide(a) - wide(b)), dtype=jnp.int32)
         squares: Any = sum(jax.tree.leaves(jax.tree.map(square, new, trained)), jnp.int32(0))
         return new, kept(moves, new_state, state), squares
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -34,6 +35,11 @@ def check_mesh(mesh: Any) -> None:
             f"mesh has the axis types {mesh.axis_types}; make it with "
             "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number of axes)"
         )
+
+
+def tracing() -> bool:
+    """Whether a program is being traced right now, whatever its arguments."""
+    return isinstance(jax.device_put(np.float32(0)), jax.core.Tracer)
 
 
 def devices(mesh: Mesh | None) -> int:

@@ -12,6 +12,11 @@ from jaxtyping import Array, Bool, PyTree
 
 from eggroll.population.placement import devices
 
+# Options of the compiler for reproducible programs. XLA may leave out roundings to bfloat16, and does
+# so depending on the number of devices. Its older emitters for CPUs round sums and products
+# differently from program to program, whatever the flags of the process say.
+EXACT = {"xla_allow_excess_precision": False, "xla_cpu_use_fusion_emitters": True}
+
 Out = TypeVar("Out", bound=PyTree)
 
 # Parts of the population that a reproducible schedule fixes, whatever the number of devices. More
