@@ -13,6 +13,7 @@ from jax import lax
 
 import eggroll
 from eggroll import Dense, EvolutionStrategy, Frozen, Matrix, estimator, integer
+from eggroll.integer.noise import quantiles
 from eggroll.interpret.interpreter import Context, interpret
 from eggroll.perturbation import draw_pairs
 from eggroll.values import fixed_point
@@ -208,7 +209,7 @@ def test_a_missing_rule_is_an_error_that_names_parameter_and_operation(primitive
 @pytest.mark.parametrize("rank", [1, 2, 4, 64])
 def test_the_noise_is_rounded_normal_and_its_products_have_one_spread(rank):
     std = 16 * rank**-0.25
-    table = integer._quantiles(rank).astype(int)
+    table = quantiles(rank).astype(int)
     edges = (np.arange(-127, 128) + 0.5) / std
     law = np.diff([0.0, *(0.5 * (1 + math.erf(e / 2**0.5)) for e in edges)])
     counts = np.bincount(table + 127, minlength=255)

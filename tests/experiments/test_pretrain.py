@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from eggroll import integer
 from eggroll.plan import by_shape
+from eggroll.shaping import rules
 from experiments.models import transformer as llama
 from experiments.pretrain.anchors import Anchors
 from experiments.pretrain.backprop import Backprop
@@ -29,7 +30,7 @@ from experiments.run.samples import add_sample
 TINY = PRESETS["tiny"]
 MODELS = ("egg", "float-egg", "gru", "transformer")
 # A source of this project: real text, and soon read.
-SOURCE = str(Path(integer.__file__))
+SOURCE = str(Path(rules.__file__))
 PROVERB = b"a stitch in time saves nine; "
 
 
