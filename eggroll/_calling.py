@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-# A fitness, or any other function that a population is mapped through.
+# A fitness, or any other function that is mapped over a population.
 Function = Callable[..., Any]
 
 
@@ -14,11 +14,11 @@ def call(fn: Function, params: PyTree, key: PyTree, member: PyTree, args: tuple)
     """Calls the function for one member.
 
     Args:
-      fn: ``fn(params, key, *args)``, or ``fn(params, key, member, *args)`` where members have data.
-      params: the member's parameters.
-      key: its random key.
-      member: its own data; None where members have none.
-      args: what all members get.
+      fn: ``fn(params, key, *args)``, or ``fn(params, key, member, *args)`` if members have data.
+      params: the parameters of the member.
+      key: the random key of the member.
+      member: the data of the member, or None if members have no data.
+      args: the trees that all members receive.
 
     Example:
       >>> call(lambda params, key, x: params * x, 3, None, None, (5,))
@@ -31,5 +31,5 @@ def call(fn: Function, params: PyTree, key: PyTree, member: PyTree, args: tuple)
 
 
 def one_of(members: PyTree) -> PyTree:
-    """The shapes of one member's data, from leaves with a leading axis [population]."""
+    """Shapes and dtypes of one member's data, from leaves with a leading axis [population]."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), members)

@@ -1,7 +1,7 @@
-"""What a strategy compiles: a generation and its parts, as jitted functions of settings and a state.
+"""The compiled programs of a strategy: a generation and its parts, jitted over settings and state.
 
-Settings and the fitness are static. They are compared by identity, so that a loop that passes the
-same two objects compiles once.
+Settings and the fitness are static arguments, compared by identity. A loop that passes the same two
+objects compiles once.
 """
 
 from collections.abc import Callable
@@ -26,21 +26,21 @@ Groups = Int[Array, "population"] | None
 
 
 class _Program:
-    """A jitted function of settings; compiled without excess precision where bits must not change."""
+    """A jitted function of settings; deterministic settings compile without excess precision."""
 
     def __init__(self, fn: Callable[..., Any], static: tuple[int, ...]) -> None:
         self._plain = jax.jit(fn, static_argnums=static)
         self._exact = jax.jit(fn, static_argnums=static, compiler_options=EXACT)
 
     def _of(self, settings: Settings) -> Any:
-        # Inside another program it is compiled as that one is.
+        # A call inside another program is compiled with the options of that program.
         return self._exact if settings.deterministic and not tracing() else self._plain
 
     def __call__(self, settings: Settings, *args: Any) -> Any:
         return self._of(settings)(settings, *args)
 
     def lower(self, settings: Settings, *args: Any) -> Any:
-        """The lowered program, as ``jax.jit(...).lower`` gives it."""
+        """The lowered program, as from ``jax.jit(...).lower``."""
         return self._of(settings).lower(settings, *args)
 
 
@@ -108,7 +108,7 @@ def apply_gradient(
     leaves = jax.tree.leaves(grads)
     moves = jnp.any(jnp.stack([jnp.any(x != 0) for x in leaves]))
     moves &= jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
-    # Not jax.tree.leaves: parameters may hold None themselves (as eqx.partition leaves them).
+    # Not jax.tree.leaves, since parameters may hold None (for example after eqx.partition).
     tree: Any = jax.tree.structure(state.params)
     flat = tree.flatten_up_to(grads)
     new, change = generation.apply(g, state, flat, moves, pairs, value)

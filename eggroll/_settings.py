@@ -1,4 +1,4 @@
-"""The settings of an evolution strategy, checked where they come in."""
+"""The settings of an evolution strategy, and their checks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from eggroll.population.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Settings:
-    """The fields of an :class:`eggroll.EvolutionStrategy`, which documents them.
+    """The fields of :class:`eggroll.EvolutionStrategy`, which documents them.
 
-    They are compared by identity: a program is compiled once for each strategy object.
+    Settings are compared by identity, so a program is compiled once for each strategy object.
     """
 
-    # Wider types than the documented ones where `check` says in a sentence what would be right.
+    # Some types are wider than documented: `check` refuses a wrong value with a message.
     optimizer: Any
     population: int
     sigma: float | optax.Schedule
@@ -51,22 +51,22 @@ class Settings:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """The arithmetic of a generation, which the noise decides."""
+        """The arithmetic of a generation; the noise determines it."""
         return INTEGERS if self.noise.integer else FLOATS
 
     @property
     def schedule(self) -> Schedule:
-        """In which pieces members are computed and noise is summed."""
+        """The order of computation: how members and sums of noise are divided."""
         make = Schedule.reproducible if self.deterministic else Schedule.fast
         return make(self.chunk)
 
     @property
     def dense_report(self) -> OnDense:
-        """What to do where a low-rank matrix would be built; integers are never built."""
+        """The response to an operation that builds a low-rank matrix; an error for integers."""
         return "error" if self.noise.integer else self.on_dense  # type: ignore[return-value]
 
     def sends_scores_alone(self, plan: Plan) -> bool:
-        """Whether devices send each other scores alone, and each sums the noise of all members."""
+        """Whether devices send scores alone, and each device sums the noise of all members."""
         if self.exchange in ("update", "fitness"):
             return self.exchange == "fitness"
         rates = self.exchange if isinstance(self.exchange, Auto) else None
@@ -74,16 +74,20 @@ class Settings:
 
 
 def check(given: Settings) -> None:
-    """Raises ValueError for a setting that is wrong, in one sentence that says what would be right."""
+    """Checks every setting.
+
+    Raises:
+      ValueError: a setting is wrong; the message names the field, its value and the right values.
+    """
 
     def require(field: str, ok: bool, right: str) -> None:
         if not ok:
-            raise ValueError(f"{field}={getattr(given, field)!r}: {right} is right")
+            raise ValueError(f"{field}={getattr(given, field)!r}: must be {right}")
 
     require(
         "population",
         is_even(given.population),
-        "members come in pairs with opposite noise, so an even number of at least 2",
+        "an even number of at least 2, since members form pairs with opposite noise",
     )
     require(
         "sigma",
@@ -93,25 +97,25 @@ def check(given: Settings) -> None:
     require(
         "rank",
         given.rank == "full" or (is_whole(given.rank) and given.rank >= 1),
-        "a whole number of at least 1, or 'full' for dense noise,",
+        "an integer of at least 1, or 'full' for dense noise",
     )
     require(
         "chunk",
         given.chunk is None or is_even(given.chunk),
-        "an even number of members of at least 2, or None for all at once,",
+        "an even number of members of at least 2, or None for all members at once",
     )
     require(
         "noise_reuse",
         is_whole(given.noise_reuse) and given.noise_reuse >= 1,
-        "a whole number of generations of at least 1",
+        "a number of generations, an integer of at least 1",
     )
     require(
         "on_dense", given.on_dense in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'"
     )
     if given.deterministic and given.exchange not in ("update", "fitness"):
         raise ValueError(
-            f"exchange={given.exchange!r}: what deterministic=True sends is not counted; 'update' or "
-            "'fitness' is right"
+            f"exchange={given.exchange!r}: must be 'update' or 'fitness' with deterministic=True, "
+            "whose costs are not estimated"
         )
     require(
         "exchange",
@@ -121,7 +125,7 @@ def check(given: Settings) -> None:
     require(
         "factor_memory",
         is_number(given.factor_memory) and given.factor_memory >= 0,
-        "a number of bytes, 0 for none,",
+        "a number of bytes of at least 0",
     )
     _check_parts(given, require)
     given.arithmetic.check_settings(given.sigma, given.shaping, given.agreement)
@@ -129,7 +133,7 @@ def check(given: Settings) -> None:
 
 
 def _check_parts(given: Settings, require: Callable[[str, bool, str], None]) -> None:
-    """The settings that are made by functions of this library or of optax."""
+    """Checks the settings that are results of functions in this library or optax."""
     require(
         "optimizer",
         isinstance(given.optimizer, optax.GradientTransformation),
@@ -139,11 +143,11 @@ def _check_parts(given: Settings, require: Callable[[str, bool, str], None]) -> 
         value = getattr(given, field)
         name = getattr(value, "__name__", "")
         made_here = bool(name) and getattr(module, name, None) is value
-        require(field, not made_here, f"this is the function that makes one; {name}()")
+        require(field, not made_here, f"the result of a call, {name}()")
     require(
         "shaping",
         given.shaping is None or callable(given.shaping),
-        "one of eggroll.shaping such as zscore(), or None for the scores as they are,",
+        "a shaping such as eggroll.shaping.zscore(), or None to use the scores as weights",
     )
     require(
         "plan",
@@ -151,5 +155,5 @@ def _check_parts(given: Settings, require: Callable[[str, bool, str], None]) -> 
         "eggroll.plan.by_shape(overrides) or eggroll.plan.infer(fitness, params, *args)",
     )
     require(
-        "noise", isinstance(given.noise, noises.Noise), "one of eggroll.noise such as counter()"
+        "noise", isinstance(given.noise, noises.Noise), "a Noise such as eggroll.noise.counter()"
     )

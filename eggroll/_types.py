@@ -1,14 +1,14 @@
-"""Types of arguments that several rooms share."""
+"""Types of arguments that several packages share."""
 
 from typing import Any, Protocol, runtime_checkable
 
-# A type of numbers, or one of JAX's extended types, such as that of keys (no public class names both).
+# A NumPy dtype or an extended dtype of JAX, such as a key's; no public class covers both.
 DType = Any
 
 
 @runtime_checkable
 class HasDtype(Protocol):
-    """An array, an abstract array, or anything else with a type of numbers."""
+    """An array, an abstract array, or any other object with a dtype."""
 
     @property
     def dtype(self) -> DType: ...
@@ -16,7 +16,7 @@ class HasDtype(Protocol):
 
 @runtime_checkable
 class IsArray(HasDtype, Protocol):
-    """A shape and a type of numbers: ``jax.Array``, ``numpy.ndarray``, ``jax.ShapeDtypeStruct``."""
+    """A shape and a dtype: ``jax.Array``, ``numpy.ndarray``, ``jax.ShapeDtypeStruct``."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

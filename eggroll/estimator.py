@@ -1,8 +1,9 @@
-"""Weights and noise to a gradient estimate, without a perturbation ever being built.
+"""The gradient estimate, from weights and noise; no perturbation is built.
 
-The estimate for a minimiser is ``-(1/N) sum_i w_i E_i / sigma`` (arXiv 2511.16652, section 4, in the
-plain scale of an ES gradient). Members of a pair have opposite noise, so with ``d_p = w_2p - w_2p+1``
-it is ``-(1/N) sum_p d_p A_p B_p^T / (sqrt(r) sigma)``: one matrix product over (pair, rank).
+The estimate for a minimiser is ``-(1/N) sum_i w_i E_i / sigma`` (arXiv 2511.16652, section 4, in
+the plain scale of an ES gradient). The members of a pair have opposite noise. With
+``d_p = w_2p - w_2p+1`` the estimate is ``-(1/N) sum_p d_p A_p B_p^T / (sqrt(r) sigma)``: one matrix
+product that contracts (pair, rank).
 """
 
 import functools
@@ -25,18 +26,18 @@ from eggroll.population.placement import AXIS, constrain, devices, member_axis
 from eggroll.population.schedule import FAST, Schedule, isolated
 from eggroll.values import fixed_point
 
-# Noise of this many bytes is contracted at a time. It fixes the order of summation, so it depends
-# on nothing but the plan: kept and redrawn factors then give the same bits.
+# The largest number of bytes of noise in one product. It fixes the order of summation, so it is a
+# constant: factors that were kept and factors that are drawn again then give the same bits.
 CHUNK_BYTES = 64 * 2**20
 
-# Sums of noise: an array a leaf, None for a frozen one. While they are formed, two limbs an array
-# where int32 would not hold the sum.
+# Sums of noise: one array a leaf, None for a frozen leaf. During the summation, a sum that could
+# overflow int32 is a pair of limbs.
 Sums = list[Array | None]
 Parts = list[Any]
 
 
 def pairs_at_once(plan: Plan, pairs: int) -> int:
-    """How many pairs of ``pairs`` are contracted at a time."""
+    """The number of pairs, at most ``pairs``, in one product."""
     most = CHUNK_BYTES // max(1, plan.noise_bytes)
     limit = plan.arithmetic.pairs_in_sum(plan.largest_rank)
     return max(1, min(pairs, most, pairs if limit is None else limit))
@@ -53,25 +54,26 @@ def weighted_noise(
     everywhere: bool = False,
     schedule: Schedule = FAST,
 ) -> Sums:
-    """``sum_p d_p E_p sqrt(rank)`` for every trainable leaf, in float32 (float64 for float64).
+    """``sum_p d_p E_p sqrt(rank)`` for every trained leaf, in float32 (float64 for float64 leaves).
 
-    For an integer plan ``sum_p d_p A_p B_p`` in int32, exact and the same in any order.
+    For an integer plan the result is ``sum_p d_p A_p B_p`` in int32: exact, and the same in any
+    order.
 
     Args:
       plan: the treatment of every leaf.
       noise: the source of samples.
-      seed: the run's seed.
+      seed: the words of the run's seed.
       epoch: generation // noise_reuse.
-      weights: the difference of the two members' weights, for every pair; int8 in {-1, 0, 1} for an
+      weights: the difference between the weights of a pair's two members; int8 in {-1, 0, 1} for an
         integer plan.
-      kept: the draws of all pairs, leaves ``[pairs, ...]``, where they were kept; else redrawn.
-      mesh: each device sums its own pairs, then the sums are added up.
-      everywhere: each device sums all pairs instead, and nothing is sent.
-      schedule: a reproducible one gathers the sums of fixed parts of the population and adds them up
-        in order; nothing that was kept is used then.
+      kept: the noise of all pairs, leaves ``[pairs, ...]``, or None to draw it again.
+      mesh: each device sums the noise of its own pairs, then the sums are added over devices.
+      everywhere: each device sums the noise of all pairs instead, and sends nothing.
+      schedule: a reproducible schedule gathers the sums of fixed parts of the population and adds
+        them in order. It ignores ``kept``.
 
     Returns:
-      For each leaf an array of its shape, or None for a frozen one.
+      For each leaf an array of its shape, or None for a frozen leaf.
     """
     pairs = weights.shape[0]
     limit = plan.arithmetic.pairs_in_sum(plan.largest_rank)
@@ -104,7 +106,7 @@ def weighted_noise(
 
 
 def follow(leaf: Leaf, x: Array | None, mesh: Mesh | None = None) -> Array | None:
-    """An array of a leaf's shape, laid out on the mesh as the leaf is."""
+    """An array of a leaf's shape, with the leaf's sharding on the mesh."""
     return None if x is None else constrain(x, leaf.spec, mesh)
 
 
@@ -118,10 +120,10 @@ def _sum_of_pairs(
     d: Num[AnyArray, "share"],
     kept: list[Draw] | None,
 ) -> Parts:
-    """The sum over these pairs, a chunk of them at a time; in limbs where int32 would not hold it."""
+    """The sum over these pairs, a chunk at a time; in limbs if int32 could overflow."""
     at_once = pairs_at_once(plan, ids.shape[0])
     count = -(-ids.shape[0] // at_once)
-    # What fills up the last chunk weighs nothing.
+    # The padding of the last chunk gets weight 0.
     d = jnp.pad(d, (0, count * at_once - d.shape[0]))
 
     def add(total: Parts, chunk: tuple[Array, Array, list[Draw] | None]) -> tuple[Parts, None]:
@@ -146,7 +148,7 @@ def _sum_of_pairs(
 
 
 def _add_up(leaf: Leaf, total: Any) -> Any:
-    """The sum over devices; each keeps its own shard of a leaf that is itself sharded over them."""
+    """The sum over devices; if the leaf is sharded over them, each device keeps its shard."""
     axis = member_axis(leaf.spec)
     if axis is None:
         return lax.psum(total, AXIS)
@@ -159,7 +161,7 @@ def _spec_of_sum(leaf: Leaf) -> PartitionSpec:
 
 
 def contract(leaf: Leaf, drawn: Draw, d: Num[AnyArray, "pairs"]) -> Array | None:
-    """The weighted sum of one leaf's noise over a chunk of pairs, ``[*shape]``."""
+    """The weighted sum of one leaf's noise over a chunk of pairs, ``[*shape]``; None if frozen."""
     if not drawn:
         return None
     dtype = leaf.arithmetic.product_type(leaf.dtype)
@@ -167,8 +169,8 @@ def contract(leaf: Leaf, drawn: Draw, d: Num[AnyArray, "pairs"]) -> Array | None
     if not isinstance(leaf.treatment, Matrix):
         return leaf.arithmetic.sum_dense(noise, d)
     a, b = noise  # [pairs, rank, *axes]
-    # Onto B, not A: XLA transposes A for the product, and would compute the weights again at each
-    # of its entries, where here it does so once a pair.
+    # The weights multiply B and not A: XLA transposes A for the product, and would compute the
+    # weights again at every entry of A instead of once a pair.
     b = b * d.reshape(-1, *(1,) * (b.ndim - 1))
     t = leaf.treatment
     axes = range(len(leaf.shape))
@@ -184,9 +186,15 @@ def contract(leaf: Leaf, drawn: Draw, d: Num[AnyArray, "pairs"]) -> Array | None
 
 
 def gradient(plan: Plan, sums: Sums, sigma: Sigma, members: Int[AnyArray, ""]) -> Sums:
-    """The sums of :func:`weighted_noise` as a gradient for a minimiser, ``-(1/N) ... / sigma``.
+    """The gradient for a minimiser, ``-(1/N) ... / sigma``, from :func:`weighted_noise`.
 
-    Sums of integers are just negated: the optimizer knows what to divide by.
+    Integer sums are only negated: the integer optimizer applies the scale.
+
+    Args:
+      plan: the treatment of every leaf.
+      sums: one array a leaf, None for a frozen leaf.
+      sigma: sigma in the form that the arithmetic takes.
+      members: the divisor N; int32 ``[]``.
     """
 
     def of(leaf: Leaf, total: Array | None) -> Array | None:

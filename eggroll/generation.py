@@ -1,13 +1,13 @@
 """One generation, from top to bottom: evaluate -> weigh -> estimate -> apply.
 
-    values  = evaluate(g, state, fitness, ...)    the score of every member
-    weighed = weigh(g, values, groups)            what the noise of each pair counts
+    values  = evaluate(g, state, fitness, ...)    the scores of every member
+    weighed = weigh(g, values, groups)            the weight of each pair's noise
     grads   = estimate(g, weighed, ...)           the weighted sum of noise, as a gradient
     state   = apply(g, state, grads, ...)         a step of the optimizer
 
-Every function here is traced. ``begin`` makes the one object that the others share; nothing calls
-back into the strategy. Arithmetic that differs between floats and integers is in
-:mod:`eggroll.arithmetic`, the order of computation in :mod:`eggroll.population.schedule`.
+JAX traces every function here. ``begin`` makes the one object that the others share, and no
+function calls back into the strategy. :mod:`eggroll.arithmetic` has the arithmetic that differs
+between floats and integers; :mod:`eggroll.population.schedule` has the order of computation.
 """
 
 import dataclasses
@@ -40,17 +40,17 @@ Draws = list[Draw]
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What one generation of a state needs, made once a trace.
+    """The inputs of one generation, made once a trace.
 
     Attributes:
-      settings: of the strategy.
+      settings: the settings of the strategy.
       plan: the treatment of every parameter.
-      arithmetic: of floats or of integers.
-      seed: the run's seed.
-      number: generations done before this one.
-      epoch: what noise is keyed by: the number, unless noise is reused.
-      sigma: standard deviation of the noise.
-      noise_sigma: the same as the arithmetic takes it.
+      arithmetic: the arithmetic of the generation: floats or integers.
+      seed: the two words of the run's seed; uint32 ``[2]``.
+      number: number of generations done before this one; int32 ``[]``.
+      epoch: ``number // noise_reuse``, the counter that noise is keyed by.
+      sigma: standard deviation of the noise; float32 ``[]``.
+      noise_sigma: sigma in the form that the arithmetic takes.
     """
 
     settings: Settings
@@ -64,7 +64,7 @@ class Generation:
 
     @property
     def pairs(self) -> int:
-        """Pairs of members."""
+        """Number of pairs of members."""
         return self.settings.population // 2
 
     @property
@@ -73,14 +73,14 @@ class Generation:
         return self.settings.noise
 
     def isolate(self, fn: Callable[..., Out], *args: PyTree) -> Out:
-        """``fn(*args)``; compiled in isolation under a reproducible schedule."""
+        """``fn(*args)``; a reproducible schedule compiles it in isolation."""
         return self.settings.schedule.isolate(fn, self.number >= 0, *args)
 
 
 def begin(settings: Settings, state: State) -> Generation:
-    """The coming generation of a state."""
+    """Makes the coming generation of a state."""
     number = state.generation
-    # In isolation, since a schedule's arithmetic may round otherwise in another program.
+    # In isolation, since XLA may round the sigma schedule differently in another program.
     schedule = functools.partial(sigma_of, settings)
     sigma = settings.schedule.isolate(schedule, number >= 0, number)
     return Generation(
@@ -96,22 +96,30 @@ def begin(settings: Settings, state: State) -> Generation:
 
 
 def plan_of(settings: Settings, params: PyTree) -> Plan:
-    """The treatment of every parameter."""
+    """The plan of the parameters: the treatment of every leaf.
+
+    Raises:
+      ValueError: the arithmetic of the strategy cannot train a leaf.
+    """
     plan = settings.plan(params, settings.rank)
     for leaf in plan.leaves:
         trained_by = leaf.arithmetic if leaf.trainable else None
         settings.arithmetic.check_leaf(leaf.path, leaf.dtype, trained_by)
-    # Parameters come first in a state.
+    # The leaves of the parameters are the first leaves of a state.
     specs = specs_of(params, settings.mesh) if settings.specs is None else settings.specs
     return plan if specs is None else plan.placed(specs[: len(plan.leaves)])
 
 
 def sigma_of(settings: Settings, generation: Int[Array, ""]) -> Float[Array, ""]:
-    """The standard deviation of the noise in a generation."""
+    """The standard deviation of the noise in a generation; float32 ``[]``.
+
+    Raises:
+      ValueError: the schedule returns an array with axes.
+    """
     sigma = settings.sigma(generation) if callable(settings.sigma) else settings.sigma
     if np.shape(sigma):
         raise ValueError(
-            f"sigma's schedule gives the shape {list(np.shape(sigma))}; one number is right"
+            f"sigma: expected one number from the schedule, got the shape {list(np.shape(sigma))}"
         )
     return jnp.asarray(sigma, jnp.float32)
 
@@ -141,7 +149,7 @@ def finish(
     groups: Int[Array, "population"] | None,
     draws: Draws | None,
 ) -> tuple[State, Outcome | Metrics]:
-    """From the scores of a population to the next state."""
+    """Computes the next state from the scores of a population."""
     weighed = weigh(g, values, groups)
     grads, agreement = estimate(g, weighed, draws)
     value = g.arithmetic.value(weighed)
@@ -160,7 +168,7 @@ def evaluate(
     members: PyTree,
     draws: Draws | None,
 ) -> "Scores":
-    """Scores of all members, ``[population]`` or ``[population, tasks]``, with aux."""
+    """Scores of all members, ``[population]`` or ``[population, tasks]``, and aux."""
     return scores_of(g, map_members(g, params, fitness, args, members, draws))
 
 
@@ -172,10 +180,22 @@ def map_members(
     members: PyTree,
     draws: Draws | None,
 ) -> PyTree:
-    """``fn`` of every member; ``draws`` of all pairs, or None to draw them as they are used."""
+    """Maps ``fn`` over all members.
+
+    Args:
+      g: the generation.
+      params: the mean.
+      fn: ``fn(params, key, [member,] *args)``.
+      args: the trees that every member receives.
+      members: a tree with leading axis [population], or None.
+      draws: the noise of all pairs, or None to draw it a chunk at a time.
+
+    Returns:
+      The outputs of ``fn``, each leaf with a leading axis [population].
+    """
     member_data(members, g.settings.population)
     by_pair = jax.tree.map(lambda x: x.reshape(g.pairs, 2, *x.shape[1:]), members)
-    # One interpretation reports a built matrix once, however often it is traced.
+    # One interpretation for all traces, so that a built matrix is reported once.
     traced = interpret(fn, Context(on_dense=g.settings.dense_report))
 
     def of_pair(params: PyTree, pair: Array, drawn: Draws, own: PyTree) -> PyTree:
@@ -205,45 +225,47 @@ def map_members(
 
 
 def typed_key(words: UInt32[Array, "2"]) -> Array:
-    """A JAX key from two words; threefry, whatever JAX's default."""
+    """A JAX key from two words, always of the threefry implementation."""
     return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 class Scores(NamedTuple):
-    """Scores of all members, and the rest of what the fitness gave (None where it gave no more)."""
+    """Scores of all members, and aux; None if the fitness returned scores alone."""
 
     values: Num[Array, "..."]
     aux: PyTree
 
 
 def has_aux(out: PyTree) -> bool:
-    """Whether a fitness gave ``(scores, aux)``."""
+    """Whether a fitness returned ``(scores, aux)``."""
     return isinstance(out, tuple) and len(out) == 2
 
 
 def scores_of(g: Generation, out: PyTree) -> Scores:
-    """Scores and aux of a fitness' output, or a ValueError that says what it gave."""
+    """The scores and aux in the output of a fitness.
+
+    Raises:
+      ValueError: the output is not a score ``[]``, scores ``[tasks]`` or ``(scores, aux)``, or the
+        scores are not real numbers.
+    """
     values, aux = out if has_aux(out) else (out, None)
     leaves = jax.tree.leaves(values)
     if len(leaves) != 1 or leaves[0] is not values:
         raise ValueError(
-            f"the fitness returned {jax.tree.structure(values)}; a score [], scores [tasks], or "
-            "(scores, aux) is right"
+            "fitness: expected a score [], scores [tasks] or (scores, aux), got "
+            f"{jax.tree.structure(values)}"
         )
     if values.ndim > 2 or values.size == 0:
         raise ValueError(
-            f"the fitness returned scores of the shape {list(values.shape[1:])}; "
-            "[] or [tasks] is right"
+            f"fitness: expected scores of the shape [] or [tasks], got {list(values.shape[1:])}"
         )
     if not is_real(values.dtype):
-        raise ValueError(
-            f"the fitness returned scores of the type {values.dtype}; real numbers are right"
-        )
+        raise ValueError(f"fitness: expected scores that are real numbers, got {values.dtype}")
     return Scores(g.arithmetic.scores(values), aux)
 
 
 def all_draws(g: Generation) -> Draws:
-    """The draws of all pairs, each made on the device that evaluates the pair; padded as pairs are."""
+    """The noise of all pairs, drawn on the device that evaluates the pair; padded as pairs are."""
 
     def on_device(ids: Array, valid: Array, data: None) -> Draws:
         return draw_pairs(g.plan, g.noise, g.seed, g.epoch, ids)
@@ -254,7 +276,8 @@ def all_draws(g: Generation) -> Draws:
 def _keeps_noise(g: Generation) -> bool:
     """Whether a step keeps the noise of the evaluation for the update.
 
-    A device keeps that of its own members alone, and a reproducible schedule draws all of it again.
+    A device keeps the noise of its own members alone. A reproducible schedule draws all noise
+    again.
     """
     s = g.settings
     if s.schedule.is_reproducible or s.sends_scores_alone(g.plan):
@@ -268,7 +291,7 @@ def _keeps_noise(g: Generation) -> bool:
 def weigh(
     g: Generation, values: Num[Array, "..."], groups: Int[Array, "population"] | None
 ) -> Weighed:
-    """What the noise of each pair counts, from the scores of its members."""
+    """The weight of each pair's noise, from the scores of its members."""
     table = values if values.ndim == 2 else values[:, None]
 
     def of(table: Array, groups: Array | None, sigma: Array) -> Weighed:
@@ -276,7 +299,7 @@ def weigh(
 
     if g.arithmetic.exact_sums or not g.settings.schedule.is_reproducible:
         return of(table, groups, g.sigma)
-    # Every device has all scores, and sums them in the same order.
+    # Every device holds all scores and sums them in the same order.
     return replicated(lambda *args: g.isolate(of, *args), g.settings.mesh, table, groups, g.sigma)
 
 
@@ -286,7 +309,7 @@ def weigh(
 def estimate(
     g: Generation, weighed: Weighed, draws: Draws | None
 ) -> tuple[estimator.Sums, Float[Array, ""] | None]:
-    """The gradient estimate of every leaf, and how far two halves of the pairs agree on it."""
+    """The gradient estimate of every leaf, and the cosine between two halves of the pairs."""
     weights = weighed.weights
     if not g.settings.agreement:
         total = _weighted_noise(g, weights, draws)
@@ -318,7 +341,7 @@ def _weighted_noise(
 def _joined_halves(
     g: Generation, a: estimator.Sums, b: estimator.Sums, sigma: Sigma, members: Int[Array, ""]
 ) -> tuple[estimator.Sums, Float[Array, ""]]:
-    """The estimate of both halves of the pairs, and the cosine between those of each."""
+    """The estimate from both halves of the pairs, and the cosine between the two estimates."""
     a, b = (estimator.gradient(g.plan, half, sigma, members) for half in (a, b))
     size = optax.tree.norm(a) * optax.tree.norm(b)
     cosine = (optax.tree.vdot(a, b) / jnp.where(size > 0, size, 1)).astype(jnp.float32)
@@ -336,18 +359,18 @@ def apply(
     members: Int[Array, ""],
     value: Num[Array, ""] | None,
 ) -> tuple[State, Num[Array, ""]]:
-    """Steps the optimizer, unless nothing moves; the generation always advances.
+    """Steps the optimizer if ``moves`` is true; always advances the generation.
 
     Args:
       g: the generation.
-      state: the state that the gradient is of.
-      grads: one a leaf, None for a frozen one.
-      moves: whether to step at all.
-      members: as :class:`~eggroll.arithmetic.Weighed` has them.
-      value: minus the mean fitness, for optimizers that take it.
+      state: the state that the gradient was estimated at.
+      grads: one array a leaf, None for a frozen leaf.
+      moves: whether to step; bool ``[]``.
+      members: the divisor of the sum, as in :class:`~eggroll.arithmetic.Weighed`.
+      value: minus the mean fitness, for optimizers that take ``value``.
 
     Returns:
-      The next state, and how far parameters moved (as :class:`~eggroll.arithmetic.Outcome` has it).
+      The next state, and the size of the change as in :class:`~eggroll.arithmetic.Outcome`.
     """
     old = trainable_of(g.plan, state.params, state.master)
     tree = jax.tree.unflatten(jax.tree.structure(state.params), grads)
@@ -358,7 +381,7 @@ def apply(
 
 
 def _advanced(g: Generation, state: State, trained: PyTree, optimizer: PyTree) -> State:
-    """The state of the next generation, from what the optimizer made of the trained tree."""
+    """The state of the next generation, from the tree that the optimizer returned."""
     tree: Any = jax.tree.structure(state.params)
     master, params = {}, []
     for leaf, value, before in zip(
@@ -377,23 +400,23 @@ def _advanced(g: Generation, state: State, trained: PyTree, optimizer: PyTree) -
 
 
 def told(g: Generation, state: State, outcome: Outcome) -> tuple[State, Outcome | Metrics]:
-    """The next state with its metrics, or what a program of their own makes metrics of."""
+    """The next state with metrics, or with the outcome if a second program makes the metrics."""
     inside = g.arithmetic.metrics_inside
     return state, metrics(g.settings, outcome) if inside else outcome
 
 
 def metrics(settings: Settings, outcome: Outcome) -> Metrics:
     """The metrics of an update, in floats."""
-    told, norm = settings.arithmetic.statistics(outcome)
+    scores, norm = settings.arithmetic.statistics(outcome)
     zero = jnp.int32(0)
     return Metrics(
         generation=outcome.generation,
-        fitness_mean=told and told.mean,
-        fitness_best=told and told.best,
-        fitness_worst=told and told.worst,
-        fitness_std=told and told.std,
-        invalid=told.invalid if told else zero,
-        identical_pairs=told.identical if told else zero,
+        fitness_mean=scores and scores.mean,
+        fitness_best=scores and scores.best,
+        fitness_worst=scores and scores.worst,
+        fitness_std=scores and scores.std,
+        invalid=scores.invalid if scores else zero,
+        identical_pairs=scores.identical if scores else zero,
         updated=outcome.updated,
         update_norm=norm,
         agreement=outcome.agreement,

@@ -1,4 +1,4 @@
-"""From a plan and a pair's noise to the parameters of a member, lazy or built."""
+"""The parameters of a member, lazy or built, from a plan and the noise of its pair."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from eggroll.population.placement import constrain
 from eggroll.population.schedule import isolated
 from eggroll.values import LowRank, Upcast, build
 
-# What a pair draws for one leaf: the factors (A, B), dense noise (E,), or nothing.
+# The noise of one pair for one leaf: the factors (A, B), dense noise (E,), or () if frozen.
 Draw = tuple[Array, ...]
 
 
@@ -25,14 +25,14 @@ def draw(
     epoch: Int[AnyArray, ""],
     pair: Int[AnyArray, ""],
 ) -> list[Draw]:
-    """What one pair of members draws, a pure function of the arguments and the leaves' paths.
+    """Draws the noise of one pair: a pure function of the arguments and the paths of the leaves.
 
     Args:
       plan: the treatment of every leaf.
       noise: the source of samples.
-      seed: the run's seed.
+      seed: the words of the run's seed.
       epoch: generation // noise_reuse.
-      pair: which pair; may be traced.
+      pair: index of the pair; may be traced.
 
     Returns:
       For each leaf ``(A [rank, *axes], B [rank, *axes])``, ``(E [*shape],)`` (two factors
@@ -57,13 +57,14 @@ def draw_pairs(
     epoch: Int[AnyArray, ""],
     pairs: Int[AnyArray, "pairs"],
 ) -> list[Draw]:
-    """What :func:`draw` gives for each of ``pairs``, leaves ``[pairs, ...]``, computed and stored.
+    """Draws the noise of several pairs, leaves ``[pairs, ...]``, and materialises it.
 
-    Fused into the operations that use it, a draw would be repeated for each of them, for each member
-    of the pair and for each observation. (Evaluating an MLP of width 256 on 16 observations a member,
-    64 members at a time on one core, took 1.3 times plain inference under a barrier, .9 in a branch.)
+    XLA would otherwise fuse the draw into the operations that use it, and repeat it for each of
+    them, for both members of the pair and for each observation. (Measured: an MLP of width 256, 16
+    observations a member, 64 members at a time on one CPU core takes 1.3 times plain inference
+    behind a barrier and 0.9 times in a branch.)
 
-    Noise of a parameter that is sharded on a mesh is made in the same shards.
+    The noise of a sharded parameter is drawn in the same shards. Arguments as in :func:`draw`.
     """
 
     def make(seed: Array, epoch: Array, pairs: Array) -> list[Draw]:
@@ -74,7 +75,7 @@ def draw_pairs(
 
 
 def follow(leaf: Leaf, drawn: Draw) -> Draw:
-    """Noise ``[pairs, ...]`` of one leaf, laid out on the mesh as the leaf is."""
+    """The noise ``[pairs, ...]`` of one leaf, with the leaf's sharding on the mesh."""
     specs = (spec and jax.P(None, *spec) for spec in leaf.noise_specs())
     return tuple(constrain(x, spec) for x, spec in zip(drawn, specs, strict=True))
 
@@ -82,14 +83,14 @@ def follow(leaf: Leaf, drawn: Draw) -> Draw:
 def perturb(
     plan: Plan, params: PyTree, draws: list[Draw], sigma: Sigma, sign: Num[AnyArray, ""]
 ) -> PyTree:
-    """A member's parameters, with low-rank leaves as LowRank values that are not built.
+    """The parameters of a member; low-rank leaves are LowRank values, which are not built.
 
     Args:
       plan: the treatment of every leaf.
       params: the mean.
-      draws: what the member's pair draws.
-      sigma: as the plan's arithmetic takes it.
-      sign: 1 or -1, of the arithmetic's type.
+      draws: the noise of the member's pair.
+      sigma: sigma in the form that the arithmetic takes.
+      sign: 1 or -1, of the dtype ``sign_type`` of the arithmetic.
     """
     leaves, tree = jax.tree.flatten(params)
 
@@ -109,7 +110,10 @@ def perturb(
 def built_member(
     plan: Plan, params: PyTree, draws: list[Draw], sigma: Sigma, sign: Num[AnyArray, ""]
 ) -> PyTree:
-    """The same as ordinary arrays; perturbed leaves of a narrow float type come in float32."""
+    """The parameters of a member as arrays; perturbed leaves of a narrow float dtype are float32.
+
+    Arguments as in :func:`perturb`.
+    """
     lazy = perturb(plan, params, draws, sigma, sign)
 
     def dense(value: Array | LowRank | Upcast) -> Array:

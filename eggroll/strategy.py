@@ -1,4 +1,4 @@
-"""EvolutionStrategy: evaluate a population, weigh it, estimate a gradient, step an optimizer."""
+"""EvolutionStrategy: its settings and its public methods."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ from eggroll.population.placement import Specs, specs_of, spread
 from eggroll.state import Metrics, State, trainable_of
 
 Groups = Sequence[int] | np.ndarray | Array | None
-# Wider than documented where `_checks` says in a sentence what would be right.
+# Wider than the documented types: `_checks` refuses a wrong value with a message.
 Values = Any
 Member = Any
 
@@ -34,39 +34,45 @@ Member = Any
 class EvolutionStrategy(Settings):
     """Evolution strategies with low-rank noise, for any JAX function of any parameters.
 
-    Members 2p and 2p + 1 of the population are a pair: they see ``+E_p`` and ``-E_p``. Fitness is
-    always maximised. Everything random is a function of (seed, generation, pair, leaf path).
+    Members 2p and 2p + 1 of the population form pair p: they see the noise ``+E_p`` and ``-E_p``.
+    Fitness is always maximised. All randomness is a function of (seed, generation, pair, leaf
+    path).
 
     Attributes:
-      optimizer: any optax transform; it minimises, and gets the estimate
-        ``-(1/N) sum_i w_i E_i / sigma``.
-      population: number of members, even.
+      optimizer: an optax transform. It minimises, and receives the gradient estimate
+        ``-(1/N) sum_i w_i E_i / sigma`` (arXiv 2511.16652, section 4).
+      population: number of members; even.
       sigma: standard deviation of the noise, or an optax schedule over generations.
-      rank: rank of the noise of matrices, or "full" for dense ES (OpenES).
-      shaping: from scores to weights (:mod:`eggroll.shaping`); None takes the scores as they are.
-      plan: which parameter gets what (:mod:`eggroll.plan`).
+      rank: rank of the noise of matrices, or "full" for dense ES (OpenES, arXiv 1703.03864).
+      shaping: maps scores to weights (:mod:`eggroll.shaping`); None uses the scores as weights.
+      plan: chooses the treatment of every parameter (:mod:`eggroll.plan`).
       noise: the source of samples (:mod:`eggroll.noise`).
-      chunk: members evaluated at a time on a device; None for all. Bounds memory, and changes nothing but
-        rounding.
-      mesh: divides members over its axis "population". Weights that are sharded over its other axes
-        (tensor parallel) stay so, and so does all that belongs to them. Axis types: Auto.
-      exchange: what devices send each other for an update: "update", sums of noise, each device those
-        of its own members; "fitness", the scores alone, and each device sums the noise of all members;
-        or :func:`eggroll.exchange.auto`, the quicker of them ("auto" for its default rates). The
-        result is the same but for rounding.
-      deterministic: the same bits whatever the number of devices that members are divided over, for
-        floats too (models in int8 alone have that without). Members are evaluated in chunks of ``chunk``,
-        or an eighth of the population at most, and sums of noise are added up in eight parts in order:
-        slower, and with eight copies of the update in memory, or as many as there are devices.
-      noise_reuse: generations that the same noise is used for; 1 is fresh noise every generation.
-      on_dense: "warn", "error" or "ignore" where a low-rank matrix has to be built for every member.
-      agreement: also measure how far two halves of the population agree (costs a second estimate).
-      shared_keys: whether the two members of a pair get one key (common random numbers).
-      master_weights: keep float32 copies of narrower parameters, which would lose small updates.
-      factor_memory: bytes on a device up to which a step keeps its noise from the evaluation for
-        the update instead of drawing it again. The result is the same; beyond a CPU's cache, drawing
-        again is the faster.
-      specs: how the arrays of a state lie on the mesh; of what :meth:`placed` gives, else None.
+      chunk: number of members that a device evaluates at a time; None for all of its members. A
+        chunk bounds memory and changes the result by rounding alone.
+      mesh: a mesh with Auto axis types. Its axis "population" divides the members. Weights that are
+        sharded over other axes (tensor parallelism) keep their sharding, and so do their noise,
+        gradient and optimizer state.
+      exchange: the data that devices send each other for an update. "update": each device sums the
+        noise of its own members, and the sums are added. "fitness": devices send scores alone, and
+        each sums the noise of all members. :func:`eggroll.exchange.auto`: the faster of the two
+        ("auto" uses its default rates). The choice changes the result by rounding alone.
+      deterministic: gives the same bits on any number of devices, for floats too (int8 models
+        always do). Members are evaluated in chunks of ``chunk``, or of at most an eighth of the
+        population, and the sums of eight fixed parts are added in order. This is slower, and holds
+        eight copies of the update in memory, or as many as there are devices.
+      noise_reuse: number of generations that share the same noise; 1 draws new noise every
+        generation.
+      on_dense: "warn", "error" or "ignore": the response when an operation has to build a low-rank
+        matrix for every member.
+      agreement: also measure the cosine between the estimates of two halves of the population. This
+        costs a second estimate.
+      shared_keys: whether both members of a pair receive the same key (common random numbers).
+      master_weights: keep float32 copies of narrower parameters, which would round small updates
+        away.
+      factor_memory: the largest number of bytes a device that a step keeps of its noise from the
+        evaluation to the update; more noise is drawn twice. The result is the same. Once the noise
+        exceeds a CPU's cache, drawing it twice is faster.
+      specs: the partition specs of a state's leaves. :meth:`placed` sets them; None otherwise.
 
     Example:
       >>> import optax, jax, jax.numpy as jnp
@@ -80,7 +86,8 @@ class EvolutionStrategy(Settings):
       True
     """
 
-    # For the warning about a new fitness every generation, and the strategies that `placed` made.
+    # `_seen` serves the warning about new fitness objects; `_placed` caches the results of
+    # `placed`.
     _seen: dict[Any, tuple[int, int]] = dataclasses.field(
         default_factory=dict, init=False, repr=False
     )
@@ -88,27 +95,31 @@ class EvolutionStrategy(Settings):
         default_factory=dict, init=False, repr=False
     )
 
-    # ------------------------------------------------------------ the state and what is in it
+    # ------------------------------------------------------------ the state and its parameters
 
     def init(self, params: PyTree, key: Array | int | np.integer) -> State:
-        """The state before the first generation.
+        """Makes the state before the first generation.
 
         Args:
-          params: any tree of arrays; floats are trained, other types pass through. In a tree without
-            floats those in int8 are trained, by the noise of :mod:`eggroll.integer`; beside floats only
-            those that the plan names, by noise of floats in units of their steps.
-          key: ``jax.random.key(seed)``, or a seed: a whole number from 0 to 2^64 - 1.
+          params: any tree of arrays. Float leaves are trained; leaves of other dtypes pass through.
+            In a tree without float leaves, int8 leaves are trained with the noise of
+            :mod:`eggroll.integer`. Beside float leaves, an int8 leaf is trained only if the plan
+            names it, with float noise in units of its quantisation step.
+          key: ``jax.random.key(seed)``, or a seed: an integer from 0 to 2^64 - 1.
+
+        Returns:
+          A state with copies of the parameters.
 
         Raises:
-          ValueError: for a leaf that is no array or complex, NaN or infinity (or -128) in a leaf, a
-            negative seed, or nothing to train.
+          ValueError: a leaf is not an array, is complex, or holds NaN or infinity (-128 for int8);
+            the seed is out of range; or no leaf is trained.
         """
         plan = self.plan_of(params)
         checks.parameters(plan, params)
         checks.quantised(plan, self.master_weights)
-        # Constants that optimizers start from come from the host: no transfer that a guard is about.
+        # Optimizers start from host constants; a user's transfer guard is not meant for those.
         with jax.transfer_guard_host_to_device("allow"):
-            # Fresh arrays, so that a donated state never takes the caller's parameters with it.
+            # Copies, so that donating the state never deletes the caller's parameters.
             params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
             master = {}
             if self.master_weights:
@@ -121,22 +132,36 @@ class EvolutionStrategy(Settings):
             return spread(state, self.mesh)
 
     def params(self, state: State) -> PyTree:
-        """The current mean of the population: the trained parameters."""
+        """The mean of the population: the trained parameters, in the dtypes given to `init`."""
         return checks.state(state).params
 
     def member(self, state: State, i: Member) -> PyTree:
-        """Parameters of member ``i`` of the coming generation, built; ``i`` may be traced.
+        """Builds the parameters of member ``i`` of the coming generation.
 
-        Perturbed leaves of a narrower type come in float32: rounding would lose the noise.
+        Args:
+          state: the state before that generation.
+          i: an index from 0 to population - 1; may be traced.
+
+        Returns:
+          The tree of the parameters. Perturbed leaves of dtypes narrower than float32 are float32,
+          since rounding would lose the noise.
 
         Raises:
-          ValueError: for a member that the population does not have.
+          ValueError: ``i`` is not an integer or is out of range.
         """
         members = checks.members(i, self.population, axes=0)
         return programs.member(self, checks.state(state), members)
 
     def ask(self, state: State, indices: Sequence[int] | Int[Array, "members"]) -> PyTree:
-        """Parameters of several members, built, each leaf with a leading axis."""
+        """Builds the parameters of several members; each leaf gets a leading axis [members].
+
+        Args:
+          state: the state before the coming generation.
+          indices: integers ``[members]`` from 0 to population - 1; may be traced.
+
+        Raises:
+          ValueError: ``indices`` is not a list of integers in range.
+        """
         members = checks.members(indices, self.population, axes=1)
         return programs.ask(self, checks.state(state), members)
 
@@ -150,16 +175,23 @@ class EvolutionStrategy(Settings):
         members: PyTree = None,
         groups: Groups = None,
     ) -> tuple[State, Metrics]:
-        """One generation: evaluate the population, update the parameters.
+        """Runs one generation: evaluates the population and updates the parameters.
 
         Args:
-          state: from :meth:`init` or the step before.
-          fitness: ``fitness(params, key, [member,] *args)`` gives a score ``[]`` or scores
-            ``[tasks]``, alone or as ``(scores, aux)``; aux is dropped here. Pass the same object
-            every generation: a new one is compiled anew.
-          *args: arrays that every member gets.
-          members: a tree with leading axis [population]; each member gets its own part.
+          state: the result of :meth:`init` or of the step before.
+          fitness: ``fitness(params, key, [member,] *args)`` returns a score ``[]`` or scores
+            ``[tasks]``, alone or as ``(scores, aux)``; this method drops aux. Pass the same
+            function object every generation: a new object is compiled again.
+          *args: trees of arrays that every member receives.
+          members: a tree with leading axis [population]; each member receives its own entry as
+            ``member``.
           groups: int ``[population]``, for shapings that compare members within groups.
+
+        Returns:
+          The next state and the metrics of this generation.
+
+        Raises:
+          ValueError: the fitness returns no scores, or an argument has a wrong shape or dtype.
         """
         checks.fitness(self._seen, fitness)
         es, groups = self.placed(state), checks.groups(groups, self.population)
@@ -168,30 +200,40 @@ class EvolutionStrategy(Settings):
     def evaluate(
         self, state: State, fitness: Function, *args: PyTree, members: PyTree = None
     ) -> PyTree:
-        """Scores of all members, ``[population]`` or ``[population, tasks]``.
+        """Evaluates all members; arguments as in :meth:`step`.
 
-        Gives ``(values, aux)``, aux with a leading axis [population], where the fitness gives
-        ``(scores, aux)``. Arguments as in :meth:`step`.
+        Returns:
+          Scores ``[population]`` or ``[population, tasks]``. If the fitness returns
+          ``(scores, aux)``, this returns ``(values, aux)``, where each leaf of aux has a leading
+          axis [population].
         """
         checks.fitness(self._seen, fitness)
         return programs.evaluate(self.placed(state), state, fitness, args, members)
 
     def map(self, state: State, fn: Function, *args: PyTree, members: PyTree = None) -> PyTree:
-        """Any function ``fn(params, key, [member,] *args)`` of the perturbed parameters.
+        """Maps any function ``fn(params, key, [member,] *args)`` over the perturbed parameters.
 
-        Returns its outputs, each leaf with a leading axis [population].
+        Returns:
+          The outputs of ``fn``, each leaf with a leading axis [population].
         """
         checks.fitness(self._seen, fn)
         return programs.map(self.placed(state), state, fn, args, members)
 
     def update(self, state: State, values: Values, groups: Groups = None) -> tuple[State, Metrics]:
-        """The second half of a generation: from scores, wherever they come from.
+        """Updates the parameters from scores: the second half of a generation.
 
         Args:
-          state: the state that the members were made from.
-          values: ``[population]`` or ``[population, tasks]``; a list may hold None. A score that is
-            not finite, or None, drops its pair (for that task) and is counted.
+          state: the state that the members were evaluated from.
+          values: scores ``[population]`` or ``[population, tasks]`` from any source; a list may
+            hold None. A score that is None or not finite drops its pair for that task, and is
+            counted.
           groups: as in :meth:`step`.
+
+        Returns:
+          The next state and the metrics of this generation.
+
+        Raises:
+          ValueError: ``values`` or ``groups`` has a wrong shape or dtype.
         """
         es, groups = self.placed(state), checks.groups(groups, self.population)
         values = checks.scores(values, self.population, self.noise.integer)
@@ -200,7 +242,11 @@ class EvolutionStrategy(Settings):
     tell = update
 
     def gradient(self, state: State, values: Values, groups: Groups = None) -> PyTree:
-        """The gradient estimate alone: the tree of the parameters, None where nothing is trained."""
+        """The gradient estimate alone: the tree of the parameters, with None for frozen leaves.
+
+        Leaves are float32 (float64 for float64 parameters), or int32 for integer noise. Arguments
+        as in :meth:`update`.
+        """
         es, groups = self.placed(state), checks.groups(groups, self.population)
         values = checks.scores(values, self.population, self.noise.integer)
         return programs.gradient(es, state, values, groups)
@@ -212,13 +258,19 @@ class EvolutionStrategy(Settings):
         pairs: int | Int[Array, ""] | None = None,
         value: float | Num[Array, ""] | None = None,
     ) -> tuple[State, Metrics]:
-        """The rest of :meth:`update`; its metrics know no fitness (None).
+        """Steps the optimizer with a gradient estimate: the rest of :meth:`update`.
 
         Args:
-          state: the state that the gradient is of.
-          grads: of :meth:`gradient`, or from elsewhere.
-          pairs: for int8 parameters, how many pairs did not end in a tie; all of them by default.
-          value: minus the mean fitness, for optimizers that take it.
+          state: the state that the gradient was estimated at.
+          grads: the result of :meth:`gradient`, or any tree of the same structure and shapes.
+          pairs: for int8 parameters, the number of pairs without a tie; all pairs by default.
+          value: minus the mean fitness, for optimizers that take ``value``.
+
+        Returns:
+          The next state and metrics, whose statistics of the fitness are None.
+
+        Raises:
+          ValueError: ``grads`` has another structure, or a leaf of another shape.
         """
         es = self.placed(state)
         pairs = checks.scalar(self.population // 2 if pairs is None else pairs, np.int32)
@@ -235,7 +287,21 @@ class EvolutionStrategy(Settings):
         groups: Groups = None,
         callback: Callable[[State, Metrics], object] | None = None,
     ) -> State:
-        """Runs generations; with a callback, one at a time, until it returns something true."""
+        """Runs generations of :meth:`step` and returns the last state.
+
+        Args:
+          state: the state to start from.
+          fitness: as in :meth:`step`.
+          generations: the number of generations; at least 0.
+          *args: as in :meth:`step`.
+          members: as in :meth:`step`.
+          groups: as in :meth:`step`.
+          callback: ``callback(state, metrics)`` runs after every generation; a true result ends the
+            loop. Without a callback, all generations run in one compiled loop.
+
+        Raises:
+          ValueError: ``generations`` is not an integer of at least 0.
+        """
         count = checks.generations(generations)
         if callback is None:
             checks.fitness(self._seen, fitness)
@@ -254,7 +320,21 @@ class EvolutionStrategy(Settings):
         *args: PyTree,
         members: PyTree = None,
     ) -> str:
-        """A table of every parameter's treatment; with a fitness, what would be built and why."""
+        """A table of the treatment of every parameter.
+
+        With a fitness, the table also names the parameters that would be built for every member,
+        and the operations that would build them. The fitness is traced and not run.
+
+        Example:
+          >>> import optax
+          >>> es = EvolutionStrategy(optimizer=optax.sgd(0.1), population=8, sigma=0.1)
+          >>> print(es.describe({"w": jnp.zeros((64, 32)), "b": jnp.zeros(32)}))
+          parameter  shape          treatment                    rank  noise/member  why
+          -----------------------------------------------------------------------------------
+          b          32 float32     dense                        full  128 B         vector
+          w          64x32 float32  low rank, rows 0, columns 1  1     384 B         by shape
+          noise a pair of members: 512 B, where dense noise would take 8.125 KiB
+        """
         plan, arithmetic = self.plan_of(params), self.arithmetic
         context = Context(on_dense="ignore")
         if fitness is not None:
@@ -274,11 +354,11 @@ class EvolutionStrategy(Settings):
     # ------------------------------------------------------------ parts
 
     def plan_of(self, params: PyTree) -> Plan:
-        """The treatment of every parameter."""
+        """The plan of the parameters: the treatment of every leaf."""
         return generation.plan_of(self, params)
 
     def placed(self, state: State) -> "EvolutionStrategy":
-        """This strategy for states that are laid out on the mesh as this one is; programs keep that."""
+        """This strategy for states with the sharding of ``state``, which programs preserve."""
         specs = specs_of(checks.state(state), self.mesh)
         if specs is None:
             return self
@@ -289,20 +369,23 @@ class EvolutionStrategy(Settings):
         return self._placed[specs]
 
     def exchange_costs(self, params: PyTree, tasks: int = 1) -> exchanges.Costs:
-        """What devices send and compute by either ``exchange``, to be printed.
+        """The bytes that devices send and the operations that they compute, by ``exchange``.
 
         Args:
-          params: the parameters, as they are laid out on the mesh.
-          tasks: scores of a member.
+          params: the parameters, with their sharding on the mesh.
+          tasks: number of scores of a member.
+
+        Returns:
+          The costs; ``print`` shows them as a table.
         """
         rates = self.exchange if isinstance(self.exchange, exchanges.Auto) else None
         return exchanges.costs(self.plan_of(params), self.population, self.mesh, tasks, rates)
 
     def exchanged(self, plan: Plan) -> str:
-        """What devices send each other: "update" or "fitness"."""
+        """The data that devices send each other under this plan: "update" or "fitness"."""
         return "fitness" if self.sends_scores_alone(plan) else "update"
 
     def _with_metrics(self, done: tuple[State, Outcome | Metrics]) -> tuple[State, Metrics]:
-        """The state with metrics, where the program of the update did not make them itself."""
-        state, told = done
-        return state, programs.metrics(self, told) if isinstance(told, Outcome) else told
+        """Adds metrics to a state if the program of the update returned an outcome instead."""
+        state, result = done
+        return state, programs.metrics(self, result) if isinstance(result, Outcome) else result

@@ -1,4 +1,4 @@
-"""How the numbers of a parameter are perturbed, summed and moved: floats, quantised, integers."""
+"""The arithmetics of parameters: how they are perturbed, summed and updated."""
 
 from eggroll.arithmetic._interface import Arithmetic as Arithmetic
 from eggroll.arithmetic._interface import Outcome as Outcome

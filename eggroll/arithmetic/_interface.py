@@ -1,4 +1,4 @@
-"""The interface of an arithmetic, and what its steps hand to each other."""
+"""The interface of an arithmetic, and the records that its steps pass on."""
 
 import abc
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from eggroll._types import DType
 from eggroll.shaping import Shaping
 from eggroll.values import LowRank, Upcast
 
-# A number where shifts depend on it, else a scalar that may be traced.
+# A Python number for integers, whose shifts depend on it; otherwise a scalar that may be traced.
 Sigma = float | Float[AnyArray, ""]
 Shape = tuple[int, ...]
 
 
 class Statistics(NamedTuple):
-    """What is told of the scores of a population; scalars.
+    """Statistics of the scores of a population; scalar arrays.
 
     Attributes:
-      mean: of the members with a finite score; a member's own is the mean over its tasks.
-      best: the best of them.
-      worst: the worst of them.
-      std: their standard deviation.
-      invalid: members with a score that is not finite.
-      identical: valid pairs whose two members scored the same.
+      mean: mean score of the members with a finite score; a member's score is its mean over tasks.
+      best: the largest of these scores.
+      worst: the smallest of these scores.
+      std: the standard deviation of these scores (ddof 0).
+      invalid: number of members with a score that is not finite.
+      identical: number of valid pairs whose two members scored the same.
     """
 
     mean: Float[AnyArray, ""]
@@ -41,13 +41,14 @@ class Statistics(NamedTuple):
 
 
 class Weighed(NamedTuple):
-    """What the scores of a population say about the noise.
+    """The weights of the noise, from the scores of a population.
 
     Attributes:
-      weights: what the noise of each pair counts, ``[pairs]``; 0 for a pair that says nothing.
-      members: what the sum is divided by, or judged by: valid members (floats), decided pairs (integers).
-      moves: whether any pair says anything; where it is False nothing is updated.
-      report: what metrics are made from; None where scores are not known.
+      weights: the weight of each pair's noise, ``[pairs]``; 0 for a pair that contributes nothing.
+      members: the scale of the sum: the number of valid members (floats) or decided pairs
+        (integers).
+      moves: whether any pair contributes; if False, nothing is updated.
+      report: the scores or their statistics, for metrics; None if scores are unknown.
     """
 
     weights: Num[AnyArray, "pairs"]
@@ -57,14 +58,14 @@ class Weighed(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a generation says of itself; :meth:`Arithmetic.metrics` makes metrics of it.
+    """The outcome of a generation; :meth:`Arithmetic.statistics` turns it into floats for metrics.
 
     Attributes:
       generation: the generation that was evaluated.
-      report: of :class:`Weighed`.
+      report: as in :class:`Weighed`.
       updated: whether the parameters moved.
-      change: how far they moved: the Euclidean norm (floats) or its square (integers).
-      agreement: cosine between the estimates of two halves of the population, where asked for.
+      change: the size of the change: its Euclidean norm (floats) or the square of it (integers).
+      agreement: cosine between the estimates of two halves of the population, if requested.
     """
 
     generation: Int[AnyArray, ""]
@@ -75,17 +76,19 @@ class Outcome(NamedTuple):
 
 
 class Arithmetic(abc.ABC):
-    """How numbers are perturbed, summed and moved. Instances are equal if their class is the same.
+    """The operations that perturb, sum and update numbers. Instances of one class are equal.
 
-    A plan gives an arithmetic to every parameter: its duties there are the first part below. A
-    generation as a whole has one too (:attr:`eggroll.plan.Plan.arithmetic`), which does the second part.
+    A plan assigns an arithmetic to every parameter, which uses the first part of the interface. A
+    generation as a whole has an arithmetic too (:attr:`eggroll.plan.Plan.arithmetic`), which uses
+    the second part.
     """
 
-    # The type of the sign that a member sees its pair's noise with.
+    # The dtype of the sign of a member's noise.
     sign_type: DTypeLike
-    # Whether sums of noise are the same bits in any order.
+    # Whether sums of noise have the same bits in any order.
     exact_sums: bool
-    # Whether metrics belong into the program of an update. Those of integers do not: metrics are floats.
+    # Whether the program of an update computes metrics. False for integers, since metrics are
+    # floats.
     metrics_inside: bool
 
     def __eq__(self, other: object) -> bool:
@@ -101,23 +104,23 @@ class Arithmetic(abc.ABC):
 
     @abc.abstractmethod
     def factor_type(self, dtype: DTypeLike) -> DTypeLike:
-        """The type in which low-rank factors are drawn for a parameter of ``dtype``."""
+        """The dtype of low-rank factors for a parameter of ``dtype``."""
 
     @abc.abstractmethod
     def dense_type(self, dtype: DTypeLike) -> DTypeLike:
-        """The type in which dense noise is drawn."""
+        """The dtype of dense noise for a parameter of ``dtype``."""
 
     @abc.abstractmethod
     def dense_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """Shapes of what is drawn for dense noise of a parameter of ``shape``."""
+        """The shapes of the arrays that make up dense noise for a parameter of ``shape``."""
 
     @abc.abstractmethod
     def sum_type(self, dtype: DTypeLike) -> DTypeLike:
-        """The type in which noise is summed over the population."""
+        """The dtype of sums of noise over the population."""
 
     @abc.abstractmethod
     def keeps_copy(self, dtype: DTypeLike) -> bool:
-        """Whether a float32 copy of the parameter is what is trained."""
+        """Whether a float32 copy of the parameter is trained."""
 
     @abc.abstractmethod
     def low_rank(
@@ -134,12 +137,12 @@ class Arithmetic(abc.ABC):
 
         Args:
           w: the mean.
-          factors: of its pair, ``[rank, *axes]`` each.
-          sign: 1 or -1, of :attr:`sign_type`.
-          sigma: of the generation.
-          leaf_sigma: factor on it for this parameter.
-          root_rank: square root of the rank.
-          path: the parameter's path, for messages.
+          factors: the factors of its pair, ``[rank, *axes]`` each.
+          sign: 1 or -1, of dtype :attr:`sign_type`.
+          sigma: the sigma of the generation.
+          leaf_sigma: the factor on sigma for this parameter.
+          root_rank: the square root of the rank.
+          path: the path of the parameter, for messages.
         """
 
     @abc.abstractmethod
@@ -156,17 +159,17 @@ class Arithmetic(abc.ABC):
 
     @abc.abstractmethod
     def product_type(self, dtype: DTypeLike) -> DTypeLike:
-        """The type of the operands of sums of noise over the population."""
+        """The dtype of the operands in sums of noise over the population."""
 
     @abc.abstractmethod
     def sum_dense(
         self, noise: tuple[Num[AnyArray, "pairs ..."], ...], weights: Num[AnyArray, "pairs"]
     ) -> Num[AnyArray, "..."]:
-        """``sum_p weights_p E_p`` of dense noise; operands are of :meth:`product_type`."""
+        """``sum_p weights_p E_p`` for dense noise; operands have :meth:`product_type`."""
 
     @abc.abstractmethod
     def pairs_in_sum(self, rank: int) -> int | None:
-        """How many pairs the type of sums holds whatever the noise; None for any number."""
+        """The number of pairs whose sum cannot overflow the dtype of sums; None for any number."""
 
     @abc.abstractmethod
     def gradient(
@@ -177,47 +180,54 @@ class Arithmetic(abc.ABC):
         sigma: Sigma,
         members: Int[AnyArray, ""],
     ) -> Array:
-        """A sum over the population as a gradient for a minimiser."""
+        """The gradient for a minimiser, from a sum of noise over the population."""
 
     @abc.abstractmethod
     def in_range(self, trained: Array) -> Array:
-        """What the optimizer made, cut to the numbers that the parameter can take."""
+        """The result of the optimizer, clipped to the range of the parameter."""
 
     @abc.abstractmethod
     def stored(self, trained: Array, dtype: DTypeLike) -> Array:
-        """What was trained in the type of the parameter."""
+        """The trained value in the dtype of the parameter."""
 
     @abc.abstractmethod
     def unfit(self, w: Array) -> Bool[AnyArray, "..."]:
-        """Entries of a parameter that training cannot start from."""
+        """Which entries of a parameter training cannot start from."""
 
     @abc.abstractmethod
     def unfit_reason(self) -> tuple[str, str]:
-        """What is wrong with those entries, and what would be right."""
+        """A description of those entries, and of the right ones, for a message."""
 
     # ------------------------------------------------------------ a whole generation
 
     @abc.abstractmethod
     def check_settings(self, sigma: object, shaping: Shaping | None, agreement: bool) -> None:
-        """Raises ValueError where a strategy asks for what this arithmetic cannot do."""
+        """Checks the settings of a strategy.
+
+        Raises:
+          ValueError: this arithmetic does not support a setting.
+        """
 
     @abc.abstractmethod
     def check_leaf(self, path: str, dtype: DType, trained_by: "Arithmetic | None") -> None:
-        """Raises ValueError where a parameter is not for this arithmetic.
+        """Checks one parameter.
 
         Args:
-          path: the parameter's path.
-          dtype: its type.
-          trained_by: its own arithmetic; None for a frozen parameter.
+          path: the path of the parameter.
+          dtype: the dtype of the parameter.
+          trained_by: the arithmetic of the parameter; None for a frozen parameter.
+
+        Raises:
+          ValueError: a generation of this arithmetic cannot hold the parameter.
         """
 
     @abc.abstractmethod
     def noise_sigma(self, setting: object, sigma: Float[AnyArray, ""]) -> Sigma:
-        """The sigma that noise is scaled by: the setting itself, or its value in a generation."""
+        """The sigma that scales noise: the setting itself, or its value in this generation."""
 
     @abc.abstractmethod
     def scores(self, values: Num[AnyArray, "..."] | Bool[AnyArray, "..."]) -> Num[AnyArray, "..."]:
-        """Scores of a fitness in the type that they are weighed in."""
+        """The scores of a fitness in the dtype that they are weighed in."""
 
     @abc.abstractmethod
     def weigh(
@@ -227,11 +237,11 @@ class Arithmetic(abc.ABC):
         shaping: Shaping | None,
         sigma: Sigma,
     ) -> Weighed:
-        """From scores ``[population, tasks]`` to the weights of the pairs."""
+        """The weights of the pairs, from scores ``[population, tasks]``."""
 
     @abc.abstractmethod
     def value(self, weighed: Weighed) -> Float[AnyArray, ""] | None:
-        """Minus the mean fitness, for optimizers that take it; None where it is not known here."""
+        """Minus the mean fitness, for optimizers that take ``value``; None if it is unknown."""
 
     @abc.abstractmethod
     def move(
@@ -244,28 +254,28 @@ class Arithmetic(abc.ABC):
         members: Int[AnyArray, ""],
         value: Num[AnyArray, ""] | None,
     ) -> tuple[PyTree, PyTree, Num[AnyArray, ""]]:
-        """An optimizer step, or nothing where ``moves`` is False.
+        """Steps an optimizer; changes nothing if ``moves`` is False.
 
         Args:
           optimizer: any optax transform.
-          grads: the gradient estimate, in the structure of ``trained``.
-          state: the optimizer's.
-          trained: what the optimizer sees, None where nothing is trained.
-          moves: whether anything is to move.
-          members: as :class:`Weighed` has them.
-          value: minus the mean fitness, for optimizers that take it.
+          grads: the gradient estimate, with the structure of ``trained``.
+          state: the state of the optimizer.
+          trained: the tree that the optimizer sees, None for frozen leaves.
+          moves: whether to update; bool ``[]``.
+          members: as in :class:`Weighed`.
+          value: minus the mean fitness, for optimizers that take ``value``.
 
         Returns:
-          What is trained, the optimizer's state, and the change as :class:`Outcome` has it.
+          The new tree, the new state of the optimizer, and the change as in :class:`Outcome`.
         """
 
     @abc.abstractmethod
     def statistics(self, outcome: Outcome) -> tuple[Statistics | None, Float[AnyArray, ""]]:
-        """Statistics of the scores and the Euclidean norm of the change, in floats."""
+        """Statistics of the scores, and the Euclidean norm of the change, in floats."""
 
 
 def kept(moves: Bool[AnyArray, ""], new: PyTree, old: PyTree) -> PyTree:
-    """``new`` where something moves, else ``old``."""
+    """``new`` if ``moves`` is True, else ``old``."""
     return jax.tree.map(lambda a, b: jax.numpy.where(moves, a, b), new, old)
 
 
@@ -276,15 +286,15 @@ def step_optimizer(
     trained: PyTree,
     **extra: Array,
 ) -> tuple[PyTree, PyTree]:
-    """An update of an optax transform; extra arguments reach those that take them.
+    """Updates with an optax transform; extra arguments reach the transforms that take them.
 
     Raises:
-      ValueError: the optimizer wants arguments that evolution strategies do not have, such as a
-        function to search along (``optax.lbfgs`` with its line search).
+      ValueError: the optimizer requires arguments that an evolution strategy does not have, such as
+        a function for a line search (``optax.lbfgs``).
     """
     accepts = optax.with_extra_args_support(optimizer)
     try:
-        # Transforms of optax mix types by themselves, as counts with floats.
+        # Some optax transforms mix dtypes, such as integer counts with floats.
         with jax.numpy_dtype_promotion("standard"):
             return accepts.update(grads, state, trained, **extra)
     except TypeError as error:
@@ -293,12 +303,12 @@ def step_optimizer(
             raise
         given = ", ".join(extra) or "no extra argument"
         raise ValueError(
-            f"the optimizer needs the arguments {', '.join(wanted)}; an evolution strategy gives "
-            f"{given}: use an optimizer without them (optax.lbfgs takes linesearch=None)"
+            f"optimizer: must not require the arguments {', '.join(wanted)}, since an evolution "
+            f"strategy passes {given} (for optax.lbfgs, set linesearch=None)"
         ) from error
 
 
 def _missing_arguments(error: TypeError) -> Sequence[str]:
-    """Names of keyword arguments that a call lacked, from Python's message."""
+    """Names of missing keyword arguments, parsed from Python's message."""
     text = str(error)
     return text.split("argument")[-1].split("'")[1::2] if "missing" in text else ()

@@ -13,7 +13,7 @@ def valid_pairs(values: Float[Array, "population tasks"]) -> Bool[Array, "pairs 
 
 
 def statistics(values: Float[Array, "population tasks"]) -> Statistics:
-    """Statistics over each member's own finite scores, whether its pair is valid or not."""
+    """Statistics over the finite scores of each member, whether or not its pair is valid."""
     finite = jnp.isfinite(values)
     paired = valid_pairs(values)
     counts = finite.sum(1).astype(values.dtype)

@@ -1,4 +1,4 @@
-"""Floats: noise is added to weights, estimates are means, narrow weights have float32 copies."""
+"""Float parameters: noise is added, estimates are means, narrow weights have float32 copies."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from eggroll.arithmetic._statistics import statistics, valid_pairs
 from eggroll.shaping import Shaping
 from eggroll.values import LowRank, Upcast, accumulator, is_integer, is_narrow
 
-# Below this even the square of a gradient's entry, which optimizers form, is a finite float32.
+# Up to this bound, the squares of a gradient that optimizers compute are finite in float32.
 LARGEST_SUM = 1e17
 
 
@@ -40,7 +40,7 @@ class Floats(Arithmetic):
         return dtype
 
     def dense_type(self, dtype: DTypeLike) -> DTypeLike:
-        # Never narrower than float32: it is added to a weight.
+        # At least float32, since dense noise is added to the weight.
         return self.sum_type(dtype)
 
     def dense_shapes(self, shape: Shape) -> tuple[Shape, ...]:
@@ -116,13 +116,13 @@ class Floats(Arithmetic):
     # ------------------------------------------------------------ a whole generation
 
     def check_settings(self, sigma: object, shaping: Shaping | None, agreement: bool) -> None:
-        """Floats can do all that a strategy asks for."""
+        """Floats support every setting."""
 
     def check_leaf(self, path: str, dtype: DType, trained_by: Arithmetic | None) -> None:
         if trained_by is not None and is_integer(dtype) and not trained_by.keeps_copy(dtype):
             raise ValueError(
-                f"parameter {path!r} is int8 and wants integer noise; "
-                "eggroll.integer.strategy(...) is right"
+                f"parameter {path!r} is int8: must be trained with integer noise, by "
+                "eggroll.integer.strategy(...)"
             )
 
     def noise_sigma(self, setting: object, sigma: Float[AnyArray, ""]) -> Sigma:
@@ -147,16 +147,16 @@ class Floats(Arithmetic):
         shaped = clean if shaping is None else shaping(clean, valid, groups)
         if jnp.shape(shaped) != clean.shape:
             raise ValueError(
-                f"the shaping returned weights of the shape {list(jnp.shape(shaped))}; that of the "
-                f"scores, {list(clean.shape)}, is right"
+                f"shaping: expected weights of the shape {list(clean.shape)}, as the scores, got "
+                f"{list(jnp.shape(shaped))}"
             )
-        # Members that tie say nothing, whatever rounding makes of equal scores in a shaping.
+        # Tied members contribute exactly zero, even if a shaping rounds equal scores differently.
         says = paired & (values[0::2] != values[1::2])
         if groups is not None:
             says |= paired & (groups[0::2] != groups[1::2])[:, None]
         weights = jnp.where(says, shaped[0::2] - shaped[1::2], 0).mean(1)
-        # Where sums would overflow, as with raw scores near the largest float or a sigma that has
-        # come down to zero, nothing moves. NaN is not below the limit.
+        # Nothing moves if sums would overflow: raw scores near the largest float, or a sigma
+        # schedule that reached zero. A NaN size compares False.
         size = jnp.abs(weights.astype(jnp.float32)).sum() / jnp.abs(sigma)
         moves = jnp.any(weights != 0) & (size < LARGEST_SUM)
         members = 2 * paired.any(1).sum(dtype=jnp.int32)
@@ -188,5 +188,5 @@ class Floats(Arithmetic):
 
 
 def _scale(sigma: Sigma, leaf_sigma: float, root_rank: float) -> Array:
-    """The sigma of a leaf over the square root of the rank: what multiplies ``sum_r A_r B_r``."""
+    """The sigma of a leaf over the square root of the rank: the factor on ``sum_r A_r B_r``."""
     return jnp.asarray(sigma) * (leaf_sigma / root_rank)

@@ -1,7 +1,7 @@
-"""Integers: int8 parameters, int8 noise, votes of pairs, updates by one unit; not one float.
+"""Integer parameters: int8 noise, votes of pairs and updates by one unit, without float operations.
 
-Everything that the next state depends on is integer arithmetic: the signs of the pairs, the sum
-``Z = sum_p F_p A_p B_p``, the optimizer. Metrics are floats, and computed by a program of their own.
+The next state depends on integer arithmetic alone: the signs of the pairs, the sum
+``Z = sum_p F_p A_p B_p`` and the optimizer. Metrics are floats; a separate program computes them.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ class Integers(Arithmetic):
         return dtype
 
     def dense_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        # A product of two factors: the law is then that of rank 1 everywhere.
+        # A product of two factors, so that its law is the same as for matrices at rank 1.
         return ((1, *shape),) * 2
 
     def sum_type(self, dtype: DTypeLike) -> DTypeLike:
@@ -64,7 +64,7 @@ class Integers(Arithmetic):
         root_rank: float,
         path: str,
     ) -> LowRank:
-        # The law of the factors accounts for the rank already.
+        # The factors are already scaled by the rank.
         shift = fixed_point.shift_of(float(sigma) * leaf_sigma)
         return LowRank(w, factors, sign, (path,), arithmetic=FixedPoint(shift))
 
@@ -80,7 +80,7 @@ class Integers(Arithmetic):
         return build(self.low_rank(w, noise, sign, sigma, leaf_sigma, 1.0, path))
 
     def product_type(self, dtype: DTypeLike) -> DTypeLike:
-        # A product of int8 is summed in int32 as it stands: in int32 it would be several times as slow.
+        # int8 operands with int32 sums: a product of int32 operands is several times slower.
         return dtype
 
     def sum_dense(
@@ -101,7 +101,7 @@ class Integers(Arithmetic):
         sigma: Sigma,
         members: Int[AnyArray, ""],
     ) -> Array:
-        # What is divided by is the optimizer's to know.
+        # The optimizer applies the scale.
         return -total
 
     def in_range(self, trained: Array) -> Array:
@@ -121,24 +121,24 @@ class Integers(Arithmetic):
     def check_settings(self, sigma: object, shaping: Shaping | None, agreement: bool) -> None:
         if callable(sigma):
             raise ValueError(
-                "sigma is a schedule: for int8 parameters a fixed power of two such as 2**-4 is right"
+                f"sigma={sigma!r}: must be a fixed power of two such as 2**-4 for int8 parameters"
             )
         fixed_point.shift_of(_number(sigma))
         if shaping != pair_sign():
             raise ValueError(
-                f"shaping={shaping!r}: int8 parameters take eggroll.shaping.pair_sign(), whose "
-                "weights are integers"
+                f"shaping={shaping!r}: must be eggroll.shaping.pair_sign() for int8 parameters, "
+                "whose weights are integers"
             )
         if agreement:
             raise ValueError(
-                "agreement=True: there is no float estimate of int8 parameters; False is right"
+                "agreement=True: must be False for int8 parameters, which have no float estimate"
             )
 
     def check_leaf(self, path: str, dtype: DType, trained_by: Arithmetic | None) -> None:
         if jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"parameter {path!r} is {jnp.dtype(dtype).name} in an integer model; int8 in [-127, 127] is "
-                "right (or, to train the floats, noise that is not of eggroll.integer)"
+                f"parameter {path!r} is {jnp.dtype(dtype).name} in an integer model: must be int8 "
+                "in [-127, 127] (to train floats, use noise that is not from eggroll.integer)"
             )
 
     def noise_sigma(self, setting: object, sigma: Float[AnyArray, ""]) -> Sigma:
@@ -169,17 +169,17 @@ class Integers(Arithmetic):
         members: Int[AnyArray, ""],
         value: Num[AnyArray, ""] | None,
     ) -> tuple[PyTree, PyTree, Num[AnyArray, ""]]:
-        # The optimizer gets the number of decided pairs, which the spread of Z goes by.
+        # The optimizer receives the number of decided pairs, which determines the spread of Z.
         updates, new_state = step_optimizer(optimizer, grads, state, trained, pairs=members)
         for keys, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
             if update.dtype != jnp.int8:
                 path = jax.tree_util.keystr(keys, simple=True, separator="/")
                 raise ValueError(
-                    f"the optimizer moves the int8 parameter {path!r} by {update.dtype}; one that "
-                    "ends with eggroll.integer.threshold(...) is right"
+                    f"optimizer: expected int8 updates of parameter {path!r}, got {update.dtype}; "
+                    "end the chain with eggroll.integer.threshold(...)"
                 )
         new = kept(moves, optax.apply_updates(trained, updates), trained)
-        # Changes are by one unit, so the sum is at most the number of parameters.
+        # Every entry changes by at most one unit, so the sum is at most the number of entries.
         wide = lambda x: x.astype(jnp.int32)
         square = lambda a, b: jnp.sum(jnp.square(wide(a) - wide(b)), dtype=jnp.int32)
         squares: Any = sum(jax.tree.leaves(jax.tree.map(square, new, trained)), jnp.int32(0))
@@ -197,10 +197,10 @@ class Integers(Arithmetic):
 
 
 def pair_signs(values: Num[AnyArray, "population tasks"]) -> Int8[AnyArray, "pairs"]:
-    """Which member of each pair did better: 1 the first, -1 the second, 0 neither.
+    """The better member of each pair: 1 for the first, -1 for the second, 0 for a tie.
 
-    Tasks vote. Scores are compared and not subtracted, so they may be any integers. A float score
-    that is not finite drops its pair.
+    The sign is a vote over tasks. Scores are compared and not subtracted, so they may be any
+    integers. A float score that is not finite drops its pair for that task.
     """
     first, second = values[0::2], values[1::2]
     ahead = (first > second).astype(jnp.int32) - (first < second).astype(jnp.int32)
@@ -210,4 +210,4 @@ def pair_signs(values: Num[AnyArray, "population tasks"]) -> Int8[AnyArray, "pai
 
 
 def _number(sigma: object) -> float:
-    return float(sigma)  # type: ignore[arg-type]  # settings have been checked
+    return float(sigma)  # type: ignore[arg-type]  # the settings were checked

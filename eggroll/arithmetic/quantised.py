@@ -1,4 +1,4 @@
-"""Quantised int8 parameters beside float ones: noise of floats, in units of their own steps."""
+"""Quantised int8 parameters beside float parameters: float noise in units of their steps."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,10 +14,10 @@ from eggroll.values.fixed_point import LARGEST
 
 
 class Quantised(Floats):
-    """The arithmetic of an int8 parameter that is trained beside float ones.
+    """The arithmetic of an int8 parameter that is trained beside float parameters.
 
-    A float32 copy is trained, of which the parameter is the rounded form. Factors are float32; a
-    model that casts the parameter to bfloat16 rounds them with it.
+    A float32 copy is trained, and the parameter is the copy rounded to int8. Factors are float32; a
+    model that casts the parameter to bfloat16 casts the factors too.
     """
 
     of_values = values.QUANTISED

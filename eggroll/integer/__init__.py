@@ -1,10 +1,10 @@
-"""Evolution strategies for int8 parameters: the same strategy, with not one float in a generation.
+"""Evolution strategies for int8 parameters: the same strategy, without float operations.
 
-A model is any function of plain ``jnp`` integer operations on a tree of int8 arrays in [-127, 127]. Its
-fixed point is that of arXiv 2511.16652 (integer pretraining): 16 stands for 1. The perturbed integer
-operations are the definition of a member (:mod:`eggroll.values.fixed_point`): a product with a matrix
-is ``x W + sign * (((x B) A) >> (4 + s))`` in int32, and a looked-up row or a vector is rounded to int8.
-An operation that has no such rule is an error that names the parameter and the operation.
+A model is any function of ``jnp`` integer operations on a tree of int8 arrays in [-127, 127]. Its
+fixed point is from arXiv 2511.16652 (integer pretraining): 16 represents 1. A member is defined by
+the perturbed integer operations (:mod:`eggroll.values.fixed_point`). A product with a matrix is
+``x W + sign * (((x B) A) >> (4 + s))`` in int32; a looked-up row or a vector is rounded to int8. An
+operation without such a rule is an error that names the parameter and the operation.
 """
 
 from eggroll.integer.noise import normal as normal

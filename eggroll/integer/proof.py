@@ -1,4 +1,4 @@
-"""The proof that a program has no float operation."""
+"""A check that a program has no float operations."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,17 +9,19 @@ from jax.extend import core
 
 
 def float_operations(fn: Callable[..., Any], *args: Any) -> list[str]:
-    """The operations with a float in or out that the outputs of ``fn(*args)`` depend on.
+    """The operations with a float input or output that the outputs of ``fn(*args)`` depend on.
 
-    Walks the traced program, bodies of loops, branches and calls included. A call as a whole counts
-    where one of its outputs is used, so the list may hold too much, but never too little.
+    The function walks the traced program, with the bodies of loops, branches and calls. A call
+    counts as a whole if one of its outputs is used, so the list may hold too many operations, but
+    never too few.
 
     Args:
-      fn: any traceable function; what it returns is what is looked at.
+      fn: any traceable function; its outputs are examined.
       *args: arrays, or ``jax.ShapeDtypeStruct``.
 
     Returns:
-      A line each, ``"exp: float32[4] -> float32[4]"``; empty is the proof.
+      One line an operation, ``"exp: float32[4] -> float32[4]"``. An empty list proves that there is
+      none.
 
     Example:
       >>> float_operations(lambda x: (x * 2) >> 1, jnp.arange(3))
@@ -32,7 +34,7 @@ def float_operations(fn: Callable[..., Any], *args: Any) -> list[str]:
 
 
 def _used(jaxpr: core.Jaxpr) -> Iterator[Any]:
-    """The equations that the outputs depend on, and all those inside of them."""
+    """The equations that the outputs depend on, and all equations in their bodies."""
     wanted = {id(v) for v in jaxpr.outvars}
     kept = []
     for eqn in reversed(jaxpr.eqns):
@@ -67,5 +69,5 @@ def _is_float(v: Any) -> bool:
 
 
 def _line(eqn: Any) -> str:
-    told = lambda vs: ", ".join(v.aval.str_short() for v in vs)
-    return f"{eqn.primitive.name}: {told(eqn.invars)} -> {told(eqn.outvars)}"
+    shown = lambda vs: ", ".join(v.aval.str_short() for v in vs)
+    return f"{eqn.primitive.name}: {shown(eqn.invars)} -> {shown(eqn.outvars)}"

@@ -20,17 +20,20 @@ def strategy(
     """An :class:`EvolutionStrategy` for int8 parameters.
 
     Args:
-      population: number of members, even.
+      population: number of members; even.
       optimizer: :func:`threshold`, or a chain that ends with it.
-      shift: sigma is ``2^-shift`` (in units of 1, which is 16): -4 to 12.
+      shift: sigma is ``2^-shift``, in units of 1 (the integer 16); from -4 to 12.
       rank: rank of the noise of matrices.
-      **settings: whatever else an EvolutionStrategy has: ``chunk``, ``mesh``, ``plan``, ...
+      **settings: other fields of an EvolutionStrategy: ``chunk``, ``mesh``, ``plan``, ...
 
     Returns:
       ``EvolutionStrategy(noise=normal(), shaping=pair_sign(), sigma=2**-shift, ...)``.
 
+    Raises:
+      ValueError: a setting is wrong.
+
     Example:
-      Learns which of 16 inputs to add up, by matching sums.
+      The strategy learns the subset of 16 inputs whose sums match the targets.
 
       >>> import jax
       >>> import jax.numpy as jnp

@@ -1,8 +1,8 @@
-"""Which parameter gets what noise: low rank (and which axes are rows), dense, or none.
+"""The treatment of every parameter: low-rank noise (and its row axes), dense noise, or frozen.
 
-A plan is fixed before anything is drawn. It depends on the parameters' paths and shapes alone
-(:func:`by_shape`), or on a trace of the fitness made once (:func:`infer`), so that members can be built,
-and values from elsewhere used, without a fitness function at hand.
+A plan is fixed before any noise is drawn. It depends on the paths and shapes of the parameters
+alone (:func:`by_shape`), or on one trace of the fitness (:func:`infer`). Members can therefore be
+built, and scores from other sources used, without a fitness function.
 """
 
 from eggroll.plan._settle import Overrides as Overrides

@@ -1,4 +1,4 @@
-"""From a proposed treatment of every parameter to a plan: overrides, ranks, checks."""
+"""Turns the proposed treatment of every parameter into a plan: overrides, ranks, checks."""
 
 import dataclasses
 import math
@@ -16,19 +16,29 @@ from eggroll.plan.treatments import Dense, Frozen, Matrix, Treatment
 
 Rank = int | Literal["full"]
 
-# Makes a plan of parameters at a strategy's rank.
+# Makes a plan from parameters and the rank of a strategy.
 Planner = Callable[[PyTree, Rank], Plan]
 
-# Treatments by path pattern. Not Mapping[str, Treatment], since a value that is no treatment is
-# refused in a sentence.
+# Treatments by path pattern. Not Mapping[str, Treatment]: `_check_overrides` refuses a value that
+# is not a treatment with a message.
 Overrides = Mapping[str, object]
 
-# Proposes a treatment for a path and a shape, with the reason.
+# Proposes a treatment for a path and a shape, with a reason.
 Propose = Callable[[str, Shape], tuple[Treatment, str]]
 
 
 def settle(params: PyTree, rank: Rank, propose: Propose, overrides: Overrides) -> Plan:
-    """The plan of parameters, from a proposal for every leaf and the overrides."""
+    """The plan of parameters, from a proposal for every leaf and the overrides.
+
+    Args:
+      params: a tree of arrays or ``jax.ShapeDtypeStruct``.
+      rank: the rank of the strategy.
+      propose: proposes a treatment for a trained leaf.
+      overrides: treatments by path pattern; the last matching pattern wins.
+
+    Raises:
+      ValueError: an override or a leaf is wrong, or no leaf is trained.
+    """
     leaves, is_trained = leaf_paths(params), trained_type(params)
     _check_overrides(overrides, [path for path, _ in leaves])
     plan = []
@@ -40,14 +50,14 @@ def settle(params: PyTree, rank: Rank, propose: Propose, overrides: Overrides) -
             if not matches(path, pattern):
                 continue
             assert isinstance(chosen, Treatment)
-            # A wide pattern is meant for what is trained; a quantised matrix must be named.
+            # A pattern with wildcards applies to trained leaves; a quantised matrix must be named.
             exact = leaf.dtype == jnp.int8 and pattern == path
             if trained or exact or is_complex(leaf):
                 named, treatment, reason = pattern, chosen, f"override {pattern!r}"
         if is_complex(leaf) and not (named and isinstance(treatment, Frozen)):
             raise ValueError(
-                f"parameter {path!r} is {leaf.dtype}, which has no noise: store its real and imaginary "
-                "parts as two float arrays, or give it eggroll.Frozen() in the plan's overrides"
+                f"parameter {path!r} is {leaf.dtype}: must be real (store real and imaginary parts "
+                "as two float arrays), or eggroll.Frozen() in the plan's overrides"
             )
         if isinstance(treatment, Matrix):
             treatment, reason = _settle_matrix(path, shape, treatment, rank, reason)
@@ -56,8 +66,8 @@ def settle(params: PyTree, rank: Rank, propose: Propose, overrides: Overrides) -
     if not any(leaf.trainable for leaf in plan):
         kinds = {leaf.path: str(leaf.dtype) for leaf in plan}
         raise ValueError(
-            "params hold no float array to train, nor one in int8: every leaf is frozen or of another "
-            f"type ({kinds})"
+            "params: expected at least one float or int8 array that is not frozen, got the dtypes "
+            f"{kinds}"
         )
     return Plan(tuple(plan))
 
@@ -78,19 +88,17 @@ def _arithmetic_of(leaf: IsArray, trained: bool, treatment: Treatment) -> Arithm
 def _check_overrides(overrides: Overrides, paths: Sequence[str]) -> None:
     for pattern, chosen in overrides.items():
         if not any(matches(path, pattern) for path in paths):
-            raise ValueError(
-                f"the override {pattern!r} matches no parameter; there are {list(paths)}"
-            )
+            raise ValueError(f"override {pattern!r}: must match a parameter, one of {list(paths)}")
         if not isinstance(chosen, Treatment):
             raise ValueError(
-                f"the override {pattern!r} is {chosen!r}; a Matrix, Dense or Frozen of eggroll is right"
+                f"override {pattern!r}={chosen!r}: must be an eggroll.Matrix, Dense or Frozen"
             )
         if not isinstance(chosen, Frozen) and not (
             math.isfinite(chosen.sigma) and chosen.sigma > 0
         ):
             raise ValueError(
-                f"the override {pattern!r} has sigma={chosen.sigma!r}; a positive number is right, or "
-                "eggroll.Frozen() for no noise"
+                f"override {pattern!r}: sigma={chosen.sigma!r}: must be a positive number (for no "
+                "noise, use eggroll.Frozen())"
             )
 
 
@@ -103,8 +111,9 @@ def _settle_matrix(
     ]
     if sorted(axes) != list(range(len(shape))):
         raise ValueError(
-            f"parameter {path!r} has {len(shape)} axes {list(shape)}; rows={matrix.rows}, "
-            f"columns={matrix.columns}, batch={matrix.batch} must name each of them once"
+            f"parameter {path!r}: rows={matrix.rows}, columns={matrix.columns}, "
+            f"batch={matrix.batch}: must name each of the {len(shape)} axes of the shape "
+            f"{list(shape)} once"
         )
     wrap = lambda group: tuple(a % len(shape) for a in group)
     matrix = dataclasses.replace(
@@ -115,8 +124,8 @@ def _settle_matrix(
     if matrix.rank is not None:
         if not isinstance(matrix.rank, int) or not 1 <= matrix.rank <= min(m, n):
             raise ValueError(
-                f"rank {matrix.rank!r} for parameter {path!r} is out of range: its matrix is {m} x {n}, "
-                f"so 1 to {min(m, n)} would be right"
+                f"parameter {path!r}: rank={matrix.rank!r}: must be an integer from 1 to "
+                f"{min(m, n)}, since its matrix is {m} x {n}"
             )
         return matrix, reason
     if rank == "full":

@@ -1,7 +1,7 @@
-"""What a function does with each axis of each of its parameters, read from a trace.
+"""The uses of every axis of every parameter in a function, read from a trace.
 
-The interpreter runs the function abstractly on values that have a factor of its own for every axis, so
-that its rules can report which axes are contracted, free, batched, scanned or indexed.
+The interpreter runs the function abstractly on values with one factor for every axis. Its rules
+report which axes are contracted, free, batched, scanned or indexed.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from eggroll._calling import call, one_of
 from eggroll.interpret import Context, interpret
 from eggroll.values import FLOATS, FixedPoint, LowRank, accumulator, is_integer
 
-# For each axis of a parameter what is done with it.
+# The set of uses of each axis of a parameter.
 AxisUses = dict[int, set[str]]
 
 
@@ -31,9 +31,9 @@ def trace_axis_uses(
     Args:
       fitness: ``fitness(params, key, [member,] *args)``.
       params: arrays or ``jax.ShapeDtypeStruct``.
-      paths: of each leaf of ``params``, or None for one that is not asked about.
-      args: what the fitness gets beside them.
-      members: tree with leading axis [population], or None.
+      paths: the path of each leaf of ``params``, or None for a leaf to ignore.
+      args: the trees that the fitness receives beside the parameters.
+      members: a tree with leading axis [population], or None.
 
     Example:
       >>> w = {"w": jnp.zeros((4, 8))}
@@ -64,7 +64,7 @@ def trace_axis_uses(
 
 
 def probe(path: str, array: Array) -> Array | LowRank:
-    """A value with a factor for every axis; vectors and scalars are no matrix whatever is done to them."""
+    """A value with one factor for every axis; vectors and scalars stay arrays."""
     varying = [axis for axis, n in enumerate(array.shape) if n > 1]
     if len(varying) < 2:
         return array

@@ -1,4 +1,4 @@
-"""Plans by shapes alone."""
+"""Plans from shapes alone."""
 
 from jaxtyping import PyTree
 
@@ -8,27 +8,28 @@ from eggroll.plan.treatments import Dense, Matrix, Treatment
 
 
 def by_shape(overrides: Overrides | None = None) -> Planner:
-    """Plans by shapes alone.
+    """Plans from shapes alone.
 
-    Two axes are a matrix; of more, the last is the columns and the rest are the rows; vectors and
-    scalars get dense noise. A matrix whose factors would be no smaller than itself, that is
-    ``rank (m + n) >= m n``, gets dense noise too.
+    A parameter with two axes is a matrix. With more axes, the last axis is the columns and the
+    others are the rows. Vectors and scalars get dense noise. So does a matrix whose factors would
+    be no smaller than the matrix, ``rank (m + n) >= m n``.
 
     Args:
       overrides: treatments by path pattern (``fnmatch`` on paths such as
-        ``"params/Dense_0/kernel"``); of several that match, the last counts. Beside float leaves one in
-        int8 is trained only where an override is its very path: a quantised matrix, with noise of floats,
-        whose sigma is in its own steps.
+        ``"params/Dense_0/kernel"``); the last matching pattern wins. Beside float leaves, an int8
+        leaf is trained only if a pattern equals its path. It is then a quantised matrix with float
+        noise, and sigma is in units of its quantisation step.
 
     Returns:
       A planner, for ``EvolutionStrategy(plan=...)``.
 
     Raises:
-      ValueError: (when used) for a pattern that matches nothing, axes that do not partition the
-        parameter's, or a named rank above a side.
+      ValueError: (from the planner) a pattern matches no parameter, axes do not partition the axes
+        of the parameter, or the rank of an override is larger than a side of the matrix.
 
     Example:
       >>> import jax.numpy as jnp
+      >>> from eggroll import Frozen
       >>> params = {"kernel": jnp.zeros((64, 32)), "bias": jnp.zeros(32)}
       >>> plan = by_shape({"bias": Frozen()})(params, rank=1)
       >>> plan["kernel"].treatment

@@ -1,4 +1,4 @@
-"""Plans by what a traced fitness does with each axis of each parameter."""
+"""Plans from the uses of each parameter's axes in a traced fitness."""
 
 from collections.abc import Callable
 
@@ -18,22 +18,26 @@ def infer(
     members: PyTree = None,
     overrides: Overrides | None = None,
 ) -> Planner:
-    """Plans by what the fitness does with each parameter.
+    """Plans from the operations of the fitness on each parameter.
 
-    The fitness is traced once, abstractly, and every axis of every parameter followed to the
-    products that it enters: contracted axes are rows, free axes columns; scanned, indexed (a stack)
-    or batched axes get noise of their own at each index; a parameter that never enters a product
-    gets dense noise; one that is looked up in is an embedding, whose indexed axis is the rows.
+    The fitness is traced once, abstractly, and every axis of every parameter is followed to the
+    products that it enters. Contracted axes are rows; free axes are columns. Scanned, batched and
+    indexed axes (of a stack) are batch axes: each index gets independent noise. A parameter that
+    enters no product gets dense noise. An embedding table is indexed along its rows.
 
     Args:
       fitness: ``fitness(params, key, [member,] *args)``.
       params: the parameters, or a tree of ``jax.ShapeDtypeStruct``.
-      *args: what the fitness gets beside them.
-      members: as in ``EvolutionStrategy.evaluate`` (leading axis: the population).
+      *args: the trees that the fitness receives beside the parameters.
+      members: as in ``EvolutionStrategy.evaluate`` (leading axis [population]).
       overrides: as in :func:`by_shape`.
 
     Returns:
       A planner, for ``EvolutionStrategy(plan=...)``.
+
+    Raises:
+      ValueError: (from the planner) the parameters differ from those of the trace, or an override
+        is wrong, as in :func:`by_shape`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -51,12 +55,13 @@ def infer(
     def propose(path: str, shape: Shape) -> tuple[Treatment, str]:
         if path not in uses:
             raise ValueError(
-                f"parameter {path!r} was not there when the plan was inferred; it knows {sorted(uses)}"
+                f"parameter {path!r}: must be a parameter of the traced fitness, one of "
+                f"{sorted(uses)}"
             )
         if len(uses[path]) != len(shape):
             raise ValueError(
-                f"parameter {path!r} has {len(shape)} axes {list(shape)}; it had {len(uses[path])} when "
-                "the plan was inferred"
+                f"parameter {path!r}: expected {len(uses[path])} axes as in the traced fitness, "
+                f"got {len(shape)} in the shape {list(shape)}"
             )
         return _classify(shape, uses[path])
 

@@ -1,4 +1,4 @@
-"""The plan as a datum: every parameter with its treatment and its arithmetic."""
+"""The plan as data: every parameter with its treatment and its arithmetic."""
 
 import dataclasses
 import math
@@ -17,16 +17,16 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One parameter and its treatment; the rank of a :class:`Matrix` is settled here.
+    """One parameter and its treatment; a :class:`Matrix` has its final rank here.
 
     Attributes:
-      path: the parameter's path in the tree, such as ``"params/Dense_0/kernel"``.
-      shape: its shape.
-      dtype: its type.
-      treatment: the noise that it gets.
-      reason: why, for :func:`eggroll.plan.describe`.
-      arithmetic: how its numbers are perturbed, summed and moved.
-      spec: how it is laid out on a mesh, where that is known.
+      path: the path of the parameter in the tree, such as ``"params/Dense_0/kernel"``.
+      shape: the shape of the parameter.
+      dtype: the dtype of the parameter.
+      treatment: the noise of the parameter.
+      reason: the reason for the treatment, for :meth:`eggroll.EvolutionStrategy.describe`.
+      arithmetic: the arithmetic that perturbs, sums and updates the parameter.
+      spec: the sharding of the parameter on the mesh; None if it is unknown.
     """
 
     path: str
@@ -44,34 +44,35 @@ class Leaf:
 
     @property
     def keeps_copy(self) -> bool:
-        """Whether a float32 copy of the parameter is what is trained."""
+        """Whether a float32 copy of the parameter is trained."""
         return self.trainable and self.arithmetic.keeps_copy(self.dtype)
 
     @property
     def sum_type(self) -> DTypeLike:
-        """The type in which the parameter's noise is summed up."""
+        """The dtype of the sum of the parameter's noise."""
         return self.arithmetic.sum_type(self.dtype)
 
     @property
     def sigma(self) -> float:
-        """The factor on the strategy's sigma."""
+        """The factor on the strategy's sigma; 0 if frozen."""
         return 0.0 if isinstance(self.treatment, Frozen) else self.treatment.sigma
 
     @property
     def rank(self) -> int:
-        """The rank of low-rank noise; 1 for other noise."""
+        """The rank of low-rank noise; 1 for other treatments."""
         return (isinstance(self.treatment, Matrix) and self.treatment.rank) or 1
 
     @property
     def root_rank(self) -> float:
-        """What ``sum_r A_r B_r`` is divided by to have entries of unit variance."""
+        """The divisor that gives the entries of ``sum_r A_r B_r`` unit variance."""
         return math.sqrt(self.rank)
 
     def noise_shapes(self) -> tuple[Shape, ...]:
-        """Shapes of what one pair of members draws.
+        """The shapes of the noise of one pair.
 
-        Two factors ``[rank, *axes]`` for low-rank noise, with size 1 along the axes that a factor
-        does not vary along; what the arithmetic says for dense noise; nothing for a frozen leaf.
+        Low-rank noise has two factors ``[rank, *axes]``, with size 1 along the axes over which a
+        factor does not vary. The arithmetic determines the shapes of dense noise. A frozen leaf has
+        none.
         """
         t = self.treatment
         if isinstance(t, Frozen):
@@ -83,7 +84,7 @@ class Leaf:
         return ((self.rank, *a), (self.rank, *b))
 
     def noise_specs(self) -> tuple[jax.sharding.PartitionSpec | None, ...]:
-        """How the noise of one pair is laid out on a mesh: every axis as the parameter's."""
+        """The sharding of one pair's noise on the mesh; each axis follows the parameter's axis."""
         shapes = self.noise_shapes()
         if self.spec is None:
             return (None,) * len(shapes)
@@ -98,43 +99,45 @@ class Leaf:
 
     @property
     def noise_dtype(self) -> DTypeLike:
-        """The type that noise is drawn in."""
+        """The dtype that noise is drawn in."""
         if isinstance(self.treatment, Matrix):
             return self.arithmetic.factor_type(self.dtype)
         return self.arithmetic.dense_type(self.dtype)
 
     @property
     def noise_bytes(self) -> int:
-        """Bytes that a pair of members draws for this parameter."""
+        """The bytes of noise that a pair draws for this parameter."""
         size = jnp.dtype(self.noise_dtype).itemsize if self.trainable else 0
         return size * sum(math.prod(shape) for shape in self.noise_shapes())
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The treatment of every leaf, in the order of the parameters' tree.
+    """The treatment of every leaf, in the order of the leaves in the tree of parameters.
 
     Attributes:
-      leaves: one record a parameter.
+      leaves: one record a leaf.
     """
 
     leaves: tuple[Leaf, ...]
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """The arithmetic of a whole generation: that of integers where int8 parameters alone are
-        trained by integer noise, else that of floats (for quantised leaves too)."""
+        """The arithmetic of a generation as a whole.
+
+        Integers if a leaf is trained with integer noise; else floats, for quantised leaves too.
+        """
         whole = any(leaf.trainable and leaf.arithmetic == INTEGERS for leaf in self.leaves)
         return INTEGERS if whole else FLOATS
 
     @property
     def noise_bytes(self) -> int:
-        """Bytes that a pair of members draws for all parameters."""
+        """The bytes of noise that a pair draws for all parameters."""
         return sum(leaf.noise_bytes for leaf in self.leaves)
 
     @property
     def specs(self) -> tuple[jax.sharding.PartitionSpec | None, ...]:
-        """How the parameters are laid out on a mesh, where that is known."""
+        """The sharding of every parameter on the mesh; None where it is unknown."""
         return tuple(leaf.spec for leaf in self.leaves)
 
     @property
@@ -143,12 +146,17 @@ class Plan:
         return max(leaf.rank for leaf in self.leaves)
 
     def placed(self, specs: Sequence[jax.sharding.PartitionSpec | None]) -> "Plan":
-        """The plan of parameters with this layout on a mesh."""
+        """The same plan for parameters with this sharding on a mesh."""
         placed = zip(self.leaves, specs, strict=True)
         return Plan(tuple(dataclasses.replace(leaf, spec=spec) for leaf, spec in placed))
 
     def __getitem__(self, path: str) -> Leaf:
+        """The leaf with this path.
+
+        Raises:
+          KeyError: no leaf has this path.
+        """
         for leaf in self.leaves:
             if leaf.path == path:
                 return leaf
-        raise KeyError(f"no parameter {path!r}; there are {[leaf.path for leaf in self.leaves]}")
+        raise KeyError(f"parameter {path!r}: must be one of {[leaf.path for leaf in self.leaves]}")

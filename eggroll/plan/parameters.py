@@ -1,4 +1,4 @@
-"""The tree of parameters: paths of its leaves, and which of them can be trained."""
+"""The tree of parameters: the paths of its leaves, and the leaves that can be trained."""
 
 import fnmatch
 from collections.abc import Callable
@@ -14,7 +14,7 @@ def leaf_paths(params: PyTree) -> list[tuple[str, IsArray]]:
     """The leaves of a tree of parameters with their paths, such as ``"params/Dense_0/kernel"``.
 
     Raises:
-      ValueError: a leaf is no array, or two leaves have the same path.
+      ValueError: a leaf is not an array, or two leaves have the same path.
 
     Example:
       >>> [path for path, _ in leaf_paths({"w": jnp.ones(2), "layers": [jnp.ones(3)]})]
@@ -25,7 +25,7 @@ def leaf_paths(params: PyTree) -> list[tuple[str, IsArray]]:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise ValueError(
-                f"parameter {path!r} is {leaf!r}, not an array; keep what is not an array out of the "
+                f"parameter {path!r} is {leaf!r}: must be an array; keep other values out of the "
                 "parameters (with Equinox: eqx.partition(model, eqx.is_array))"
             )
         leaves.append((path, leaf))
@@ -33,14 +33,14 @@ def leaf_paths(params: PyTree) -> list[tuple[str, IsArray]]:
     for path, _ in leaves:
         if path in seen:
             raise ValueError(
-                f"two parameters have the path {path!r}; noise is keyed by paths: rename one"
+                f"parameter {path!r}: must be a unique path, since noise is keyed by paths"
             )
         seen.add(path)
     return leaves
 
 
 def is_float(leaf: HasDtype) -> bool:
-    """Whether a leaf holds real floating numbers."""
+    """Whether a leaf holds real floating-point numbers."""
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
@@ -50,9 +50,9 @@ def is_complex(leaf: HasDtype) -> bool:
 
 
 def trained_type(params: PyTree) -> Callable[[HasDtype], bool]:
-    """Which leaves are trained by their type: float ones; in a tree without any, those in int8.
+    """Which leaves have a trained dtype: floats, or int8 in a tree without floats.
 
-    Beside float leaves an int8 leaf is trained only where an override is its exact path.
+    Beside float leaves, an int8 leaf is trained only if an override equals its path.
     """
     if any(is_float(leaf) or is_complex(leaf) for _, leaf in leaf_paths(params)):
         return is_float
@@ -60,9 +60,9 @@ def trained_type(params: PyTree) -> Callable[[HasDtype], bool]:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a path is meant by a pattern: by ``fnmatch``, or as it is printed.
+    """Whether a path matches a pattern, by ``fnmatch`` or literally.
 
-    Square brackets are also taken literally, since paths of some libraries hold them.
+    Square brackets also match literally, since paths of some libraries contain them.
 
     Example:
       >>> matches("blocks[0]/w", "blocks[0]/*"), matches("block1/w", "block[01]/w")

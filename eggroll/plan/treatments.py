@@ -1,4 +1,4 @@
-"""What one parameter gets: low-rank noise, dense noise, or none."""
+"""The treatments of a parameter: low-rank noise, dense noise, frozen."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ Axes = int | Sequence[int]
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Matrix:
-    """Low-rank noise: a factor ``A`` over the row axes, a factor ``B`` over the column axes.
+    """Low-rank noise: a factor ``A`` over the row axes and a factor ``B`` over the column axes.
 
     Attributes:
-      rows: axes that ``A`` varies along (mostly those that a product contracts).
-      columns: axes that ``B`` varies along.
-      batch: axes with noise of their own at every index: layers of a stack, experts.
-      rank: columns of ``A`` and ``B``; None takes the strategy's.
+      rows: axes over which ``A`` varies, usually the axes that a product contracts.
+      columns: axes over which ``B`` varies.
+      batch: axes whose indices have independent noise: layers of a stack, experts.
+      rank: number of columns of ``A`` and ``B``; None takes the strategy's rank.
       sigma: factor on the strategy's sigma for this parameter.
 
     Example:
@@ -45,7 +45,7 @@ class Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """Full-rank noise, one number an entry: vectors, small matrices, or plain OpenES.
+    """Full-rank noise, one sample an entry: for vectors, small matrices, or plain OpenES.
 
     Attributes:
       sigma: factor on the strategy's sigma for this parameter.

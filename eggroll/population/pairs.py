@@ -1,9 +1,9 @@
 """Maps a function over the population: pairs, chunks, devices.
 
-The unit is a pair of members, since both share one draw of noise. Pairs are mapped by ``vmap`` in
-chunks that bound memory, one chunk after the other, and the axis "population" of a mesh divides them
-among devices. Neither changes what a pair computes, except for rounding under a fast
-:class:`~eggroll.population.schedule.Schedule`.
+The unit is a pair of members, since both members share one draw of noise. ``vmap`` maps the pairs
+of a chunk, and chunks run one after another to bound memory. The axis "population" of a mesh
+divides the pairs among devices. Chunks and devices change the results of a pair by rounding alone,
+and under a reproducible :class:`~eggroll.population.schedule.Schedule` not at all.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from eggroll.population.schedule import FAST, Schedule, share
 
 
 def by_chunk(tree: PyTree, at_once: int) -> PyTree:
-    """Leaves ``[n, ...]`` as ``[chunks, at_once, ...]``; the first entries fill up the last chunk.
+    """Reshapes leaves ``[n, ...]`` to ``[chunks, at_once, ...]``; first entries pad the last chunk.
 
     Example:
       >>> by_chunk(jnp.arange(5), 2).tolist()
@@ -44,17 +44,17 @@ def split_pairs(
     block: int = 1,
     everywhere: bool = False,
 ) -> PyTree:
-    """Calls ``fn(ids [share], valid [share], data [share, ...])`` once a device, over its pairs.
+    """Calls ``fn(ids [share], valid [share], data [share, ...])`` on each device, over its pairs.
 
-    Ids past the last pair repeat the first ones and have ``valid`` False.
+    The padding after the last pair repeats the first pairs, with ``valid`` False.
 
     Args:
       fn: the function.
-      pairs: how many pairs there are.
-      data: tree of what each pair gets, leaves ``[pairs, ...]``, or padded as this function pads.
+      pairs: number of pairs.
+      data: a tree with the data of each pair, leaves ``[pairs, ...]``, or padded by this function.
       mesh: divides pairs over its axis "population".
-      out_specs: layout of the outputs over that axis, as ``jax.shard_map`` takes it.
-      block: pairs that stay together on a device.
+      out_specs: sharding of the outputs over that axis, as for ``jax.shard_map``.
+      block: number of pairs that stay together on a device.
       everywhere: whether every device gets all pairs.
     """
     total = share(pairs, None if everywhere else mesh, block)
@@ -66,7 +66,7 @@ def split_pairs(
     if mesh is None:
         return fn(ids, valid, data)
     spec = jax.P() if everywhere else jax.P(AXIS)
-    # check_vma off: loops of models start from constants, which it would not let vary over devices.
+    # check_vma would refuse loops of models that start from constants and then vary over devices.
     return jax.shard_map(
         fn,
         mesh=mesh,
@@ -85,16 +85,16 @@ def map_pairs(
     mesh: Mesh | None = None,
     always: Bool[Array, ""] | bool = True,
 ) -> PyTree:
-    """``fn`` of all pairs, a chunk of them at a time.
+    """Maps ``fn`` over all pairs, a chunk at a time.
 
     Args:
-      fn: ``fn(pairs [n], data [n, ...])`` gives a tree of leaves ``[n, 2, ...]``, the two members
+      fn: ``fn(pairs [n], data [n, ...])`` returns a tree of leaves ``[n, 2, ...]``, the two members
         of each pair.
-      pairs: how many pairs there are.
-      data: tree of what each pair gets, leaves ``[pairs, ...]``.
-      schedule: how pairs are cut into chunks.
+      pairs: number of pairs.
+      data: a tree with the data of each pair, leaves ``[pairs, ...]``.
+      schedule: determines the chunks.
       mesh: divides pairs over its axis "population".
-      always: as :func:`~eggroll.population.schedule.isolated` takes it, for a reproducible schedule.
+      always: a true value, as for :func:`~eggroll.population.schedule.isolated`.
 
     Returns:
       The same tree with leaves ``[2 * pairs, ...]``: members 2p and 2p + 1 are pair p.

@@ -1,4 +1,4 @@
-"""In which pieces members are computed and sums are formed: as is quickest, or reproducibly."""
+"""The division of members and sums into chunks and parts: fast, or reproducible."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,29 +12,29 @@ from jaxtyping import Array, Bool, PyTree
 
 from eggroll.population.placement import devices
 
-# Options of the compiler for reproducible programs. XLA may leave out roundings to bfloat16, and does
-# so depending on the number of devices. Its older emitters for CPUs round sums and products
-# differently from program to program, whatever the flags of the process say.
+# Compiler options for reproducible programs. XLA may omit roundings to bfloat16, depending on the
+# number of devices. Its older CPU emitters round sums and products differently from program to
+# program, regardless of the flags of the process.
 EXACT = {"xla_allow_excess_precision": False, "xla_cpu_use_fusion_emitters": True}
 
 Out = TypeVar("Out", bound=PyTree)
 
-# Parts of the population that a reproducible schedule fixes, whatever the number of devices. More
-# would serve more devices, and take more memory where the sums of the parts are added up.
+# The number of fixed parts of the population in a reproducible schedule. More parts would keep more
+# devices busy, and take more memory for the sums of the parts.
 PARTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """How the pairs of a population are cut into pieces.
+    """The division of the pairs of a population into chunks and parts.
 
-    Compilers sum in an order that depends on shapes and on the code around a sum. A reproducible
-    schedule gives the same bits on any number of devices: its pieces do not depend on the devices, each
-    is compiled in isolation, and their sums are added up in order.
+    Compilers sum in an order that depends on shapes and on the surrounding code. A reproducible
+    schedule gives the same bits on any number of devices: its parts do not depend on the devices,
+    each part is compiled in isolation, and their sums are added in order.
 
     Attributes:
-      chunk: members evaluated at a time on a device; None for all of its share.
-      parts: into how many fixed parts the population is cut; None where pieces follow the devices.
+      chunk: number of members that a device evaluates at a time; None for all of its members.
+      parts: number of fixed parts of the population; None if the division follows the devices.
 
     Example:
       >>> Schedule.fast(chunk=4).pairs_at_once(pairs=10, mesh=None)
@@ -48,31 +48,31 @@ class Schedule:
 
     @classmethod
     def fast(cls, chunk: int | None = None) -> "Schedule":
-        """Pieces as large as the devices and ``chunk`` allow."""
+        """Chunks as large as the devices and ``chunk`` allow."""
         return cls(chunk)
 
     @classmethod
     def reproducible(cls, chunk: int | None = None) -> "Schedule":
-        """Pieces that do not depend on the devices, each compiled in isolation."""
+        """Parts that do not depend on the devices, each compiled in isolation."""
         return cls(chunk, PARTS)
 
     @property
     def is_reproducible(self) -> bool:
-        """Whether results are the same bits on any number of devices."""
+        """Whether results have the same bits on any number of devices."""
         return self.parts is not None
 
     def pairs_at_once(self, pairs: int, mesh: Mesh | None) -> int:
-        """How many pairs a device evaluates at a time."""
+        """The number of pairs that a device evaluates at a time."""
         most = self.part(pairs) if self.is_reproducible else share(pairs, mesh)
         return most if self.chunk is None else min(max(1, self.chunk // 2), most)
 
     def part(self, pairs: int) -> int:
-        """How many pairs are in each fixed part of a reproducible schedule."""
+        """The number of pairs in each part of a reproducible schedule."""
         assert self.parts is not None
         return -(-pairs // self.parts)
 
     def isolate(self, fn: Callable[..., Out], always: Bool[Array, ""], *args: PyTree) -> Out:
-        """``fn(*args)``; a reproducible schedule compiles it in isolation, as :func:`isolated` does."""
+        """``fn(*args)``; a reproducible schedule compiles it with :func:`isolated`."""
         return isolated(fn, always, *args) if self.is_reproducible else fn(*args)
 
 
@@ -80,7 +80,7 @@ FAST = Schedule.fast()
 
 
 def share(pairs: int, mesh: Mesh | None, block: int = 1) -> int:
-    """How many pairs each device gets, padding included: whole blocks.
+    """The number of pairs of each device, in whole blocks, padding included.
 
     Example:
       >>> share(pairs=10, mesh=None, block=4)
@@ -90,20 +90,20 @@ def share(pairs: int, mesh: Mesh | None, block: int = 1) -> int:
 
 
 def isolated(fn: Callable[..., Out], always: Bool[Array, ""], *args: PyTree) -> Out:
-    """``fn(*args)``, compiled in isolation and stored.
+    """``fn(*args)``, compiled in isolation, with its result materialised.
 
-    XLA may fuse arithmetic with the code around it: repeat it for each of its uses, or round
-    otherwise than elsewhere. An optimization barrier prevents that, but the CPU compiler removes
-    barriers before it fuses. On CPU this is a ``lax.cond`` with a predicate that is always true, since
-    XLA compiles a branch on its own.
+    XLA may fuse operations with the surrounding code. It then repeats them for each use, or rounds
+    differently than in another program. An optimization barrier prevents this on accelerators, but
+    the CPU compiler removes barriers before it fuses. On CPU this is a ``lax.cond`` with a
+    predicate that is always true, since XLA compiles a branch on its own.
 
     Args:
-      fn: what to compute.
-      always: a true value that the compiler cannot know.
+      fn: the function.
+      always: a true value that the compiler cannot fold to a constant; bool ``[]``.
       *args: trees of arrays.
     """
-    # Jitted so that it is traced once for both platforms. Not under a vmap over pairs for the same
-    # reason: batching a branch traces it several times over.
+    # Jitted, so that it is traced once for both platforms. Callers do not vmap over this function
+    # for the same reason: batching a branch traces it several times.
     make = jax.jit(fn)
 
     def never(*args: PyTree) -> PyTree:

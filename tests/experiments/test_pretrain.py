@@ -149,7 +149,9 @@ def test_members_of_a_group_read_the_same_stream() -> None:
 
 def test_floats_in_an_integer_model_are_refused() -> None:
     method = Evolution(settings(), a_model(jnp.float32))
-    with pytest.raises(ValueError, match="parameter 'w' is float32 in an integer model; int8"):
+    with pytest.raises(
+        ValueError, match="parameter 'w' is float32 in an integer model: must be int8"
+    ):
         method.start(jnp.int32(0))
 
 
