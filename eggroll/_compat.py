@@ -7,6 +7,10 @@ import jax
 from jax.extend import core
 from jax.sharding import AxisType
 
+# XLA's older emitters for CPUs round sums and products differently from program to program. Until JAX
+# 0.11 an option says that they are not used, whatever the flags of the process are.
+ONE_EMITTER = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
+
 
 class ScanParts(NamedTuple):
     """A scan equation taken apart: constants, carry and scanned inputs of its body."""

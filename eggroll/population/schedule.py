@@ -10,12 +10,12 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, PyTree
 
+from eggroll import _compat as compat
 from eggroll.population.placement import devices
 
 # Options of the compiler for reproducible programs. XLA may leave out roundings to bfloat16, and does
-# so depending on the number of devices. Its older emitters for CPUs round sums and products
-# differently from program to program, whatever the flags of the process say.
-EXACT = {"xla_allow_excess_precision": False, "xla_cpu_use_fusion_emitters": True}
+# so depending on the number of devices.
+EXACT = {"xla_allow_excess_precision": False, **compat.ONE_EMITTER}
 
 Out = TypeVar("Out", bound=PyTree)
 
