@@ -3,7 +3,8 @@
 Lion and Lion-K, SGDP and AdamP, FRUGAL, GaLore and BAdam.
 """
 
-from optim import dual, kappa
+from optim import dual, kappa, projector
+from optim._matrices import linear_weights
 from optim.adamp import adamp, scale_by_adamp
 from optim.badam import badam
 from optim.diagnostics import constraint_violation, kkt_score, lyapunov
@@ -27,6 +28,7 @@ __all__ = [
     "galore",
     "kappa",
     "kkt_score",
+    "linear_weights",
     "lion",
     "lion_k",
     "lyapunov",

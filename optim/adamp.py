@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from optim.projection import Projected, broadcast, project
-from optim.requirements import Scalar, need_params
+from optim._radial import Projected, project
+from optim._trees import Scalar, broadcast, need_params
 
 
 def scale_by_adamp(
@@ -104,7 +104,7 @@ def with_decay(
 
     # None and not a number is the default, so that inject_hyperparams takes neither for a rate.
     defaults = ((channel_axis, -1), (batch_axes, 0), (mask, True))
-    each = [broadcast(default if p is None else p, params) for p, default in defaults]
+    each = [broadcast(p, params, default) for p, default in defaults]
     tree: Any = jax.tree.structure(grads)
     found = tree.flatten_up_to(jax.tree.map(of, grads, params, *each, *moments))
     new = (tree.unflatten([m[i] for _, m in found]) for i in range(len(moments)))

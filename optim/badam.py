@@ -5,10 +5,9 @@ from typing import Any
 import jax
 import optax
 
-from optim.blockwise import Order, Unit, blockwise
+from optim._trees import broadcast, need_params
 from optim.frugal import scale_by_frugal
-from optim.projection import broadcast
-from optim.requirements import need_params
+from optim.projector._blocks import Order, Unit, blockwise
 
 
 def badam(
@@ -83,7 +82,7 @@ def badam(
         decayed = jax.tree.map(
             lambda x, is_decayed: (rate * x if is_decayed else 0 * x).astype(x.dtype),
             params,
-            broadcast(True if mask is None else mask, params),
+            broadcast(mask, params, True),
         )
         return inner.update(updates, state, decayed, **extra)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from optim.requirements import Scalar, need_params
+from optim._trees import Scalar, need_params
 
 Tensor = Float[Array, "*shape"]
 

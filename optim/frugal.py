@@ -11,9 +11,9 @@ from jaxtyping import Array, Int
 # Not among optax's public names, though its own transforms ask for it.
 from optax.tree_utils._state_utils import _ParamsPlaceholder
 
-from optim.matrices import cut
+from optim._matrices import cut
+from optim._trees import Scalar
 from optim.projector import Projector, columns
-from optim.requirements import Scalar
 
 OnRefresh = Literal["reset", "keep", "reproject"]
 

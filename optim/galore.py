@@ -4,9 +4,9 @@ from typing import Any
 
 import optax
 
-from optim.bases import Side, svd
+from optim._trees import Scalar
 from optim.frugal import frugal
-from optim.requirements import Scalar
+from optim.projector._bases import Side, svd
 
 
 def galore(

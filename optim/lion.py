@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from optim.requirements import Scalar
+from optim._trees import Scalar
 
 
 class ScaleByLionState(NamedTuple):

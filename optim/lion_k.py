@@ -8,8 +8,8 @@ import optax
 from jaxtyping import Array
 
 from optim import kappa as kappas
+from optim._trees import Scalar
 from optim.lion import ScaleByLionState, blended, kept_as, moved
-from optim.requirements import Scalar
 
 
 def scale_by_lion_k(

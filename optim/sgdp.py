@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from optim._trees import Scalar, need_params
 from optim.adamp import with_decay
-from optim.requirements import Scalar, need_params
 
 
 class ScaleBySgdpState(NamedTuple):

@@ -112,7 +112,7 @@ def split_of(also: str | None, dimension_numbers: PyTree) -> Callable[[PyTree], 
     Raises:
         UsageError: while it works, for a path that no parameter has.
     """
-    from optim.matrices import linear_weights
+    from optim import linear_weights
 
     def split(params: PyTree) -> PyTree:
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import optim
-from optim.projection import broadcast, project
+from optim._radial import project
+from optim._trees import broadcast
 
 # As PyTorch has them: output channels first.
 SHAPES = [(), (5,), (1, 6), (6, 1), (4, 7), (3, 2, 3, 3), (2, 1)]

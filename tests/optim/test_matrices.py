@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from optax.contrib import GaLoreDimensionNumbers, MuonDimensionNumbers
 
-from optim.matrices import cut, linear_weights, view, views
+from optim._matrices import cut, linear_weights, view, views
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optim import coordinates, projector
-from optim.blockwise import Blocks
-from optim.splits import Projector
+from optim import projector
+from optim.projector import _coordinates
+from optim.projector._blocks import Blocks
+from optim.projector._interface import Projector
 
 PROJECTORS = {
     "columns": projector.columns(),
@@ -148,7 +149,7 @@ def test_least_bits_are_a_set_of_their_size_ties_or_not(seed: int, number: int) 
         np.testing.assert_array_equal(places, right)
 
 
-least = jax.jit(coordinates.least, static_argnums=1)
+least = jax.jit(_coordinates.least, static_argnums=1)
 
 
 def test_columns_are_taken_alike_on_one_cpu_and_on_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from optim.splits import Projector, Split, each_matrix
+from optim.projector._interface import Projector, Split, each_matrix
 
 Side = Literal["std", "reverse_std", "left", "right", "full"]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt
 
-from optim.splits import Projector, Split, count, each_matrix
+from optim.projector._interface import Projector, Split, count, each_matrix
 
 
 def least(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from optim.matrices import paths
+from optim._matrices import paths
 
 
 class Projector(NamedTuple):

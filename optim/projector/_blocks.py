@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from optim.matrices import paths
-from optim.splits import Projector
+from optim._matrices import paths
+from optim.projector._interface import Projector
 
 Order = Literal["random", "shuffled", "ascending", "descending", "mirror"]
 Unit = Literal["leaf", "layer"]

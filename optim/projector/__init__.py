@@ -4,9 +4,9 @@ A :class:`Projector` works on a tree of matrices (or stacks of matrices, each of
 own). Its state is arrays alone: indices or bases. One's own is four functions.
 """
 
-from optim.bases import random, svd
-from optim.blockwise import blockwise
-from optim.coordinates import columns, randk, rows
-from optim.splits import Projector
+from optim.projector._bases import random, svd
+from optim.projector._blocks import blockwise
+from optim.projector._coordinates import columns, randk, rows
+from optim.projector._interface import Projector
 
 __all__ = ["Projector", "blockwise", "columns", "randk", "random", "rows", "svd"]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from optim.requirements import Scalar
+from optim._trees import Scalar
 
 
 class Projected(NamedTuple):
@@ -175,15 +175,3 @@ def _sums_by_rows(
         tuple(a.reshape(weight.shape) for a in flat),
         [s.reshape(shape).astype(weight.dtype) for s in sums],
     )
-
-
-def broadcast(prefix: Any, tree: Any) -> Any:
-    """A prefix of a tree, a tree of functions' answers or one value, as a value for every leaf.
-
-    Example:
-      >>> broadcast({"a": 1, "b": 2}, {"a": [0.0, 0.0], "b": 0.0})
-      {'a': [1, 1], 'b': 2}
-    """
-    if callable(prefix):
-        prefix = prefix(tree)
-    return jax.tree.map(lambda value, sub: jax.tree.map(lambda _: value, sub), prefix, tree)
