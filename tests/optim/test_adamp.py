@@ -222,5 +222,5 @@ def test_steps_never_shrink_what_is_projected() -> None:
 
 
 def test_momentum_of_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="momentum=1.0: a number from 0 to below 1"):
+    with pytest.raises(ValueError, match="momentum must be from 0 to below 1, got 1.0"):
         optim.sgdp(0.1, momentum=1.0)
