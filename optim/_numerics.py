@@ -110,6 +110,9 @@ def sign(z: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     return divided(z, jnp.where(top > 0, jnp.abs(z), 1))
 
 
-def agrees(a: Inexact[Array, "..."], b: Inexact[Array, "..."]) -> Bool[Array, "..."]:
-    """Whether entries point to the same side: the product of real ones is positive."""
-    return real_product(sign(a), sign(b)) > 0
+def opposes(a: Inexact[Array, "..."], b: Inexact[Array, "..."]) -> Bool[Array, "..."]:
+    """Whether entries do not point to the same side: the product of real ones is not positive.
+
+    False where an entry is not a number, so that a selection by it keeps those.
+    """
+    return real_product(sign(a), sign(b)) <= 0

@@ -111,11 +111,11 @@ def _square_dtype(dtype: DTypeLike) -> DTypeLike:
 
 
 def _squarable(g: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
-    """The gradient with its finite parts cut off where their squares would overflow."""
-    if jnp.iscomplexobj(g):
-        return jax.lax.complex(_squarable(g.real), _squarable(g.imag))
+    """The gradient, with entries whose squares would overflow shortened; infinite ones stay."""
     most = 0.5 * float(jnp.finfo(g.dtype).max) ** 0.5
-    return jnp.where(jnp.isinf(g), g, jnp.clip(g, -most, most))
+    if not jnp.iscomplexobj(g):
+        return jnp.where(jnp.isinf(g), g, jnp.clip(g, -most, most))
+    return jnp.where((jnp.abs(g) > most) & jnp.isfinite(g), most * _numerics.sign(g), g)
 
 
 def with_decay(

@@ -229,9 +229,10 @@ def topk(k: int) -> Kappa:
         return values, at
 
     def subgradient(z: Tensor) -> Tensor:
+        # A selection from the signs is sharded as they are; a scatter of them would not be.
         _, at = top(z)
-        chosen = jnp.zeros(z.size, z.dtype).at[at].set(sign(z).ravel()[at])
-        return chosen.reshape(z.shape)
+        is_chosen = jnp.zeros(z.size, bool).at[at].set(True).reshape(z.shape)
+        return jnp.where(is_chosen, sign(z), 0)
 
     def conjugate(y: Tensor) -> Value:
         most = max(min(k, y.size), 1)

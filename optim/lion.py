@@ -104,8 +104,9 @@ def scale_by_lion(
         def direction(g: ArrayLike, old: Array, new: Array) -> Array:
             u = _numerics.sign(blended(g, old, new, b1, b2))
             if cautious:
-                is_kept = _numerics.agrees(u, wide(g))
-                u = jnp.where(is_kept, u, 0) * (u.size / (is_kept.sum() + 1)).astype(u.dtype)
+                is_dropped = _numerics.opposes(u, wide(g))
+                kept = u.size - is_dropped.sum()
+                u = jnp.where(is_dropped, 0, u) * (u.size / (kept + 1)).astype(u.dtype)
             return u.astype(_numerics.common_dtype(jnp.result_type(g), old.dtype))
 
         signs = jax.tree.map(direction, updates, state.mu, new)

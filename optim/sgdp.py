@@ -130,16 +130,16 @@ def sgdp(
     Example:
       >>> import jax, jax.numpy as jnp, optax, optim
       >>> f = lambda x: jnp.sum((x @ jnp.ones(3) - 1) ** 2)
-      >>> solver = optim.sgdp(learning_rate=0.05, momentum=0.9)
+      >>> solver = optim.sgdp(learning_rate=0.02, momentum=0.9)
       >>> x = jnp.array([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
       >>> state = solver.init(x)
       >>> for _ in range(3):
       ...     updates, state = solver.update(jax.grad(f)(x), state, x)
       ...     x = optax.apply_updates(x, updates)
       ...     print(f"objective: {f(x):.2f}")
-      objective: 12.25
-      objective: 1.21
-      objective: 1.93
+      objective: 19.36
+      objective: 11.10
+      objective: 3.88
 
     References:
       Heo et al., `AdamP <https://arxiv.org/abs/2006.08217>`_, 2021
