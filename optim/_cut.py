@@ -1,7 +1,6 @@
 """Trees of parameters in two: what is split, as matrices, and what is left whole."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from optim._dimensions import Leaf, leaves_of
 from optim._linear_weights import is_linear, is_unknown
 from optim._matrices import View, view
 from optim._sharding import alike, gathered
-from optim._trees import broadcast
+from optim._trees import Setting, broadcast
 
 
 class Cut(NamedTuple):
@@ -59,8 +58,8 @@ class Cut(NamedTuple):
 
 def cut(
     params: PyTree,
-    which: PyTree | Callable[[PyTree], PyTree] = None,
-    dimension_numbers: PyTree | Callable[[PyTree], PyTree] = None,
+    which: Setting = None,
+    dimension_numbers: Setting = None,
     tell: bool = False,
 ) -> Cut:
     """How a tree is cut. Leaves without entries are left whole.

@@ -7,7 +7,7 @@ axis numbers layers, and the axes behind it are a layer's own. *Attention kernel
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from optim._matrices import DimensionNumbers
 from optim._names import Names, names_of
-from optim._trees import Node, nodes, resolved
+from optim._trees import Node, Setting, nodes, resolved
 
 # Names of subtrees that hold a stack, even where no name within says that a leaf is a vector.
 STACKS = frozenset({"layers", "layer", "blocks", "block", "stack", "experts", "h"})
@@ -46,9 +46,7 @@ class Leaf(NamedTuple):
     is_matrix: bool
 
 
-def leaves_of(
-    params: PyTree, dimension_numbers: PyTree | Callable[[PyTree], PyTree] = None
-) -> list[Leaf]:
+def leaves_of(params: PyTree, dimension_numbers: Setting = None) -> list[Leaf]:
     """The leaves of a tree, in their order.
 
     Args:

@@ -1,11 +1,10 @@
 """Which leaves are weights of linear layers."""
 
-from collections.abc import Callable
-
 import jax
 from jaxtyping import PyTree
 
 from optim._dimensions import Leaf, leaves_of
+from optim._trees import Setting
 
 
 def is_linear(leaf: Leaf) -> bool:
@@ -20,9 +19,7 @@ def is_unknown(leaf: Leaf) -> bool:
     return own and not leaf.names.is_other and not leaf.names.is_head_outside
 
 
-def linear_weights(
-    params: PyTree, dimension_numbers: PyTree | Callable[[PyTree], PyTree] = None
-) -> PyTree:
+def linear_weights(params: PyTree, dimension_numbers: Setting = None) -> PyTree:
     """Tells which leaves are weights of linear layers, by their axes and names.
 
     A leaf is one if it is a matrix, or a stack of matrices, and its path does not say that it is an

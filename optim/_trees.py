@@ -1,7 +1,7 @@
 """What every transform asks of its arguments: parameters, rates, and settings leaf by leaf."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jaxtyping import PyTree
@@ -11,6 +11,9 @@ from optax._src.base import NO_PARAMS_MSG
 
 # A rate: a number, or an array where it is injected or traced.
 Scalar = float | int | jax.Array
+
+# A setting for every leaf: see broadcast().
+Setting: TypeAlias = PyTree | Callable[[PyTree], PyTree]
 
 
 def need_params(params: PyTree) -> PyTree:

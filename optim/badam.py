@@ -1,6 +1,5 @@
 """BAdam: Adam on one block of layers at a time."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from optim._cut import cut
 from optim._sharding import gathered
-from optim._trees import broadcast, need_params
+from optim._trees import Setting, broadcast, need_params
 from optim.frugal import FrugalState, scale_by_frugal
 from optim.projector._blocks import Order, Unit, active_entries, blockwise
 
@@ -20,13 +19,13 @@ def badam(
     update_gap: int | None = 50,
     base: optax.GradientTransformation | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: PyTree | Callable[[PyTree], PyTree] = None,
+    mask: Setting = None,
     *,
     order: Order = "shuffled",
     unit: Unit = "layer",
     active: int = 1,
-    split: PyTree | Callable[[PyTree], PyTree] = True,
-    dimension_numbers: PyTree | Callable[[PyTree], PyTree] = None,
+    split: Setting = True,
+    dimension_numbers: Setting = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""BAdam: Adam on one block of layers at a time; the other blocks stay as they are.

@@ -13,7 +13,7 @@ from optax.tree_utils._state_utils import _ParamsPlaceholder
 
 from optim._cut import cut
 from optim._sharding import gathered, spread, zeros
-from optim._trees import Scalar
+from optim._trees import Scalar, Setting
 from optim.projector import Projector, rows
 
 OnRefresh = Literal["reset", "keep", "reproject"]
@@ -109,8 +109,8 @@ def scale_by_frugal(
     state_free: Literal["sign", "sgd"] | optax.GradientTransformation | None = "sign",
     *,
     on_refresh: OnRefresh = "reset",
-    split: PyTree | Callable[[PyTree], PyTree] = None,
-    dimension_numbers: PyTree | Callable[[PyTree], PyTree] = None,
+    split: Setting = None,
+    dimension_numbers: Setting = None,
     inactive_lr_scale: Scalar = 1.0,
     proj_lr_scale: Scalar = 1.0,
     key: int | Array = 0,
@@ -256,11 +256,11 @@ def frugal(
     state_full: optax.GradientTransformation | None = None,
     state_free: Literal["sign", "sgd"] | optax.GradientTransformation | None = "sign",
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: PyTree | Callable[[PyTree], PyTree] = None,
+    mask: Setting = None,
     *,
     on_refresh: OnRefresh = "reset",
-    split: PyTree | Callable[[PyTree], PyTree] = None,
-    dimension_numbers: PyTree | Callable[[PyTree], PyTree] = None,
+    split: Setting = None,
+    dimension_numbers: Setting = None,
     inactive_lr_scale: Scalar = 1.0,
     proj_lr_scale: Scalar = 1.0,
     key: int | Array = 0,

@@ -1,12 +1,9 @@
 """GaLore: the full optimizer in the leading subspace of the gradient."""
 
-from collections.abc import Callable
-
 import optax
-from jaxtyping import PyTree
 
 from optim._deprecated import UNSET, Unset, renamed
-from optim._trees import Scalar
+from optim._trees import Scalar, Setting
 from optim.frugal import frugal
 from optim.projector._bases import Side, svd
 
@@ -18,14 +15,14 @@ def galore(
     scale: Scalar = 0.25,
     base_optimizer: optax.GradientTransformation | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: PyTree | Callable[[PyTree], PyTree] = None,
-    weight_dimension_numbers: PyTree | Callable[[PyTree], PyTree] = None,
+    mask: Setting = None,
+    weight_dimension_numbers: Setting = None,
     *,
     side: Side = "std",
-    split: PyTree | Callable[[PyTree], PyTree] = None,
+    split: Setting = None,
     update_gap: int | Unset | None = UNSET,
     base: optax.GradientTransformation | Unset | None = UNSET,
-    dimension_numbers: PyTree | Callable[[PyTree], PyTree] | Unset = UNSET,
+    dimension_numbers: Setting | Unset = UNSET,
 ) -> optax.GradientTransformationExtraArgs:
     r"""GaLore: :func:`optim.frugal` with singular vectors, nothing of the rest, and moments that stay.
 

@@ -41,3 +41,8 @@ TRANSFORMS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 # Numbers that fix a shape or a branch: a user of optax.inject_hyperparams names them as static.
 STATIC: tuple[str, ...] = ("active", "density", "rank", "update_gap", "update_proj_gap")
+
+# Those that work on whole leaves; the others on a part of every matrix, drawn or decomposed.
+WHOLE: tuple[str, ...] = tuple(
+    name for name in TRANSFORMS if name not in ("badam", "frugal", "galore")
+)
