@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Num, PyTree
+from jaxtyping import Array, Float, Int, Num, PyTree
 
 from eggroll import _checks as checks
 from eggroll import _programs as programs
@@ -302,7 +303,23 @@ class EvolutionStrategy(Settings):
         """What devices send each other: "update" or "fitness"."""
         return "fitness" if self.sends_scores_alone(plan) else "update"
 
+    # ------------------------------------------------------------ deprecated, until version 0.3
+
+    def epoch(self, state: State) -> Int[Array, ""]:
+        """Deprecated: ``state.generation // es.noise_reuse``, what noise is keyed by."""
+        _deprecated("epoch(state)", "state.generation // es.noise_reuse")
+        return state.generation // self.noise_reuse
+
+    def sigma_of(self, state: State) -> Float[Array, ""]:
+        """Deprecated: the standard deviation of the noise; metrics have it."""
+        _deprecated("sigma_of(state)", "metrics.sigma")
+        return generation.sigma_of(self, state.generation)
+
     def _with_metrics(self, done: tuple[State, Outcome | Metrics]) -> tuple[State, Metrics]:
         """The state with metrics, where the program of the update did not make them itself."""
         state, told = done
         return state, programs.metrics(self, told) if isinstance(told, Outcome) else told
+
+
+def _deprecated(old: str, new: str) -> None:
+    warnings.warn(f"es.{old} is deprecated; use {new}", DeprecationWarning, stacklevel=3)
