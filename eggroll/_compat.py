@@ -7,6 +7,10 @@ import jax
 from jax.extend import core
 from jax.sharding import AxisType
 
+# XLA's older CPU emitters round sums and products differently from program to program. Before JAX
+# 0.11, this compiler option disables them, regardless of the flags of the process.
+ONE_EMITTER = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
+
 
 class ScanParts(NamedTuple):
     """The parts of a scan equation.

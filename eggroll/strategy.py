@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Num, PyTree
+from jaxtyping import Array, Float, Int, Num, PyTree
 
 from eggroll import _checks as checks
 from eggroll import _programs as programs
@@ -385,7 +386,23 @@ class EvolutionStrategy(Settings):
         """The data that devices send each other under this plan: "update" or "fitness"."""
         return "fitness" if self.sends_scores_alone(plan) else "update"
 
+    # ------------------------------------------------------------ deprecated, until version 0.3
+
+    def epoch(self, state: State) -> Int[Array, ""]:
+        """Deprecated: use ``state.generation // es.noise_reuse``, the counter that keys noise."""
+        _deprecated("epoch(state)", "state.generation // es.noise_reuse")
+        return state.generation // self.noise_reuse
+
+    def sigma_of(self, state: State) -> Float[Array, ""]:
+        """Deprecated: use ``metrics.sigma``, the standard deviation of the noise."""
+        _deprecated("sigma_of(state)", "metrics.sigma")
+        return generation.sigma_of(self, state.generation)
+
     def _with_metrics(self, done: tuple[State, Outcome | Metrics]) -> tuple[State, Metrics]:
         """Adds metrics to a state if the program of the update returned an outcome instead."""
         state, result = done
         return state, programs.metrics(self, result) if isinstance(result, Outcome) else result
+
+
+def _deprecated(old: str, new: str) -> None:
+    warnings.warn(f"es.{old} is deprecated; use {new}", DeprecationWarning, stacklevel=3)

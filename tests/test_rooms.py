@@ -125,3 +125,36 @@ def test_no_two_files_import_each_other():
 
     for name in graph:
         visit(name, ())
+
+
+def summary(name: str) -> str:
+    """The first paragraph of a module's docstring, in one line."""
+    docstring = ast.get_docstring(ast.parse(MODULES[name].read_text()))
+    assert docstring, f"{name} has no docstring"
+    return " ".join(docstring.split("\n\n")[0].split())
+
+
+def the_map() -> str:
+    lines = []
+    for name, path in sorted(MODULES.items(), key=lambda item: item[1].parts):
+        if len(path.relative_to(ROOT).parts) == 2 and path.name == "__init__.py":
+            lines.append(f"\n### {name}\n")
+        lines.append(f"- `{path.relative_to(ROOT)}`: {summary(name)}")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_map_in_the_docs_is_current():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    found = page.split("<!-- map -->\n")[1].split("<!-- end of map -->")[0]
+    assert found == the_map(), (
+        "docs/architecture.md does not list the modules as they are; "
+        "cd tests; python -c 'import test_rooms; test_rooms.write_map()' writes the list anew"
+    )
+
+
+def write_map() -> None:
+    """Writes the list of modules in docs/architecture.md anew."""
+    page = ROOT / "docs" / "architecture.md"
+    before, rest = page.read_text().split("<!-- map -->\n")
+    after = rest.split("<!-- end of map -->")[1]
+    page.write_text(f"{before}<!-- map -->\n{the_map()}<!-- end of map -->{after}")

@@ -10,12 +10,12 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, PyTree
 
+from eggroll import _compat as compat
 from eggroll.population.placement import devices
 
 # Compiler options for reproducible programs. XLA may omit roundings to bfloat16, depending on the
-# number of devices. Its older CPU emitters round sums and products differently from program to
-# program, regardless of the flags of the process.
-EXACT = {"xla_allow_excess_precision": False, "xla_cpu_use_fusion_emitters": True}
+# number of devices.
+EXACT = {"xla_allow_excess_precision": False, **compat.ONE_EMITTER}
 
 Out = TypeVar("Out", bound=PyTree)
 

@@ -126,15 +126,28 @@ X = jnp.zeros((3, 16))
         ((16, 16), lambda w, x: x, Dense()),
         ((16, 1), lambda w, x: x @ w, Dense()),
         ((16, 32), lambda w, x: x @ w.reshape(16, 4, 8).reshape(16, 32), Matrix(0, 1, rank=1)),
-        ((256, 2), lambda w, x: x @ w.reshape(16, 32), Dense()),
+        # Both axes are contracted and free at once: the last is the columns, as by shape.
+        ((256, 2), lambda w, x: x @ w.reshape(16, 32), Matrix(0, 1, rank=1)),
     ],
 )  # fmt: skip
 def test_inferred_roles(shape, fn, expected):
     found = inferred(lambda p, key, x: fn(p["w"], x).sum(), zeros(w=shape), X)["w"]
-    if shape == (256, 2):  # rows and columns run together: whatever is chosen must be legal
-        assert isinstance(found, Dense | Matrix)
-    else:
-        assert found == expected
+    assert found == expected
+
+
+def test_a_plan_of_axes_that_are_run_together_is_computed_right():
+    """Rows and columns come to stand in one axis: the matrix is built, with the right numbers."""
+    fn = lambda p, key, x: x @ p["w"].reshape(16, 32)
+    params, x = zeros(w=(256, 2)), jax.random.normal(jax.random.key(0), (3, 16))
+    es = eggroll.EvolutionStrategy(
+        optimizer=optax.sgd(0.1), population=4, sigma=0.1, on_dense="ignore",
+        plan=infer(lambda *args: fn(*args).sum(), params, x),
+    )  # fmt: skip
+    state = es.init(params, 0)
+    members = es.ask(state, range(4))["w"]
+    assert np.linalg.matrix_rank(members[0]) == 1  # noise about zero, of rank 1
+    expected = jnp.einsum("bi,nij->nbj", x, members.reshape(4, 16, 32))
+    np.testing.assert_allclose(es.map(state, fn, x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_inferred_through_members_keys_aux_and_abstract_parameters():

@@ -161,9 +161,7 @@ def test_a_wide_pattern_is_not_for_them():
 
 def test_128_below_zero_is_refused():
     params = make_params()
-    with pytest.raises(
-        ValueError, match="'head': 1 of 30 entries are -128: must be -127 to 127"
-    ):
+    with pytest.raises(ValueError, match="'head': 1 of 30 entries are -128: must be -127 to 127"):
         make().init({**params, "head": params["head"].at[0, 0].set(-128)}, 0)
 
 

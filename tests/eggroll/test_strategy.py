@@ -232,6 +232,15 @@ def test_noise_reuse_keeps_the_noise_for_as_many_generations():
     )
 
 
+def test_deprecated_methods_still_answer_and_say_what_to_use():
+    es = make(noise_reuse=2, sigma=optax.linear_schedule(0.1, 0.0, 10))
+    state = es.init(make_params(), 0)._replace(generation=jnp.int32(5))
+    with pytest.warns(DeprecationWarning, match="use state.generation // es.noise_reuse"):
+        assert int(es.epoch(state)) == 2
+    with pytest.warns(DeprecationWarning, match="use metrics.sigma"):
+        assert float(es.sigma_of(state)) == pytest.approx(0.05)
+
+
 def test_keys_are_shared_in_a_pair_and_fresh_every_generation():
     def draws(params, key):
         return jax.random.uniform(key)
