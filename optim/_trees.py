@@ -1,7 +1,7 @@
 """What every transform asks of its arguments: parameters, rates, and settings leaf by leaf."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jaxtyping import PyTree
@@ -14,8 +14,6 @@ Scalar = float | int | jax.Array
 
 # A setting for every leaf: see broadcast().
 Setting: TypeAlias = PyTree | Callable[[PyTree], PyTree]
-
-Value = TypeVar("Value")
 
 
 def need_params(params: PyTree) -> PyTree:
@@ -75,3 +73,59 @@ def broadcast(
     prefix = resolved(setting, tree)
     values = jax.tree.broadcast(prefix, tree, is_leaf=lambda x: x is None)
     return jax.tree.map(lambda _, value: default if value is None else value, tree, values)
+
+
+def paths(tree: PyTree) -> list[str]:
+    """The paths of the leaves, in their order.
+
+    Example:
+      >>> paths({"layers": [{"kernel": 1.0}, {"kernel": 2.0}]})
+      ['layers/0/kernel', 'layers/1/kernel']
+    """
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found]
+
+
+class Node(NamedTuple):
+    """A node of a tree that holds others: a dict, a list, a module.
+
+    Attributes:
+      path: as ``"layers/0"``; empty for the root.
+      type: the name of its class.
+      children: the names of what it holds.
+      start, stop: which leaves lie in it, by their numbers.
+    """
+
+    path: str
+    type: str
+    children: tuple[str, ...]
+    start: int
+    stop: int
+
+
+def nodes(tree: PyTree) -> list[Node]:
+    """The nodes of a tree, each before those within it.
+
+    Example:
+      >>> [(node.path, node.start, node.stop) for node in nodes({"a": [1.0, 2.0], "b": 3.0})]
+      [('', 0, 3), ('a', 0, 2)]
+    """
+    found: list[Node] = []
+
+    def visit(x: PyTree, path: tuple[Any, ...], start: int) -> int:
+        level = jax.tree_util.default_registry.flatten_one_level_with_keys(x)
+        if level is None:
+            return start + 1
+        children = list(level[0])
+        place = len(found)
+        names = tuple(jax.tree_util.keystr((key,), simple=True) for key, _ in children)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found.append(Node(name, type(x).__name__, names, start, start))
+        stop = start
+        for key, child in children:
+            stop = visit(child, (*path, key), stop)
+        found[place] = found[place]._replace(stop=stop)
+        return stop
+
+    visit(tree, (), 0)
+    return found

@@ -8,6 +8,7 @@ from jaxtyping import Array, PyTree
 
 from optim import _numerics
 from optim import kappa as kappas
+from optim._sharding import alike
 from optim._trees import Scalar, Setting
 from optim.lion import ScaleByLionState, advanced, averaged, blended, start
 
@@ -52,7 +53,8 @@ def scale_by_lion_k(
 
         def direction(g: ArrayLike, old: Array, new: Array) -> Array:
             u = function.subgradient(blended(g, old, new, b1, b2))
-            return u.astype(_numerics.common_dtype(jnp.result_type(g), old.dtype))
+            # The compiler would leave some of them whole on every device.
+            return alike(u.astype(_numerics.common_dtype(jnp.result_type(g), old.dtype)), g)
 
         steps = jax.tree.map(direction, updates, state.mu, new)
         return steps, advanced(state, new)

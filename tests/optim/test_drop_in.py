@@ -246,6 +246,7 @@ def test_orbax_round_trip(name: str, tmp_path: Path) -> None:
 
 
 @each
+@pytest.mark.filterwarnings("ignore:w .*left whole")
 def test_shardings_stay_on_eight_devices(name: str) -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):

@@ -231,14 +231,29 @@ def test_a_layer_is_what_its_numbered_name_holds() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: unchecked(projector.svd)(0), "rank=0: a whole number from 1 on"),
-        (lambda: unchecked(projector.svd)(side="top"), "side='top': std, reverse_std"),
-        (lambda: unchecked(projector.blockwise)("up"), "order='up': random, shuffled"),
-        (lambda: unchecked(projector.blockwise)(unit="net"), "unit='net': leaf or layer"),
-        (lambda: unchecked(projector.blockwise)(active=0), "active=0: a whole number from 1 on"),
+        (
+            lambda: unchecked(projector.svd)(0),
+            "rank must be an int of at least 1, or None for the density, got 0",
+        ),
+        (
+            lambda: unchecked(projector.svd)(side="top"),
+            "side must be std, reverse_std, left, right or full, got 'top'",
+        ),
+        (
+            lambda: unchecked(projector.blockwise)("up"),
+            "order must be random, shuffled, ascending, descending or mirror, got 'up'",
+        ),
+        (
+            lambda: unchecked(projector.blockwise)(unit="net"),
+            "unit must be leaf or layer, got 'net'",
+        ),
+        (
+            lambda: unchecked(projector.blockwise)(active=0),
+            "active must be an int of at least 1, or None for the density, got 0",
+        ),
         (
             lambda: projector.columns().init({"b": jnp.ones(3)}, 0.5),
-            "b has the shape (3,): a matrix",
+            "b: expected a matrix or a stack of matrices, got the shape (3,)",
         ),
     ],
 )
