@@ -137,8 +137,9 @@ def lp(p: float) -> Kappa:
     def subgradient(z: Tensor) -> Tensor:
         x, scale = scaled(z)
         norm = jnp.sum(jnp.abs(x) ** p) ** (1 / p)
-        # By the norm first: the quotient by the scale has then one use, and is not kept in memory.
-        unit = divided(divided(z, jnp.where(norm > 0, norm, 1)), scale)
+        # Twice by the root of what may overflow; x, if it were used again, would be kept in memory.
+        root = jnp.sqrt(scale) * jnp.sqrt(jnp.where(norm > 0, norm, 1))
+        unit = divided(divided(z, root), root)
         return unit if p == 2 else sign(unit) * jnp.abs(unit) ** (p - 1)
 
     def distance(y: Tensor) -> Value:
