@@ -72,14 +72,14 @@ def scaled(
     """``z / scale`` and the scale, the largest absolute value of a real or imaginary part.
 
     Powers of the scaled array and their sums do not overflow, and what underflows does not count.
-    The scale is 1 where every entry is 0 or one is not finite.
+    The scale of zeros is 1. One entry that is not finite leaves none finite.
 
     Args:
       z: the array.
       axes: axes that have a scale in common, and the size 1 in it; None: one scalar for all.
     """
     top = jnp.max(_largest_part(z), axis=axes, keepdims=axes is not None, initial=0)
-    scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+    scale = jnp.where(top > 0, top, 1)
     return divided(z, scale), scale
 
 

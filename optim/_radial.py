@@ -163,6 +163,8 @@ def _rows_are_faster(weight: Array, axis: int, batch_axes: int) -> bool:
     """
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
     last = axis % weight.ndim == weight.ndim - 1
+    # Narrow rows are converted outside the loop, all of them at every turn.
+    alone = alone and compute_dtype(weight.dtype) == weight.dtype
     return alone and batch_axes == 0 and last and weight.size >= LARGE
 
 

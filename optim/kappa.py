@@ -135,9 +135,12 @@ def lp(p: float) -> Kappa:
     q = p / (p - 1)
 
     def subgradient(z: Tensor) -> Tensor:
-        z, _ = scaled(z)
-        norm = jnp.sum(jnp.abs(z) ** p) ** (1 / p)
-        return sign(z) * (jnp.abs(z) / jnp.where(norm > 0, norm, 1)) ** (p - 1)
+        x, scale = scaled(z)
+        norm = jnp.sum(jnp.abs(x) ** p) ** (1 / p)
+        # Twice by the root of what may overflow; x, if it were used again, would be kept in memory.
+        root = jnp.sqrt(scale) * jnp.sqrt(jnp.where(norm > 0, norm, 1))
+        unit = divided(divided(z, root), root)
+        return unit if p == 2 else sign(unit) * jnp.abs(unit) ** (p - 1)
 
     def distance(y: Tensor) -> Value:
         return jnp.maximum(euclidean(y) - 1, 0) if p == 2 else _distance_to_ball(y, q)
