@@ -101,3 +101,8 @@ def varying_axes(x: Any) -> frozenset[str]:
     aval = jax.typeof(x)
     kind = getattr(aval, "mat", None)  # JAX 0.10; other versions have the set on the type
     return kind.varying if kind is not None else getattr(aval, "vma", frozenset())
+
+
+def is_batched(x: Any) -> bool:
+    """Whether a value differs between the elements of a vmap that is being traced."""
+    return type(x).__name__ == "BatchTracer"

@@ -10,22 +10,28 @@ from jax import Array, lax
 from jax.extend import core
 
 from eggroll import _compat as compat
-from eggroll.interpret.context import Context
+from eggroll.interpret.context import Context, Origin
 from eggroll.interpret.interpreter import evaluate
 from eggroll.interpret.registry import RuleFn, rule
 from eggroll.interpret.structure import dims
+from eggroll.values.deferred import Deferred
 from eggroll.values.lowrank import LowRank, Upcast, Value, is_lazy, materialize
 
+# What is carried from step to step may come to depend on anything in the loop.
+CARRIED = Origin.OWN | Origin.DATA
 
-def control_flow(*primitives: str, keeps: str) -> Callable[[RuleFn], RuleFn]:
+
+def control_flow(
+    *primitives: str, keeps: str, takes: tuple[type, ...] = (LowRank, Upcast)
+) -> Callable[[RuleFn], RuleFn]:
     """Registers a rule that enters the body of an equation; it takes Upcast operands too."""
-    return rule(*primitives, keeps=keeps, takes=(LowRank, Upcast), integers=True)
+    return rule(*primitives, keeps=keeps, takes=takes, integers=True)
 
 
 @control_flow(
     "jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat",
     "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call",
-    keeps="what the called function keeps",
+    keeps="what the called function keeps", takes=(LowRank, Upcast, Deferred),
 )  # fmt: skip
 def inline(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     """Enters a call. Custom derivatives are done with: a gradient inside is already equations.
@@ -33,7 +39,7 @@ def inline(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     What a custom vmap rule would do faster it does not do here: that rule knows arrays alone.
     """
     jaxpr, consts = compat.called_jaxpr(eqn)
-    return evaluate(context, jaxpr, consts, list(values))
+    return evaluate(context, jaxpr, consts, list(values), context.origins_of(eqn))
 
 
 def same_kind(a: Any, b: Any) -> bool:
@@ -76,11 +82,15 @@ def scan(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     xs = [context.upcast(x, eqn) if isinstance(x, LowRank) and x.gains else x for x in parts.xs]
     pieces = [sliced(context, x) for x in xs]
     slices = jnp.arange(parts.length, dtype=jnp.int32), [x for x, _ in pieces]
+    origins = context.origins_of(eqn)
+    first = len(parts.consts)
+    origins[first : first + n] = [CARRIED] * n
 
     def run(ctx: Context, carry: list[Value], slices: Any) -> tuple[list[Value], list[Value]]:
         i, own = slices
         xs = [whole(piece, i) for (_, whole), piece in zip(pieces, own, strict=True)]
-        outs = evaluate(ctx, parts.jaxpr, parts.jaxpr_consts, [*parts.consts, *carry, *xs])
+        args = [*parts.consts, *carry, *xs]
+        outs = evaluate(ctx, parts.jaxpr, parts.jaxpr_consts, args, origins)
         return outs[:n], outs[n:]
 
     def trial(carry: list[Value]) -> list[Value]:
@@ -130,8 +140,12 @@ def while_(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     test, body = params["cond_jaxpr"], params["body_jaxpr"]
     test_consts, body_consts, carry = values[:n], values[n : n + m], list(values[n + m :])
 
+    origins = context.origins_of(eqn)
+    body_origins = [*origins[n : n + m], *(CARRIED for _ in carry)]
+    test_origins = [*origins[:n], *(CARRIED for _ in carry)]
+
     def run(ctx: Context, carry: list[Value]) -> list[Value]:
-        return evaluate(ctx, body.jaxpr, body.consts, [*body_consts, *carry])
+        return evaluate(ctx, body.jaxpr, body.consts, [*body_consts, *carry], body_origins)
 
     # A vmap around the loop leaves one condition for each of its elements: the loop goes on until
     # none holds, and elements whose own does not hold any more stay as they are.
@@ -140,7 +154,8 @@ def while_(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
         carry = [context.dense(v, eqn) for v in carry]
 
     def holds(ctx: Context, carry: list[Value]) -> Array:
-        (out,) = evaluate(ctx, test.jaxpr, test.consts, [*test_consts, *carry])
+        args = [*test_consts, *carry]
+        (out,) = evaluate(ctx, test.jaxpr, test.consts, args, test_origins)
         return ctx.dense(out, eqn)
 
     def cond_fun(carry: list[Value]) -> Array:
@@ -170,8 +185,11 @@ def cond(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     index, *operands = values
     branches = eqn.params["branches"]
 
+    origins = context.origins_of(eqn)[1:]
+
     def run(ctx: Context, branch: Any) -> list[Value]:
-        return [materialize(v) for v in evaluate(ctx, branch.jaxpr, branch.consts, operands)]
+        outs = evaluate(ctx, branch.jaxpr, branch.consts, operands, origins)
+        return [materialize(v) for v in outs]
 
     def trial(branch: Any) -> list[Value]:
         return run(context.inner(quiet=True), branch)
@@ -196,6 +214,8 @@ def shard_map(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Valu
     """Enters a shard_map; factors are sharded as the axes that they vary along are."""
     params = eqn.params
 
+    origins = context.origins_of(eqn)
+
     def spec_of(value: Value, spec: Any) -> Any:
         if not isinstance(value, LowRank):
             return jax.tree.map(lambda _: spec, value)
@@ -210,7 +230,7 @@ def shard_map(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Valu
 
     def fn(*values: Value) -> list[Value]:
         ctx = context.inner()
-        outs = evaluate(ctx, params["jaxpr"], (), list(values))
+        outs = evaluate(ctx, params["jaxpr"], (), list(values), origins)
         return [ctx.dense(o, eqn) for o in outs]
 
     in_specs = tuple(spec_of(v, s) for v, s in zip(values, params["in_specs"], strict=True))

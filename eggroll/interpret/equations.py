@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core
 
 from eggroll import _compat as compat
@@ -26,8 +25,3 @@ def type_of(atom: core.Var | core.Literal) -> jax.core.ShapedArray:
     aval = atom.aval
     assert isinstance(aval, jax.core.ShapedArray), aval
     return aval
-
-
-def literal(atom: core.Var | core.Literal) -> np.ndarray | None:
-    """The value of an operand that is written into the jaxpr; None for any other."""
-    return np.asarray(atom.val) if isinstance(atom, core.Literal) else None

@@ -8,6 +8,7 @@ control flow is entered. Where no rule applies, the array is built, which is rep
 (:class:`~eggroll.DenseBuildWarning`) or refused (:class:`~eggroll.DenseBuildError`).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +20,13 @@ from eggroll import _compat as compat
 from eggroll.interpret.context import Context as Context
 from eggroll.interpret.context import DenseBuildError as DenseBuildError
 from eggroll.interpret.context import DenseBuildWarning as DenseBuildWarning
-from eggroll.interpret.context import check_integers
-from eggroll.interpret.equations import results
-from eggroll.interpret.registry import Entry, Unhandled, entry
-from eggroll.interpret.upcasting import in_float32
+from eggroll.interpret.context import Origin, check_integers, origin_of, union
+from eggroll.interpret.equations import type_of
+from eggroll.interpret.registry import Entry, Rounding, Unhandled, entry
+from eggroll.interpret.upcasting import apply
+from eggroll.values.deferred import Deferred
 from eggroll.values.lowrank import (
     LowRank,
-    Upcast,
     Value,
     broadcast_late,
     is_lazy,
@@ -57,7 +58,12 @@ def interpret(fn: Callable[..., Any], context: Context | None = None) -> Callabl
         stand_ins = jax.tree.unflatten(tree, [stand_in(v) for v in values])
         closed, shapes = jax.make_jaxpr(fn, return_shape=True)(*stand_ins)
         ctx = context.inner()
-        outs = evaluate(ctx, closed.jaxpr, closed.consts, values)
+        origins = [
+            origin_of(leaf) | (Origin.SHARED if any(map(is_lazy, leaves)) else Origin.DATA)
+            for leaves in (jax.tree.leaves(arg, is_leaf=is_lazy) for arg in args)
+            for leaf in leaves
+        ]
+        outs = evaluate(ctx, closed.jaxpr, closed.consts, values, origins)
         outs = [ctx.dense(v, "output") for v in outs]
         return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
@@ -70,21 +76,40 @@ def stand_in(value: Value) -> Any:
 
 
 def evaluate(
-    context: Context, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Value]
+    context: Context,
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    args: Sequence[Value],
+    origins: Sequence[Origin] | None = None,
 ) -> list[Value]:
-    """Evaluates a jaxpr on arrays and lazy values."""
+    """Evaluates a jaxpr on arrays and lazy values.
+
+    Args:
+      context: of the interpretation.
+      jaxpr: what to evaluate.
+      consts: its constants.
+      args: its arguments.
+      origins: what each argument was computed from; None to judge by the values, which in the body
+        of a loop or a branch do not tell.
+    """
     env: dict[Any, Value] = {}
+    context = dataclasses.replace(context, origins={})
+    origins = [origin_of(v) for v in args] if origins is None else origins
 
     def read(atom: Any) -> Value:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
     env.update(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
+    context.origins.update(zip(jaxpr.constvars, map(origin_of, consts), strict=True))
+    context.origins.update(zip(jaxpr.invars, origins, strict=True))
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
         with eqn.ctx.manager:
             outs = step(context, eqn, values)
         env.update(zip(eqn.outvars, outs, strict=True))
+        origin = union([*context.origins_of(eqn), *map(origin_of, values)])
+        context.origins.update(dict.fromkeys(eqn.outvars, origin))
     return [read(atom) for atom in jaxpr.outvars]
 
 
@@ -92,23 +117,58 @@ def step(context: Context, eqn: core.JaxprEqn, values: list[Value]) -> list[Valu
     """Evaluates one equation."""
     known = entry(eqn.primitive.name)
     check_operands(known, eqn, values)
-    lazy = any(isinstance(v, LowRank) for v in values)
-    if known.primitive == "broadcast_in_dim" and len(values) == 1 and not lazy:
-        shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
-        return [broadcast_late(materialize(values[0]), tuple(shape), where)]
-    if not (known.late_broadcasts and lazy):
+    low_rank = any(isinstance(v, LowRank) for v in values)
+    deferred = any(isinstance(v, Deferred) for v in values)
+    if known.primitive == "broadcast_in_dim" and len(values) == 1 and not (low_rank or deferred):
+        where = tuple(map(int, eqn.params["broadcast_dimensions"]))
+        return [broadcast_late(materialize(values[0]), tuple(eqn.params["shape"]), where)]
+    if not (known.late_broadcasts and (low_rank or deferred)):
         values = [materialize(v) for v in values]
+    if deferred and Deferred not in known.takes:
+        moved = on_terms(context, known, eqn, values)
+        if moved is not None:
+            return moved
+        values = [context.upcast(v, eqn) if isinstance(v, Deferred) else v for v in values]
+    advice = None
     if applies(known, values):
         assert known.rule is not None
         out = known.rule(context, eqn, *values)
         if not isinstance(out, Unhandled):
             outs = out if isinstance(out, list) else [out]
             return [v.w if isinstance(v, LowRank) and v.w.size == 0 else v for v in outs]
-    if lazy:
-        values = [context.upcast(v, eqn) for v in values]
-    if any(isinstance(v, Upcast) for v in values):
-        return in_float32(known, eqn, values)
-    return results(eqn, values)
+        advice = out.advice or None
+    if low_rank or deferred:
+        values = [context.upcast(v, eqn, advice) for v in values]
+    return apply(known, eqn, values)
+
+
+def on_terms(
+    context: Context, known: Entry, eqn: core.JaxprEqn, values: list[Value]
+) -> list[Value] | None:
+    """An operation that moves entries on a deferred value: the same on each of its values.
+
+    Returns:
+      None where that is not possible.
+    """
+    at = [i for i, v in enumerate(values) if isinstance(v, Deferred)]
+    value = values[at[0]]
+    if known.rounding is not Rounding.MOVES or known.rule is None or len(at) != 1:
+        return None
+    if value.reshaped or value.plain is not None:
+        return None
+    moved: dict[int, list[Value]] = {}
+    for v in (v for term in value.terms for v in term):
+        if id(v) not in moved:
+            out = known.rule(context, eqn, *[v if i == at[0] else x for i, x in enumerate(values)])
+            if isinstance(out, Unhandled):
+                return None
+            moved[id(v)] = out if isinstance(out, list) else [out]
+    return [
+        Deferred(
+            tuple(tuple(moved[id(v)][i] for v in term) for term in value.terms), type_of(out).shape
+        )
+        for i, out in enumerate(eqn.outvars)
+    ]
 
 
 def applies(known: Entry, values: Sequence[Value]) -> bool:

@@ -5,12 +5,15 @@ joined axis where each part has noise of its own there, and along the rank other
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.extend import core
+from jax.typing import DTypeLike
 
 from eggroll.interpret.context import Context
 from eggroll.interpret.equations import bind
@@ -79,9 +82,57 @@ def matched(values: Sequence[LowRank], form: Callable[[LowRank], Any]) -> list[L
     return out
 
 
+def aligned(values: Sequence[LowRank]) -> list[LowRank] | None:
+    """The values with factors that vary along the same axes, factor by factor.
+
+    Factors are put in the order, and broadcast to the sizes, that make the sum of sizes least.
+
+    Returns:
+      None where a factor would become as large as the whole.
+    """
+    count = max(len(v.factors) for v in values)
+    parts = [padded(v, count) for v in values]
+    target = [dims(f) for f in parts[0].factors]
+    ordered = [parts[0]]
+    for v in parts[1:]:
+        orders = list(itertools.permutations(range(count)))
+        together = [
+            [np.broadcast_shapes(t, dims(v.factors[k])) for t, k in zip(target, order, strict=True)]
+            for order in orders
+        ]
+        sizes = [sum(map(math.prod, shapes)) for shapes in together]
+        best = sizes.index(min(sizes))
+        order, target = orders[best], together[best]
+        tags = tuple(v.tags[k] for k in order) if v.tags else ()
+        ordered.append(v.replace(factors=tuple(v.factors[k] for k in order), tags=tags))
+    for k, shape in enumerate(target):
+        before = max(v.factors[k][0].size for v in ordered)
+        if before < math.prod(shape) >= values[0].w.size:
+            return None
+    return [
+        v.replace(
+            factors=tuple(
+                jnp.broadcast_to(f, (f.shape[0], *shape))
+                for f, shape in zip(v.factors, target, strict=True)
+            )
+        )
+        for v in ordered
+    ]
+
+
+def padded(value: LowRank, count: int) -> LowRank:
+    """The value with factors of ones until there are ``count``."""
+    missing = count - len(value.factors)
+    one = jnp.ones((1,) * (value.ndim + 1), value.factors[0].dtype)
+    tags = (*value.tags, *(frozenset(),) * missing) if value.tags else ()
+    return value.replace(factors=(*value.factors, *(one,) * missing), tags=tags)
+
+
 def combined(parts: Sequence[LowRank], w: Array, axis: int) -> LowRank:
     """The value ``w`` with the factors of several put together along ``axis`` (0 is the rank's)."""
-    folded, scales = zip(*(v.arithmetic.fold_scale(v) for v in parts), strict=True)
+    dtype = jnp.result_type(*(f.dtype for v in parts for f in v.factors))
+    whole = [full_rank(v, dtype) for v in parts]
+    folded, scales = zip(*(v.arithmetic.fold_scale(v) for v in whole), strict=True)
     return LowRank(
         w,
         tuple(jnp.concatenate(factors, axis) for factors in zip(*folded, strict=True)),
@@ -91,6 +142,14 @@ def combined(parts: Sequence[LowRank], w: Array, axis: int) -> LowRank:
         tags=tuple(frozenset().union(*tags) for tags in zip(*(v.tags for v in parts), strict=True)),
         arithmetic=parts[0].arithmetic,
     )
+
+
+def full_rank(value: LowRank, dtype: DTypeLike) -> LowRank:
+    """The value with factors of one type that all have a slice for each rank."""
+    rank = value.rank
+    factors = [f.astype(dtype) for f in value.factors]
+    full = [f if f.shape[0] == rank else jnp.broadcast_to(f, (rank, *dims(f))) for f in factors]
+    return value.replace(factors=tuple(full))
 
 
 def pad_noise(value: LowRank, along: list[int], axis: int, config: Sequence[Any]) -> LowRank:

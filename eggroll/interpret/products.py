@@ -5,7 +5,6 @@ with each member's own factors.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -14,9 +13,12 @@ from jax.extend import core
 from eggroll.interpret.context import Context
 from eggroll.interpret.equations import bind, type_of
 from eggroll.interpret.registry import UNHANDLED, Rounding, rule
+from eggroll.interpret.structure import Result, on_each
+from eggroll.interpret.upcasting import held
 from eggroll.values.contraction import Labelled, align, contract, labelled
+from eggroll.values.deferred import Deferred, as_term, sum_of_product
 from eggroll.values.dtypes import accumulator
-from eggroll.values.lowrank import LowRank, Upcast, Value
+from eggroll.values.lowrank import LowRank, Upcast, Value, is_lazy
 
 
 @rule(
@@ -25,11 +27,11 @@ from eggroll.values.lowrank import LowRank, Upcast, Value
     integers=True,
     rounding=Rounding.SUMS,
 )
-def dot_general(ctx: Context, eqn: core.JaxprEqn, lhs: Value, rhs: Value) -> Any:
+def dot_general(ctx: Context, eqn: core.JaxprEqn, lhs: Value, rhs: Value) -> Result:
     if isinstance(lhs, LowRank) and isinstance(rhs, LowRank):
-        product = product_of_two(ctx, eqn, lhs, rhs)
-        if product is not UNHANDLED:
-            return product
+        for product in (product_of_two(ctx, eqn, lhs, rhs), sum_of_two(ctx, eqn, lhs, rhs)):
+            if product is not UNHANDLED:
+                return product
         # Data gives way before weights, and the smaller before the larger.
         if (not lhs.activation, lhs.w.size) < (not rhs.activation, rhs.w.size):
             lhs = ctx.upcast(lhs, eqn)
@@ -42,6 +44,8 @@ def dot_general(ctx: Context, eqn: core.JaxprEqn, lhs: Value, rhs: Value) -> Any
         value, x, labels, x_labels = lhs, rhs, left, right
     else:
         value, x, labels, x_labels = rhs, lhs, right, left
+    if ctx.recorder is not None:
+        value = value.replace(gains=(), shared=())
     sides = sides_of_gains(value, labels, x_labels, out)
     if sides is None:
         return UNHANDLED
@@ -107,7 +111,7 @@ def record_dot(
         ctx.record(role, value, axis)
 
 
-def product_of_two(ctx: Context, eqn: core.JaxprEqn, lhs: LowRank, rhs: LowRank) -> Any:
+def product_of_two(ctx: Context, eqn: core.JaxprEqn, lhs: LowRank, rhs: LowRank) -> Result:
     """``(W + p q^T)(V + u v^T)`` is ``W V + p (q^T (V + u v^T)) + (W u) v^T``: not built either.
 
     Taken where of both one factor holds all that is contracted and the other all that is free.
@@ -151,6 +155,52 @@ def product_of_two(ctx: Context, eqn: core.JaxprEqn, lhs: LowRank, rhs: LowRank)
         tuple(dict.fromkeys((*lhs.paths, *rhs.paths))),
         tags=(frozenset(), frozenset()) if lhs.tags else (),
     )
+
+
+def sum_of_two(ctx: Context, eqn: core.JaxprEqn, lhs: LowRank, rhs: LowRank) -> Result:
+    """A product of two without free axes, such as ``vdot``: the sum of their entries' products."""
+    left, right, out = dot_labels(eqn, lhs, rhs)
+    if set(left) != set(right) or lhs.activation or rhs.activation or not lhs.arithmetic.linear:
+        return UNHANDLED
+    record_dot(ctx, lhs, left, right, out)
+    record_dot(ctx, rhs, right, left, out)
+    # Axes in the order of the output, then what is contracted.
+    order = [*out, *(label for label in left if label not in out)]
+    turned = [
+        turn(v, [labels.index(label) for label in order])
+        for v, labels in ((lhs, left), (rhs, right))
+    ]
+    same = turned[0] if lhs is rhs and left == right else turned[1]
+    total = sum_of_product((turned[0], same), range(len(out), len(order)), eqn.params["precision"])
+    return held(total, type_of(eqn.outvars[0]).dtype)
+
+
+def turn(value: LowRank, axes: Sequence[int]) -> LowRank:
+    """The value with its axes in another order."""
+    op = lambda x: jnp.transpose(x, axes)
+    return on_each(value, op, op)
+
+
+def dot_of_flat(eqn: core.JaxprEqn, lhs: Value, rhs: Value) -> Result:
+    """A product of flattened values without free axes, such as ``vdot``."""
+    (left, right), batches = eqn.params["dimension_numbers"]
+    in_order = left == right and batches[0] == batches[1] and list(batches[0]) == sorted(batches[0])
+    if not in_order or len(left) + len(batches[0]) != len(lhs.shape):
+        return UNHANDLED
+    a, b = (as_term(v) if isinstance(v, Deferred) else None for v in (lhs, rhs))
+    dtype, precision = type_of(eqn.outvars[0]).dtype, eqn.params["precision"]
+    if a is not None and b is not None and a.shape == b.shape:
+        total = Deferred(((a, b),), lhs.shape).sum(left, precision)
+        return UNHANDLED if total is None else held(total, dtype)
+    value, x = (a, rhs) if a is not None else (b, lhs)
+    if value is None or value.gains or batches[0] or is_lazy(x):
+        return UNHANDLED
+    acc = accumulator(dtype)
+    x = jnp.reshape(x, value.shape)
+    labels = [f"l{a}" for a in range(value.ndim)]
+    main = jnp.sum(value.w.astype(acc) * x.astype(acc))
+    noise = value.arithmetic.perturbation(x, labels, value, labels, (), acc, precision)
+    return (main + noise).astype(dtype)
 
 
 def inner_and_outer(

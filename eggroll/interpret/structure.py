@@ -4,6 +4,7 @@ Rules never look at the shape alone: they ask along which axes each factor varie
 serves matrices, kernels with several row or column axes, stacks and batches.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from eggroll import _compat as compat
 from eggroll.interpret.context import Context
 from eggroll.interpret.equations import bind
 from eggroll.interpret.registry import UNHANDLED, Rounding, Unhandled, rule
+from eggroll.values.deferred import Deferred, as_term, common_groups
 from eggroll.values.lowrank import LowRank, Value
 
 Shape = tuple[int, ...]
@@ -28,6 +30,21 @@ def on_each(value: LowRank, on_w: Callable, on_factor: Callable, **changes: Any)
     factors = tuple(jax.vmap(on_factor)(factor) for factor in value.factors)
     gains = tuple(on_factor(gain) for gain in value.gains)
     return value.replace(w=on_w(value.w), factors=factors, gains=gains, **changes)
+
+
+def on_deferred(
+    value: Deferred, on_value: Callable[[LowRank], Result], on_plain: Callable[[Array], Array]
+) -> Deferred | Unhandled:
+    """Applies a rule to every value of a deferred one, and the operation to its array."""
+    once: dict[int, LowRank] = {}
+    for v in (v for term in value.terms for v in term):
+        out = on_value(v) if id(v) not in once else once[id(v)]
+        if not isinstance(out, LowRank):
+            return UNHANDLED
+        once[id(v)] = out
+    terms = tuple(tuple(once[id(v)] for v in term) for term in value.terms)
+    plain = None if value.plain is None else on_plain(value.plain)
+    return Deferred(terms, value.shape, plain)
 
 
 def dims(factor: Array) -> tuple[int, ...]:
@@ -52,15 +69,23 @@ rule("reduce_precision", keeps="all")(same_on_all)
 @rule(
     "convert_element_type",
     keeps="casts to float types; in fixed point to wider integers",
+    takes=(LowRank, Deferred),
     integers=True,
 )
-def convert_element_type(ctx: Context, eqn: core.JaxprEqn, value: LowRank) -> Result:
-    out = value.arithmetic.cast(value, eqn.params["new_dtype"], lambda w: bind(eqn, w))
+def convert_element_type(ctx: Context, eqn: core.JaxprEqn, value: LowRank | Deferred) -> Result:
+    dtype = eqn.params["new_dtype"]
+    if isinstance(value, Deferred):
+        return on_deferred(
+            value, lambda v: convert_element_type(ctx, eqn, v), lambda x: bind(eqn, x)
+        )
+    out = value.arithmetic.cast(value, dtype, lambda w: bind(eqn, w))
     return UNHANDLED if out is None else out
 
 
-@rule("neg", keeps="all", integers=True, rounding=Rounding.EXACT)
-def neg(ctx: Context, eqn: core.JaxprEqn, value: LowRank) -> Result:
+@rule("neg", keeps="all", takes=(LowRank, Deferred), integers=True, rounding=Rounding.EXACT)
+def neg(ctx: Context, eqn: core.JaxprEqn, value: LowRank | Deferred) -> Result:
+    if isinstance(value, Deferred):
+        return value.negate()
     return value.arithmetic.negate(value)
 
 
@@ -111,13 +136,29 @@ def squeeze(ctx: Context, eqn: core.JaxprEqn, value: LowRank) -> Result:
 
 @rule(
     "reshape",
-    keeps="where each new axis is made of rows, of columns or of batch axes only",
+    keeps="where each new axis is made of rows, of columns or of batch axes only; otherwise sums",
+    takes=(LowRank, Deferred),
     integers=True,
     rounding=Rounding.MOVES,
 )
-def reshape(ctx: Context, eqn: core.JaxprEqn, value: LowRank, *dynamic: Any) -> Result:
+def reshape(ctx: Context, eqn: core.JaxprEqn, value: LowRank | Deferred, *dynamic: Any) -> Result:
     if eqn.params.get("dimensions") is not None:
         return UNHANDLED
+    new = tuple(eqn.params["new_sizes"])
+    if isinstance(value, LowRank):
+        out = reshape_factors(ctx, eqn, value, *dynamic)
+        if out is UNHANDLED and value.arithmetic.linear and not value.activation:
+            return Deferred(((value,),), new)
+        return out
+    operation = lambda x: bind(eqn, x, *dynamic)
+    whole = on_deferred(value, lambda v: reshape_factors(ctx, eqn, v, *dynamic), operation)
+    if isinstance(whole, Unhandled):
+        return dataclasses.replace(value, shape=new)
+    return as_term(whole) or dataclasses.replace(whole, shape=new)
+
+
+def reshape_factors(ctx: Context, eqn: core.JaxprEqn, value: LowRank, *dynamic: Any) -> Result:
+    """The reshape of every factor; Unhandled where rows and columns come to stand in one axis."""
     new = eqn.params["new_sizes"]
     groups = common_groups(value.shape, new)
     if ctx.recorder is not None:
@@ -143,30 +184,6 @@ def reshape(ctx: Context, eqn: core.JaxprEqn, value: LowRank, *dynamic: Any) -> 
     if any(map(run_together, [*map(dims, value.factors), *(g.shape for g in value.gains)])):
         return UNHANDLED
     return on_each(value, lambda x: bind(eqn, x, *dynamic), on_factor)
-
-
-def common_groups(
-    old: Sequence[int], new: Sequence[int]
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The finest groups of consecutive axes of equal size in two shapes of equal size.
-
-    Example:
-      >>> common_groups((6, 4), (2, 3, 4))
-      [((0,), (0, 1)), ((1,), (2,))]
-    """
-    groups, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        first_i, first_j = i, j
-        size_old = old[i] if i < len(old) else 1
-        size_new = new[j] if j < len(new) else 1
-        i, j = min(i + 1, len(old)), min(j + 1, len(new))
-        while size_old != size_new:
-            if size_old < size_new:
-                size_old, i = size_old * old[i], i + 1
-            else:
-                size_new, j = size_new * new[j], j + 1
-        groups.append((tuple(range(first_i, i)), tuple(range(first_j, j))))
-    return groups
 
 
 def merge_factors(value: LowRank, groups: Sequence[Sequence[int]]) -> LowRank:

@@ -5,23 +5,49 @@ brings parameters and data together is done.
 """
 
 import jax.numpy as jnp
+from jax import Array
 from jax.extend import core
+from jax.typing import DTypeLike
 
+from eggroll.interpret.context import Context
 from eggroll.interpret.equations import results, type_of
-from eggroll.interpret.registry import Entry, Rounding, without_rule
+from eggroll.interpret.registry import Entry, Rounding, entry, without_rule
 from eggroll.values.dtypes import is_narrow
-from eggroll.values.lowrank import Upcast, Value, narrow
+from eggroll.values.lowrank import Upcast, Value, materialize, narrow
 
-without_rule("dynamic_update_slice", "select_n", rounding=Rounding.EXACT)
+without_rule("dynamic_update_slice", rounding=Rounding.EXACT)
 without_rule(
-    "abs", "clamp", "cos", "erf", "exp", "exp2", "expm1", "integer_pow", "log", "log1p",
-    "logistic", "max", "min", "pow", "rsqrt", "sign", "sin", "sqrt", "square", "tanh",
+    "abs", "clamp", "cos", "erf", "exp", "exp2", "expm1", "log", "log1p",
+    "logistic", "max", "min", "rsqrt", "sign", "sin", "sqrt", "tanh",
     rounding=Rounding.ELEMENTWISE,
 )  # fmt: skip
 without_rule(
     "cumsum", "eq", "ge", "gt", "le", "lt", "ne", "reduce_max", "reduce_min",
     rounding=Rounding.SUMS,
 )  # fmt: skip
+
+
+def apply(known: Entry, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
+    """An equation on arrays, some of which may be held in float32."""
+    values = [materialize(v) for v in values]
+    if any(isinstance(v, Upcast) for v in values):
+        return in_float32(known, eqn, values)
+    return results(eqn, values)
+
+
+def as_data(ctx: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
+    """An equation whose operands are built without a report: the result is data.
+
+    Where a parameter meets an array of a member's own of the same size, every member has such an
+    array already.
+    """
+    built = [ctx.upcast(v, eqn, advice="") for v in values]
+    return apply(entry(eqn.primitive.name), eqn, built)
+
+
+def held(array: Array, dtype: DTypeLike) -> Value:
+    """A result in the type in which sums are formed, as a value of the equation's own type."""
+    return Upcast(array, jnp.dtype(dtype)) if is_narrow(dtype) else array.astype(dtype)
 
 
 def in_float32(known: Entry, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:

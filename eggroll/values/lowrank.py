@@ -13,7 +13,7 @@ carried out, so that a matrix can be multiplied by a row or a column without bei
 """
 
 import dataclasses
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,13 @@ from eggroll.values.dtypes import is_narrow as is_narrow
 Part = Any
 
 
+class Lazy:
+    """What stands for an array without being one."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LowRank:
+class LowRank(Lazy):
     """A perturbed array ``(w + scale * sum_r prod_k factors[k][r]) * prod gains``, not built.
 
     Attributes:
@@ -43,6 +47,7 @@ class LowRank:
         building it is no cost worth a warning.
       gains: arrays with the axes of ``w``, of size 1 where they do not vary. They are kept apart
         because a gain of a member's own would give each member a ``w`` of its own.
+      shared: for each gain whether it is the same for every member.
       tags: for each factor the (path, axis) of parameters that it belongs to; plan inference only.
       arithmetic: how weights and noise are computed with.
 
@@ -63,6 +68,7 @@ class LowRank:
         default=(), metadata={"static": True}
     )
     arithmetic: Arithmetic = dataclasses.field(default=FLOATS, metadata={"static": True})
+    shared: tuple[bool, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,13 +94,66 @@ class LowRank:
         """The factors that vary along ``axis``."""
         return [k for k in range(len(self.factors)) if self.varies(k, axis)]
 
+    def holder(self, array: Array) -> int | None:
+        """The first factor that varies along all axes that an array with the value's axes does."""
+        axes = [a for a, n in enumerate(array.shape) if n > 1]
+        for k in range(len(self.factors)):
+            if all(self.varies(k, a) for a in axes):
+                return k
+        return None
+
+    def with_gain(self, gain: Array, shared: bool) -> "LowRank":
+        """The value times an array with its axes, of size 1 where the array does not vary."""
+        return self.replace(gains=(*self.gains, gain), shared=(*self.shared, shared))
+
+    def masked(self, w: Array, mask: Array) -> "LowRank":
+        """The value with another ``w``, and with noise that is multiplied by an array.
+
+        Args:
+          w: the weights, already multiplied.
+          mask: array with the axes of the value, the same for every member. It becomes part of the
+            factor that varies along its axes, and otherwise a factor that all ranks share.
+        """
+        k = self.holder(mask)
+        mask = mask.astype(self.factors[0].dtype)
+        if k is None:
+            tags = (*self.tags, frozenset()) if self.tags else ()
+            return self.replace(w=w, factors=(*self.factors, mask[None]), tags=tags)
+        factors = [f * mask if i == k else f for i, f in enumerate(self.factors)]
+        return self.replace(w=w, factors=tuple(factors))
+
+    def absorb_gains(self) -> "LowRank | None":
+        """The value with its gains multiplied in; None where a gain is a member's own."""
+        if not all(self.shared):
+            return None
+        value = self.replace(gains=(), shared=())
+        for gain in self.gains:
+            value = value.masked(value.w * gain.astype(value.w.dtype), gain)
+        return value
+
+    def spread(self, shape: tuple[int, ...]) -> "LowRank":
+        """The value broadcast along axes of size 1; a scalar to any shape."""
+        if self.shape == shape:
+            return self
+        w = jnp.broadcast_to(self.w, shape)
+        if self.ndim == len(shape):
+            return self.replace(w=w)
+        ones = (1,) * len(shape)
+        factors = tuple(f.reshape(-1, *ones) for f in self.factors)
+        return self.replace(w=w, factors=factors, gains=tuple(g.reshape(ones) for g in self.gains))
+
+    @property
+    def thin(self) -> bool:
+        """Whether the built array is no larger than a factor of one rank."""
+        return self.w.size <= max(factor[0].size for factor in self.factors)
+
     def replace(self, **changes: Any) -> "LowRank":
         return dataclasses.replace(self, **changes)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Upcast:
+class Upcast(Lazy):
     """A perturbed array held in float32 that stands for one of the narrower ``dtype``.
 
     Attributes:
@@ -120,7 +179,7 @@ class Upcast:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LateBroadcast:
+class LateBroadcast(Lazy):
     """``value`` broadcast to ``shape``, not carried out; it has size 1 along the new axes."""
 
     value: Part
@@ -135,13 +194,12 @@ class LateBroadcast:
         return self.value.dtype
 
 
-Lazy = LowRank | Upcast | LateBroadcast
-Value = Any  # an array, a Python number from a literal, or one of Lazy
+Value = Any  # an array, a Python number from a literal, or a Lazy value
 
 
-def is_lazy(value: Value) -> TypeGuard[Lazy]:
+def is_lazy(value: Value) -> bool:
     """Whether a value is anything but an array."""
-    return isinstance(value, LowRank | Upcast | LateBroadcast)
+    return isinstance(value, Lazy)
 
 
 def arithmetic_of(value: Value) -> Arithmetic | None:

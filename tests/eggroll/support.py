@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import zlib
 
 import jax
@@ -71,7 +72,13 @@ def close(got, expected, tolerance=1e-9):
     jax.tree.map(check, got, expected)
 
 
-def agree(fn, *args, on_dense="error"):
+def member(args, sign, own=False):
+    """The arguments as the member of a sign sees them; ``own`` arrays differ between members."""
+    data = lambda x: x * (1 + 0.25 * sign) if own else x
+    return [a.replace(scale=sign * a.scale) if isinstance(a, LowRank) else data(a) for a in args]
+
+
+def agree(fn, *args, on_dense="error", own=False):
     """Asserts that ``fn`` gives on perturbed values what it gives on built ones, for both signs.
 
     Returns:
@@ -80,7 +87,7 @@ def agree(fn, *args, on_dense="error"):
     context = Context(on_dense)
 
     def both(sign):
-        signed = [a.replace(scale=sign * a.scale) if isinstance(a, LowRank) else a for a in args]
+        signed = member(args, sign, own)
         return interpret(fn, context)(*signed), fn(*map(built, signed))
 
     close(*jax.jit(jax.vmap(both))(jnp.array([1.0, -1.0])))
@@ -89,6 +96,31 @@ def agree(fn, *args, on_dense="error"):
 
 def run_case(fn, makers, **how):
     return agree(fn, *(make() for make in makers), **how)
+
+
+def all_equations(fn, *args):
+    """The equations of a traced function, those of inner jaxprs too."""
+
+    def of(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield eqn
+            for param in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+                if hasattr(param, "eqns"):
+                    yield from of(param)
+
+    return list(of(jax.make_jaxpr(fn)(*args)))
+
+
+def largest_of_a_member(fn, makers, own=False, members=6):
+    """The largest number of entries that one member has of any array in the traced program."""
+    args = [make() for make in makers]
+    run = lambda sign: interpret(fn, Context("ignore"))(*member(args, sign, own))
+    arrays = [
+        out.aval
+        for eqn in all_equations(jax.vmap(run), jnp.linspace(-1.0, 1.0, members))
+        for out in eqn.outvars
+    ]
+    return max(math.prod(a.shape) // members for a in arrays if members in a.shape)
 
 
 @contextlib.contextmanager

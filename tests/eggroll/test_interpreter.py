@@ -14,6 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding
 from support import (
+    all_equations,
     cases,
     checked_in_float64,
     close,
@@ -511,19 +512,6 @@ def test_noise_far_below_the_last_place_of_a_weight_shows_in_the_product(dtype):
 
 
 # ---------------------------------------------------------------- what is built
-
-
-def all_equations(fn, *args):
-    """The equations of a traced function, those of inner jaxprs too."""
-
-    def of(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield eqn
-            for param in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
-                if hasattr(param, "eqns"):
-                    yield from of(param)
-
-    return list(of(jax.make_jaxpr(fn)(*args)))
 
 
 def caught(fn, *args):

@@ -16,9 +16,8 @@ from jax import lax
 from support import agree, cases, checked_in_float64, data, low_rank, matrix, normal, run_case
 
 from eggroll.interpret import convolutions as convolution_rules
-from eggroll.interpret import structure
 from eggroll.interpret.interpreter import interpret
-from eggroll.values import contraction
+from eggroll.values import contraction, deferred
 from eggroll.values.lowrank import LowRank, build
 
 
@@ -518,7 +517,7 @@ def test_any_convolution(most_shifts, case):
     ],
 )
 def test_common_groups_are_of_equal_size_and_cover_both_shapes(old, new):
-    groups = structure.common_groups(old, new)
+    groups = deferred.common_groups(old, new)
     for mine, theirs in groups:
         assert math.prod(old[a] for a in mine) == math.prod(new[a] for a in theirs)
     assert [a for mine, _ in groups for a in mine] == list(range(len(old)))
