@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
+from jax.interpreters import batching
 from jax.sharding import AxisType
 
 # XLA's older CPU emitters round sums and products differently from program to program. Before JAX
@@ -45,6 +46,15 @@ def bind(eqn: Any, values: Sequence[Any], changes: Mapping[str, Any]) -> Any:
     return eqn.primitive.bind(*values, **{**params, **changes})
 
 
+def solve_parts(eqn: Any, values: list[Any]) -> tuple[core.Jaxpr, list[Any], list[Any]]:
+    """The body of ``lax.custom_linear_solve`` that solves, its constants and its operands."""
+    lengths, bodies = eqn.params["const_lengths"], eqn.params["jaxprs"]
+    start = lengths.matvec + lengths.vecmat
+    operands = values[start + lengths.solve + lengths.transpose_solve :]
+    given = [*values[start : start + lengths.solve], *operands]
+    return bodies.solve.jaxpr, bodies.solve.consts, given
+
+
 def scan_parts(eqn: Any, values: list[Any]) -> ScanParts:
     """Splits a scan equation and its input values into parts."""
     p = eqn.params
@@ -71,7 +81,7 @@ def called_jaxpr(eqn: Any) -> tuple[core.Jaxpr, list[Any]]:
     Raises:
       ValueError: the equation has no body under a known name.
     """
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "fwd_jaxpr", "call", "callee"):
         body = eqn.params.get(name)
         if body is not None:
             return (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, [])
@@ -106,3 +116,10 @@ def varying_axes(x: Any) -> frozenset[str]:
 def is_batched(x: Any) -> bool:
     """Whether a value differs between the elements of a vmap that is being traced."""
     return type(x).__name__ == "BatchTracer"
+
+
+def has_batching_rule(primitive: core.Primitive) -> bool:
+    """Whether JAX has a rule to vmap a primitive."""
+    rules = batching.fancy_primitive_batchers
+    table = getattr(batching, "primitive_batchers", {})
+    return primitive in rules or (isinstance(table, Mapping) and primitive in table)

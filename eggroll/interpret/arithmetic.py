@@ -263,27 +263,3 @@ def plus(left: Deferred | Array, right: Deferred | Array) -> Deferred | None:
     plains = [v.plain for v in (left, right) if v.plain is not None]
     plain = sum(plains[1:], plains[0]) if plains else None
     return Deferred((*left.terms, *right.terms), left.shape, plain)
-
-
-# ---------------------------------------------------------------- masks
-
-
-@rule(
-    "select_n",
-    keeps="a choice that members share between a value and an array that they share",
-    late_broadcasts=True,
-    rounding=Rounding.EXACT,
-)
-def select_n(ctx: Context, eqn: core.JaxprEqn, which: Value, *cases: Value) -> Result:
-    lazy = [isinstance(v, LowRank) for v in cases]
-    if isinstance(which, LowRank) or len(cases) != 2 or sum(lazy) != 1:
-        return UNHANDLED
-    at = lazy.index(True)
-    value, origins = cases[at].absorb_gains(), ctx.origins_of(eqn)
-    if value is None or any(origins[i] & Origin.OWN for i in (0, 2 - at)):
-        return UNHANDLED
-    others = [value.w if i == at else materialize(v) for i, v in enumerate(cases)]
-    w = bind(eqn, materialize(which), *others)
-    mask = thin(which, value.ndim).astype(bool)
-    data = value.activation or repeated_along(value, mask)
-    return value.masked(w, mask if at == 1 else ~mask).replace(activation=data)

@@ -29,8 +29,9 @@ def control_flow(
 
 
 @control_flow(
-    "jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat",
-    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call",
+    "jit", "pjit", "call", "closed_call", "core_call", "eval_jaxpr", "remat2", "checkpoint", "remat",
+    "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "remat_opt",
+    "linear_call", "composite", "custom_partitioning", "compute_on",
     keeps="what the called function keeps", takes=(LowRank, Upcast, Deferred),
 )  # fmt: skip
 def inline(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
@@ -40,6 +41,13 @@ def inline(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     """
     jaxpr, consts = compat.called_jaxpr(eqn)
     return evaluate(context, jaxpr, consts, list(values), context.origins_of(eqn))
+
+
+@control_flow("custom_linear_solve", keeps="what its solver keeps")
+def linear_solve(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
+    """Enters the solver. The other bodies serve derivatives, which are equations by now."""
+    jaxpr, consts, given = compat.solve_parts(eqn, list(values))
+    return evaluate(context, jaxpr, consts, given)
 
 
 def same_kind(a: Any, b: Any) -> bool:

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from eggroll import _compat as compat
+from eggroll.interpret import member_loops
 
 
 def bind(eqn: core.JaxprEqn, *values: Any, **params: Any) -> Any:
     """Applies the equation's primitive to other operands, or with other parameters."""
-    return compat.bind(eqn, values, params)
+    return member_loops.bind(eqn, values, params)
 
 
 def results(eqn: core.JaxprEqn, values: Sequence[Any], **params: Any) -> list[Any]:

@@ -22,6 +22,7 @@ from eggroll.interpret.context import DenseBuildError as DenseBuildError
 from eggroll.interpret.context import DenseBuildWarning as DenseBuildWarning
 from eggroll.interpret.context import Origin, check_integers, origin_of, union
 from eggroll.interpret.equations import type_of
+from eggroll.interpret.member_loops import must_enter
 from eggroll.interpret.registry import Entry, Rounding, Unhandled, entry
 from eggroll.interpret.upcasting import apply
 from eggroll.values.deferred import Deferred
@@ -130,7 +131,7 @@ def step(context: Context, eqn: core.JaxprEqn, values: list[Value]) -> list[Valu
             return moved
         values = [context.upcast(v, eqn) if isinstance(v, Deferred) else v for v in values]
     advice = None
-    if applies(known, values):
+    if applies(known, values) or (known.enters and must_enter(eqn)):
         assert known.rule is not None
         out = known.rule(context, eqn, *values)
         if not isinstance(out, Unhandled):

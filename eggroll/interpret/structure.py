@@ -55,11 +55,17 @@ def dims(factor: Array) -> tuple[int, ...]:
 
 
 @rule(
-    "copy", "copy_p", "name", "stop_gradient", "transpose",
+    "copy", "copy_p", "name", "transpose",
     keeps="all", integers=True, rounding=Rounding.MOVES,
 )  # fmt: skip
 def same_on_all(ctx: Context, eqn: core.JaxprEqn, value: LowRank) -> Result:
     return on_each(value, lambda x: bind(eqn, x), lambda x: bind(eqn, x))
+
+
+@rule("stop_gradient", keeps="all", integers=True, rounding=Rounding.MOVES)
+def stop_gradient(ctx: Context, eqn: core.JaxprEqn, value: LowRank) -> Result:
+    # The same object, by which select_n knows that a vmapped branch selects a value or itself.
+    return value
 
 
 # Rounding the parts of a shifted product is not rounding the product.

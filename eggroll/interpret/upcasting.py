@@ -15,7 +15,6 @@ from eggroll.interpret.registry import Entry, Rounding, entry, without_rule
 from eggroll.values.dtypes import is_narrow
 from eggroll.values.lowrank import Upcast, Value, materialize, narrow
 
-without_rule("dynamic_update_slice", rounding=Rounding.EXACT)
 without_rule(
     "abs", "clamp", "cos", "erf", "exp", "exp2", "expm1", "log", "log1p",
     "logistic", "max", "min", "rsqrt", "sign", "sin", "sqrt", "tanh",
