@@ -55,6 +55,8 @@ def mul(ctx: Context, eqn: core.JaxprEqn, left: Value, right: Value) -> Result:
     left, right = thin_as_array(ctx, eqn, left, right)
     if isinstance(left, BOTH) and isinstance(right, BOTH):
         return product(eqn, left, right)
+    if not isinstance(left, BOTH) and not isinstance(right, BOTH):
+        return UNHANDLED  # nothing is low rank any more
     at = 0 if isinstance(left, BOTH) else 1
     return multiplied(ctx, eqn, (left, right)[at], (right, left)[at], eqn.invars[1 - at])
 
@@ -102,7 +104,10 @@ def multiplied(
     gain = small if op is jnp.multiply else 1 / small
     shared = not ctx.origin(atom) & Origin.OWN
     # Plan inference gives every axis a factor of its own, and asks for no values.
-    if value.holder(small) is not None or not varying(small) or ctx.recorder is not None:
+    held_by = value.holder(small)
+    # A gain as large as the matrix would go to neither side of a product.
+    whole = shared and held_by is not None and len(value.factors) > 2 and small.size == value.w.size
+    if ctx.recorder is not None or not varying(small) or (held_by is not None and not whole):
         return value.with_gain(gain, shared)
     if not shared:
         return as_data(ctx, eqn, value, other)

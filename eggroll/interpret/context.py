@@ -13,6 +13,7 @@ from jax.extend import core
 from eggroll import _compat as compat
 from eggroll.values.deferred import Deferred
 from eggroll.values.lowrank import (
+    LateBroadcast,
     LowRank,
     Upcast,
     Value,
@@ -51,6 +52,7 @@ class Origin(enum.Flag):
 
 def origin_of(value: Value) -> Origin:
     """The origin of an array as far as the array itself tells."""
+    value = value.value if isinstance(value, LateBroadcast) else value
     own = is_lazy(value) or compat.is_batched(value)
     return Origin.OWN if own else Origin.SHARED
 
