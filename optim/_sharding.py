@@ -111,6 +111,8 @@ def alike(x: Array, like: ArrayLike) -> Array:
     Where types do not say how arrays are sharded, XLA decides when it compiles. It would often leave the
     result of a gather or a product whole on every device.
     """
+    if not isinstance(like, jax.Array):
+        return x
     wanted = jax.typeof(like).sharding
     if any(axis is not None for axis in wanted.spec):
         is_so = jax.typeof(x).sharding == wanted
