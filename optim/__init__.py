@@ -1,7 +1,8 @@
-"""Optimizers that optax lacks, or has in another form, as optax transforms: they drop into any chain.
+"""Optimizers that optax lacks or has in another form, as optax transforms for any chain.
 
-Lion and Lion-K, SGDP and AdamP, FRUGAL, GaLore and BAdam. What this module exports is public, with the
-modules ``dual``, ``kappa`` and ``projector``; modules whose names begin with an underscore are private.
+Lion and Lion-K, SGDP and AdamP, FRUGAL, GaLore and BAdam. What this module exports is public, with
+the modules ``dual``, ``kappa`` and ``projector``; modules whose names begin with an underscore are
+private.
 """
 
 from optim import dual, kappa, projector

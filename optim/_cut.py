@@ -29,8 +29,8 @@ class Cut(NamedTuple):
     def split(self, tree: PyTree) -> PyTree:
         """The leaves that are split, as matrices; masked nodes in place of the others.
 
-        Leaves whose types say how they are sharded are gathered: lines, entries and blocks go across
-        shards.
+        Leaves whose types say how they are sharded are gathered: lines, entries and blocks go
+        across shards.
         """
         leaves = zip(self.views, self.structure.flatten_up_to(tree), strict=True)
         return self.structure.unflatten(
@@ -92,7 +92,7 @@ def _tell(unknown: list[Leaf]) -> None:
         )
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         warnings.warn(
-            f"{first}{more}: left whole, since it is not known which of the axes are rows and columns; "
-            "name them in dimension_numbers to split these leaves, or pass split to leave them whole",
+            f"{first}{more}: left whole, since their axes of rows and columns are not known; name "
+            "them in dimension_numbers to split these leaves, or pass split to leave them whole",
             stacklevel=4,
         )

@@ -1,9 +1,10 @@
 """Which axes of every leaf are rows, columns and a stack: given, or read from shapes and names.
 
 Two things are read from a tree of parameters. A *stack* is a subtree whose leaves all have the same
-first axis, as ``nn.scan``, ``jax.vmap`` over ``init`` or a model that loops by ``lax.scan`` has it: the
-axis numbers layers, and the axes behind it are a layer's own. *Attention kernels* have an axis of heads:
-(embedding, heads, head size) for queries, keys and values, (heads, head size, embedding) for the output.
+first axis, as ``nn.scan``, ``jax.vmap`` over ``init`` or a model that loops by ``lax.scan`` has it:
+the axis numbers layers, and the axes behind it are a layer's own. *Attention kernels* have an axis
+of heads: (embedding, heads, head size) for queries, keys and values, (heads, head size, embedding)
+for the output.
 """
 
 import math
@@ -51,9 +52,9 @@ def leaves_of(params: PyTree, dimension_numbers: Setting = None) -> list[Leaf]:
 
     Args:
       params: the tree.
-      dimension_numbers: dimension numbers for all leaves of two or more axes, a tree (a prefix of the
-        parameters') of them and Nones, or a function of the parameters that returns either. None: they
-        are read from shapes and names.
+      dimension_numbers: dimension numbers for all leaves of two or more axes, a tree (a prefix of
+        the parameters') of them and Nones, or a function of the parameters that returns either.
+        None: they are read from shapes and names.
     """
     shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
     names = names_of(params)

@@ -29,9 +29,10 @@ class View(NamedTuple):
 
     Attributes:
       shape: of the leaf.
-      order: its axes: those that number the stack, then those of the rows, then those of the columns.
-      matrix: the shape as a matrix, with one axis before it where there is a stack; the shape of the
-        leaf where it is no matrix.
+      order: its axes: those that number the stack, then those of the rows, then those of the
+        columns.
+      matrix: the shape as a matrix, with one axis before it where there is a stack; the shape of
+        the leaf where it is no matrix.
     """
 
     shape: tuple[int, ...]
@@ -53,8 +54,8 @@ def view(shape: tuple[int, ...], spec: DimensionNumbers | None = None, path: str
 
     Args:
       shape: of the leaf.
-      spec: which axes are rows and columns. None: the last axis is the columns, the axes before it are
-        the rows.
+      spec: which axes are rows and columns. None: the last axis is the columns, the axes before it
+        are the rows.
       path: of the leaf, for the message.
 
     Raises:

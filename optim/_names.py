@@ -1,4 +1,4 @@
-"""What the path of a leaf says of it: embedding, norm, output head, router, or a weight of a layer."""
+"""What the path of a leaf says of it: embedding, norm, output head, router or linear weight."""
 
 import re
 from collections.abc import Sequence
@@ -39,7 +39,8 @@ class Names(NamedTuple):
       tokens: the words of the owner's and the leaf's names, and of the owner's class.
       is_kernel: whether its own name is that of the weight of a layer.
       is_vector: whether its names are those of a bias or of a norm.
-      is_other: whether its names are those of an embedding, a norm, a bias, a router or an output head.
+      is_other: whether its names are those of an embedding, a norm, a bias, a router or an output
+        head.
       is_head_outside: whether it is an output head unless it is in a layer of a stack.
     """
 

@@ -1,7 +1,7 @@
 """Where the arrays of a state lie: spread over the devices that the parameters are spread over.
 
-The optimizer works on a compact part of each matrix, whose axes are not those of the parameter. Its arrays
-take the mesh axes of the parameter on whichever of their own axes can be divided by them.
+The optimizer works on a compact part of each matrix, whose axes are not those of the parameter. Its
+arrays take the mesh axes of the parameter on whichever of their own axes can be divided by them.
 """
 
 import math
@@ -78,7 +78,8 @@ def spread(tree: PyTree, like: PyTree) -> PyTree:
     """Arrays spread over the devices that the leaves of ``like`` are spread over.
 
     Args:
-      tree: arrays, each below a leaf of ``like``; or any tree, which then lies where any of the leaves do.
+      tree: arrays, each below a leaf of ``like``; or any tree, which then lies where any of the
+        leaves do.
       like: the parameters or gradients.
     """
     structure: Any = jax.tree.structure(like)
@@ -108,18 +109,18 @@ def _over(tree: PyTree, leaves: Sequence[Any]) -> PyTree:
 def alike(x: Array, like: ArrayLike) -> Array:
     """``x`` sharded as ``like``, which has its shape.
 
-    Where types do not say how arrays are sharded, XLA decides when it compiles. It would often leave the
-    result of a gather or a product whole on every device.
+    Where types do not say how arrays are sharded, XLA decides when it compiles. It would often
+    leave the result of a gather or a product whole on every device.
     """
-    if not isinstance(like, jax.Array):
-        return x
     wanted = jax.typeof(like).sharding
     if any(axis is not None for axis in wanted.spec):
         is_so = jax.typeof(x).sharding == wanted
         return x if is_so else jax.sharding.reshard(x, wanted)
     if not isinstance(like, jax.core.Tracer):
-        placed = _sharding_of(like)
-        return x if placed is None or isinstance(x, jax.core.Tracer) else jax.device_put(x, placed)
+        if isinstance(x, jax.core.Tracer) or not isinstance(like, jax.Array):
+            return x
+        is_spread = isinstance(like.sharding, NamedSharding)
+        return jax.device_put(x, like.sharding) if is_spread else x
     if jax.device_count() == 1 or wanted.mesh.manual_axes:
         return x
     # shard_alike takes two arrays of one dtype.

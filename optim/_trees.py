@@ -30,9 +30,9 @@ def need_params(params: PyTree) -> PyTree:
 def is_function(setting: object, tree: PyTree) -> bool:
     """Whether a setting is a function of the tree, and not a tree of values that can be called.
 
-    A model of Equinox is a tree with a ``__call__``, and so is a mask made from one by ``jax.tree.map``. A
-    prefix of the tree is either one value or a node of the type that the tree's own root has; everything
-    else that can be called is a function.
+    A model of Equinox is a tree with a ``__call__``, and so is a mask made from one by
+    ``jax.tree.map``. A prefix of the tree is either one value or a node of the type that the tree's
+    own root has; everything else that can be called is a function.
 
     Example:
       >>> is_function(lambda params: params, {"w": 1.0}), is_function({"w": True}, {"w": 1.0})
@@ -55,8 +55,8 @@ def broadcast(
     """One value for every leaf of a tree.
 
     Args:
-      setting: a value for all leaves, a prefix of the tree with values at its leaves, or a function of
-        the tree that returns either.
+      setting: a value for all leaves, a prefix of the tree with values at its leaves, or a function
+        of the tree that returns either.
       tree: the parameters.
       default: the value where the setting is None.
 

@@ -38,22 +38,24 @@ def badam(
 
     State: 8 bytes a parameter of the largest block (float32), whatever the size of the model.
 
-    Differences from the authors' program: it leaves embeddings and head out (``optax.partition`` with
-    ``optax.set_to_zero()`` does that here); it goes through the layers in descending order by default, and
-    ``"shuffled"`` is its ``"random"``; its first block gets ``update_gap - 1`` updates, here all blocks get
-    as many; it decays no biases (``mask`` does that here).
+    Differences from the authors' program: it leaves embeddings and head out (``optax.partition``
+    with ``optax.set_to_zero()`` does that here); it goes through the layers in descending order by
+    default, and ``"shuffled"`` is its ``"random"``; its first block gets ``update_gap - 1``
+    updates, here all blocks get as many; it decays no biases (``mask`` does that here).
 
     Args:
       learning_rate: a number or a schedule.
       update_gap: steps from one block to the next; None: only where ``update`` is called with
         ``refresh=True``.
       base: any optax transform that works entry by entry; ``optax.scale_by_adam()`` by default.
-      weight_decay: a number, or a schedule over updates; of the active block, times the learning rate.
-      mask: a tree or a function of the parameters: which leaves decay in their turn; all by default.
+      weight_decay: a number, or a schedule over updates; of the active block, times the learning
+        rate.
+      mask: a tree or a function of the parameters: which leaves decay in their turn; all by
+        default.
       order, unit, active: see :func:`optim.projector.blockwise`.
       split: which leaves take turns, all by default; the others have Adam all the time.
-      dimension_numbers: which axes number the layers of a stack: see :func:`optim.linear_weights`. By
-        default stacks are read from the tree.
+      dimension_numbers: which axes number the layers of a stack: see :func:`optim.linear_weights`.
+        By default stacks are read from the tree.
       key: a seed or a key for the order.
 
     Returns:

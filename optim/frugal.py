@@ -52,7 +52,8 @@ def _checked(
         raise ValueError(f"density must be a number from 0 to 1, got {density}")
     if update_gap is not None and (not isinstance(update_gap, int) or update_gap < 1):
         raise ValueError(
-            f"update_gap must be an int of at least 1, or None for refreshes by hand, got {update_gap!r}"
+            "update_gap must be an int of at least 1, or None for refreshes by hand, "
+            f"got {update_gap!r}"
         )
     if on_refresh not in ("reset", "keep", "reproject"):
         raise ValueError(f"on_refresh must be 'reset', 'keep' or 'reproject', got {on_refresh!r}")
@@ -79,7 +80,7 @@ def _cond(due: bool | Array, new: Callable[[], PyTree], old: PyTree) -> PyTree:
 
 
 def _select(due: bool | Array, new: PyTree, old: PyTree) -> PyTree:
-    """The same for values that are cheap to compute: XLA fuses them with the loop that reads them."""
+    """The same for cheap values, which XLA fuses with the loop that reads them."""
     if isinstance(due, bool):
         return new if due else old
     return jax.tree.map(lambda a, b: jnp.where(due, a, b), new, old)
@@ -91,8 +92,19 @@ def _cast(x: Array, dtype: DTypeLike) -> Array:
     return (x.real if is_real and jnp.iscomplexobj(x) else x).astype(dtype)
 
 
+def _strong(x: Any) -> Any:
+    """A Python number as an array with a dtype of its own, which the state then has too."""
+    is_number = isinstance(x, int | float | complex)
+    return jnp.asarray(x, jnp.result_type(x)) if is_number else x
+
+
+def _kept_as(new: PyTree, old: PyTree) -> PyTree:
+    """A new state in the dtypes of the old one, which gradients of another dtype would change."""
+    return jax.tree.map(lambda n, o: n.astype(o.dtype) if n.dtype != o.dtype else n, new, old)
+
+
 def _words(key: int | Array) -> UInt32[Array, "2"]:
-    """Any kind of key, or a seed, as the two words of a threefry key: an array that checkpoints take."""
+    """A key of any kind, or a seed, as the two words of a threefry key, which checkpoints take."""
     is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     is_old_key = isinstance(key, jax.Array) and key.ndim == 1
     if not is_key and not is_old_key:
@@ -118,29 +130,33 @@ def scale_by_frugal(
     r"""A full optimizer on a compact part of the gradient, one without state on the rest of it.
 
     .. math::
-        u_t = s\,(P_t^{-} \operatorname{full}(P_t g_t) + r \operatorname{free}(g_t - P_t^{-} P_t g_t))
+        u_t = s\,(P_t^{-} \operatorname{full}(P_t g_t)
+            + r \operatorname{free}(g_t - P_t^{-} P_t g_t))
 
-    The split P changes at updates 0, T, 2T, ... (``update_gap``). Under ``vmap`` the condition on that
-    becomes a selection and every update does the work of a refresh, which for :func:`optim.projector.svd`
-    is a decomposition: pass ``update_gap=None`` there, and call ``update(..., refresh=True)`` when a refresh
-    is due and ``refresh=False`` (a plain bool) otherwise. Other keyword arguments of ``update`` go to the
-    full optimizer.
+    The split P changes at updates 0, T, 2T, ... (``update_gap``). Under ``vmap`` the condition on
+    that becomes a selection and every update does the work of a refresh, which for
+    :func:`optim.projector.svd` is a decomposition: pass ``update_gap=None`` there, and call
+    ``update(..., refresh=True)`` when a refresh is due and ``refresh=False`` (a plain bool)
+    otherwise. Other keyword arguments of ``update`` go to the full optimizer.
 
     Args:
       density: the part of every split leaf that the full optimizer gets.
-      projector: chooses that part: see :mod:`optim.projector`; random rows by default, the default of the
-        authors, who call them columns of PyTorch's transposed weights.
-      update_gap: updates between two splits; None: only where ``update`` is called with ``refresh=True``.
-      state_full: any optax transform; ``optax.scale_by_adam()`` by default. It sees compact arrays, and
-        parameters in the same form.
-      state_free: ``"sign"``, ``"sgd"`` (the rest as it is), None (the rest is not used), or a transform of
-        optax without state.
-      on_refresh: what becomes of the full optimizer's state on the compact part. ``"reset"``: it starts
-        again, its count of updates and so its bias correction too. ``"keep"``: it stays as it is.
-        ``"reproject"``: moments of the old split are moved to the new one, and are zero where it is new.
-      split: which leaves are split: a tree of booleans (a prefix of the parameters'), or a function of the
-        parameters that returns one; :func:`optim.linear_weights` by default. The others get the full
-        optimizer. ``init`` warns of leaves that are left whole only because their axes are not known.
+      projector: chooses that part: see :mod:`optim.projector`; random rows by default, the default
+        of the authors, who call them columns of PyTorch's transposed weights.
+      update_gap: updates between two splits; None: only where ``update`` is called with
+        ``refresh=True``.
+      state_full: any optax transform; ``optax.scale_by_adam()`` by default. It sees compact arrays,
+        and parameters in the same form.
+      state_free: ``"sign"``, ``"sgd"`` (the rest as it is), None (the rest is not used), or a
+        transform of optax without state.
+      on_refresh: what becomes of the full optimizer's state on the compact part. ``"reset"``: it
+        starts again, its count of updates and so its bias correction too. ``"keep"``: it stays as
+        it is. ``"reproject"``: moments of the old split are moved to the new one, and are zero
+        where it is new.
+      split: which leaves are split: a tree of booleans (a prefix of the parameters'), or a function
+        of the parameters that returns one; :func:`optim.linear_weights` by default. The others get
+        the full optimizer. ``init`` warns of leaves that are left whole only because their axes are
+        not known.
       dimension_numbers: which axes are rows, columns and a stack of layers: see
         :func:`optim.linear_weights`. By default they are read from the tree.
       inactive_lr_scale: r, the step of the rest over that of the compact part.
@@ -148,8 +164,8 @@ def scale_by_frugal(
       key: a seed or a key for random splits.
 
     Returns:
-      A transform whose state is a :class:`FrugalState`. The state is spread over the devices that the
-      parameters are spread over.
+      A transform whose state is a :class:`FrugalState`. The state is spread over the devices that
+      the parameters are spread over.
     """
     projector = rows() if projector is None else projector
     full = optax.with_extra_args_support(
@@ -161,7 +177,8 @@ def scale_by_frugal(
         # Two arrays, since a buffer cannot be donated twice.
         count, turn = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         if isinstance(params, _ParamsPlaceholder):
-            # optax.tree.map_params asks where arrays like the parameters are; the projection has none.
+            # optax.tree.map_params asks where arrays like the parameters are; the projection has
+            # none.
             return FrugalState(count, turn, count, count, full.init(params), full.init(params))
         parts = cut(params, split, dimension_numbers, tell=True)
         matrices = jax.eval_shape(parts.split, params)
@@ -169,7 +186,8 @@ def scale_by_frugal(
         compact, rest = jax.eval_shape(projector.down, matrices, projection)
         _check_stateless(free, rest)
         like = parts.select(params)
-        part, whole = full.init(spread(zeros(compact), like)), full.init(parts.whole(params))
+        part = full.init(spread(zeros(compact), like))
+        whole = full.init(jax.tree.map(_strong, parts.whole(params)))
         return FrugalState(count, turn, _words(key), spread(projection, like), part, whole)
 
     def update_fn(
@@ -192,8 +210,7 @@ def scale_by_frugal(
         compact, part = spread(compact, like), state.part
         if on_refresh == "reset":
             start = full.init(jax.tree.map(jnp.zeros_like, compact))
-            start = jax.tree.map(lambda new, x: new.astype(x.dtype), start, part)
-            part = _select(due, start, part)
+            part = _select(due, _kept_as(start, part), part)
         elif on_refresh == "reproject":
 
             def move(x: PyTree) -> PyTree:
@@ -208,6 +225,7 @@ def scale_by_frugal(
             small = spread(projector.down(matrices, projection)[0], like)
         steps, part = full.update(compact, part, small, **extra)
         whole, kept = full.update(parts.whole(updates), state.whole, large, **extra)
+        part, kept = _kept_as(part, state.part), _kept_as(kept, state.whole)
         steps = projector.up(gathered(steps), projection, grads)
         if free is not None:
             others, _ = free.update(rest, free.init(rest), matrices)
@@ -271,12 +289,12 @@ def frugal(
         x_{t+1} = x_t - \eta_t (P^{-} \operatorname{Adam}(P g_t)
             + \operatorname{sign}(g_t - P^{-} P g_t) + \lambda x_t)
 
-    The part changes every ``update_gap`` steps. With ``density=1`` this is the full optimizer; with 0, sign
-    descent on linear weights. Embeddings, norms, biases and the output head always get the full optimizer,
-    since sign descent suits them badly, the head most.
+    The part changes every ``update_gap`` steps. With ``density=1`` this is the full optimizer; with
+    0, sign descent on linear weights. Embeddings, norms, biases and the output head always get the
+    full optimizer, since sign descent suits them badly, the head most.
 
-    State: with Adam 8 * density bytes per float32 parameter that is split (and the projector's state), 8
-    for each that is not.
+    State: with Adam 8 * density bytes per float32 parameter that is split (and the projector's
+    state), 8 for each that is not.
 
     Args: see :func:`optim.scale_by_frugal`, and
       learning_rate: a number or a schedule.
@@ -305,8 +323,8 @@ def frugal(
     """
     return optax.chain(
         scale_by_frugal(
-            density, projector, update_gap, state_full, state_free, on_refresh=on_refresh, split=split,
-            dimension_numbers=dimension_numbers, inactive_lr_scale=inactive_lr_scale,
+            density, projector, update_gap, state_full, state_free, on_refresh=on_refresh,
+            split=split, dimension_numbers=dimension_numbers, inactive_lr_scale=inactive_lr_scale,
             proj_lr_scale=proj_lr_scale, key=key,
         ),
         optax.add_decayed_weights(weight_decay, mask),

@@ -24,30 +24,35 @@ def galore(
     base: optax.GradientTransformation | Unset | None = UNSET,
     dimension_numbers: Setting | Unset = UNSET,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""GaLore: :func:`optim.frugal` with singular vectors, nothing of the rest, and moments that stay.
+    r"""GaLore: :func:`optim.frugal` in singular vectors, without the rest, with moments that stay.
 
     .. math::
         x_{t+1} = x_t - \eta_t (s\, P_t^\top \operatorname{Adam}(P_t g_t) + \lambda x_t)
 
-    P are the leading singular vectors of the gradient, computed anew every ``update_proj_gap`` steps. The
-    moments remain those of the old subspace, as in the authors' program.
+    P are the leading singular vectors of the gradient, computed anew every ``update_proj_gap``
+    steps. The moments remain those of the old subspace, as in the authors' program.
 
-    State: with r the rank, 8 r max(rows, columns) + 4 r min(rows, columns) bytes for a float32 matrix with
-    ``side="std"``; 8 r min + 4 r max with ``"reverse_std"``.
+    State: with r the rank, 8 r max(rows, columns) + 4 r min(rows, columns) bytes for a float32
+    matrix with ``side="std"``; 8 r min + 4 r max with ``"reverse_std"``.
 
-    Arguments have the names and the order of ``optax.contrib.galore``. Differences from it: only linear
-    weights are projected, it projects all matrices; ``scale`` is 0.25 by default, the value that the authors
-    recommend, its default is 1; ``side="std"`` is the authors' rule, its own is ``"reverse_std"``; base
-    optimizers may use parameters, which they see projected; refreshes may be asked for by hand.
+    Arguments have the names and the order of ``optax.contrib.galore``. Differences from it:
 
-    Differences from the authors' program: Adam's epsilon is optax's 1e-8, added after bias correction
-    (theirs is 1e-6, added before); the weights decay from their values before the step (theirs, after it).
+    * Only linear weights are projected; optax projects all matrices.
+    * ``scale`` is 0.25 by default, the value that the authors recommend; optax's default is 1.
+    * ``side="std"`` is the authors' rule; optax has ``"reverse_std"``.
+    * Base optimizers may use parameters, which they see projected, and arguments of ``update``.
+    * A refresh may be asked for: ``update(..., refresh=True)``.
+
+    Differences from the authors' program: Adam's epsilon is optax's 1e-8, added after bias
+    correction (theirs is 1e-6, added before); the weights decay from their values before the step
+    (theirs, after it).
 
     Args:
       learning_rate: a number or a schedule.
       rank: how many singular vectors, at most as many as a matrix has rows or columns.
-      update_proj_gap: steps from one decomposition to the next; None: only where ``update`` is called with
-        ``refresh=True``, as it should be under ``vmap`` (see :func:`optim.scale_by_frugal`).
+      update_proj_gap: steps from one decomposition to the next; None: only where ``update`` is
+        called with ``refresh=True``, as it should be under ``vmap`` (see
+        :func:`optim.scale_by_frugal`).
       scale: s, on the steps of what is projected.
       base_optimizer: any optax transform; ``optax.scale_by_adam()`` by default.
       weight_decay: a number or a schedule; the decay of a step is this times the learning rate.
@@ -56,8 +61,8 @@ def galore(
         :func:`optim.linear_weights`. ``optax.contrib.GaLoreDimensionNumbers`` are taken.
       side: which side is projected, see :func:`optim.projector.svd`.
       split: which leaves are projected, see :func:`optim.scale_by_frugal`.
-      update_gap, base, dimension_numbers: deprecated names of ``update_proj_gap``, ``base_optimizer`` and
-        ``weight_dimension_numbers``.
+      update_gap, base, dimension_numbers: deprecated names of ``update_proj_gap``,
+        ``base_optimizer`` and ``weight_dimension_numbers``.
 
     Returns:
       A transform for ``optax.apply_updates``.

@@ -1,4 +1,4 @@
-"""Splits by a basis: the projection of a gradient on some orthonormal vectors, and what is orthogonal."""
+"""Splits by a basis: the projection of a gradient on orthonormal vectors, and the remainder."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -11,7 +11,8 @@ from optim.projector._interface import Projector, Split, each_matrix
 
 Side = Literal["std", "reverse_std", "left", "right", "full"]
 
-# Units of rounding below which an entry of the rest is residue: of the entry, and of its column or row.
+# Units of rounding below which an entry of the rest is residue: of the entry, and of its column or
+# row.
 RESIDUE, NORMWISE = 2, 16
 
 
@@ -60,12 +61,12 @@ def _expanded(compact: Array, at: Bases) -> Array:
 
 
 def _without_residue(rest: Array, grad: Array, at: Bases) -> Array:
-    """The rest with 0 in place of entries that are rounding residue: their sign would be a whole step.
+    """The rest with 0 for entries that are rounding residue, whose sign would be a whole step.
 
-    Three roundings leave residue. That of the gradient: some units of the entry. That of the decomposition
-    and the products: some units of the norm of the entry's column (from the left) or row (from the right).
-    That of bases kept in fewer digits: units of theirs, times that norm, times the norm of the entry's row
-    of the basis.
+    Three roundings leave residue. That of the gradient: some units of the entry. That of the
+    decomposition and the products: some units of the norm of the entry's column (from the left) or
+    row (from the right). That of bases kept in fewer digits: units of theirs, times that norm,
+    times the norm of the entry's row of the basis.
     """
     eps = lambda x: float(jnp.finfo(x.dtype).eps)
     wide = grad.astype(rest.dtype)
@@ -134,16 +135,17 @@ def random(rank: int | None = None, side: Side = "std") -> Projector:
     Args:
       rank: how many vectors, at most as many as the matrix has rows or columns; by default
         ``round(density * min(rows, columns))``, at least one, whichever side is projected.
-      side: which side is projected. ``"std"`` (GaLore): the shorter one, so that the basis is the smaller;
-        ``"reverse_std"`` (``optax.contrib.galore``): the longer one, so that the compact part is the
-        smaller; ``"left"`` (the rows, which in JAX are the inputs of a layer); ``"right"``; ``"full"``:
-        both. The two rules take the rows of a square matrix, as the programs that they are from do:
-        GaLore's columns are its inputs, since PyTorch keeps the transpose.
+      side: which side is projected. ``"std"`` (GaLore): the shorter one, so that the basis is the
+        smaller; ``"reverse_std"`` (``optax.contrib.galore``): the longer one, so that the compact
+        part is the smaller; ``"left"`` (the rows, which in JAX are the inputs of a layer);
+        ``"right"``; ``"full"``: both. The two rules take the rows of a square matrix, as the
+        programs that they are from do: GaLore's columns are its inputs, since PyTorch keeps the
+        transpose.
 
     State: for each basis 4 * rank bytes a row (left) or column (right) of a float32 matrix.
 
-    Rounding: entries of the rest that are within a few units of rounding of the gradient are 0, so that no
-    sign is taken of them.
+    Rounding: entries of the rest that are within a few units of rounding of the gradient are 0, so
+    that no sign is taken of them.
     """
 
     def bases(
@@ -162,8 +164,8 @@ def random(rank: int | None = None, side: Side = "std") -> Projector:
 def svd(rank: int | None = None, side: Side = "std") -> Projector:
     """The leading singular vectors of the gradient at the time of the refresh, as in GaLore.
 
-    Matrices are decomposed one after the other, so that one decomposition is in memory at a time. Under
-    ``vmap`` every update makes a decomposition unless refreshes are asked for by hand: see
+    Matrices are decomposed one after the other, so that one decomposition is in memory at a time.
+    Under ``vmap`` every update makes a decomposition unless refreshes are asked for by hand: see
     :func:`optim.scale_by_frugal`.
 
     Args: as those of :func:`optim.projector.random`.

@@ -29,7 +29,7 @@ class Blocks(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A leaf, or one layer of a stack: how many entries it has, its block, and where it begins in it."""
+    """A leaf, or one layer of a stack: its size, its block, and where it begins in the block."""
 
     size: int
     block: int
@@ -57,8 +57,8 @@ def block_names(path: str, layers: int | None, unit: Unit) -> list[str]:
     """The block of a leaf, or of each layer of a stack.
 
     Example:
-      >>> block_names("params/layers_3/mlp/kernel", None, "layer"), block_names("embed", None, "layer")
-      (['params/layers_3'], ['embed'])
+      >>> block_names("params/layers_3/mlp/kernel", None, "layer")
+      ['params/layers_3']
       >>> block_names("mlp", 2, "layer"), block_names("mlp", 2, "leaf")
       (['of 2 layers, 0', 'of 2 layers, 1'], ['mlp 0', 'mlp 1'])
     """
@@ -160,20 +160,22 @@ def blockwise(
 ) -> Projector:
     """Whole blocks: the full optimizer works on some layers at a time, the other one on the rest.
 
-    The active blocks lie one after the other in one vector, which is all that the full optimizer sees: it
-    must work entry by entry, as Adam, Lion and SGD do. The vector has room for the largest set of blocks
-    that is ever active; where all blocks have one size, none of it is wasted. Use this projector with
-    ``on_refresh="reset"``: with ``"keep"`` a block would inherit the moments of another.
+    The active blocks lie one after the other in one vector, which is all that the full optimizer
+    sees: it must work entry by entry, as Adam, Lion and SGD do. The vector has room for the largest
+    set of blocks that is ever active; where all blocks have one size, none of it is wasted. Use
+    this projector with ``on_refresh="reset"``: with ``"keep"`` a block would inherit the moments of
+    another.
 
     Args:
-      order: ``"random"``: drawn anew at each refresh (FRUGAL); ``"shuffled"``: all blocks in a random
-        order, then all in another one (BAdam); ``"ascending"``, ``"descending"``: all blocks by the numbers
-        in their names; ``"mirror"``: first, last, second, last but one, and so on.
-      unit: ``"leaf"``: every leaf is a block. ``"layer"``: leaves form a block where their paths agree up
-        to the first name that ends in a number (``layers_3``, ``layers/3``); a leaf without such a name is
-        a block of its own. The layers of a stack (leaves whose dimension numbers leave an axis) are as
-        many blocks, each of one leaf or of all such leaves.
-      active: how many blocks are active at a time; by default ``round(density * blocks)``, at least one.
+      order: ``"random"``: drawn anew at each refresh (FRUGAL); ``"shuffled"``: all blocks in a
+        random order, then all in another one (BAdam); ``"ascending"``, ``"descending"``: all blocks
+        by the numbers in their names; ``"mirror"``: first, last, second, last but one, and so on.
+      unit: ``"leaf"``: every leaf is a block. ``"layer"``: leaves form a block where their paths
+        agree up to the first name that ends in a number (``layers_3``, ``layers/3``); a leaf without
+        such a name is a block of its own. The layers of a stack (leaves whose dimension numbers leave
+        an axis) are as many blocks, each of one leaf or of all such leaves.
+      active: how many blocks are active at a time; by default ``round(density * blocks)``, at least
+        one.
 
     State: 4 bytes a block, and 4 for each block that is active.
     """
@@ -209,8 +211,8 @@ def blockwise(
         leaves = jax.tree.leaves(grads)
         structure: Any = jax.tree.structure(grads)
         room = _capacity(layout.sizes, order, blocks.active.size)
-        # Pieces that are not active are written behind the active ones, one over the other: a condition
-        # would copy the vector.
+        # Pieces that are not active are written behind the active ones, one over the other: a
+        # condition would copy the vector.
         largest = max((p.size for of in layout.pieces for p in of), default=0)
         pool = jnp.zeros(room + largest, jnp.result_type(*leaves) if leaves else jnp.float32)
         rest = []

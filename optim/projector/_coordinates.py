@@ -37,8 +37,8 @@ class Lines(NamedTuple):
 
     Attributes:
       kept: the numbers of the lines that are kept, ascending, so that memory is read in its order.
-      place: for every line that is kept its place among them; for the others the place of the kept line
-        before it, or 0.
+      place: for every line that is kept its place among them; for the others the place of the kept
+        line before it, or 0.
       is_kept: for every line whether it is kept.
     """
 
@@ -76,17 +76,18 @@ def draw(key: Array, lines: Sequence[Lines]) -> list[Lines]:
 def _take(x: Array, index: Array, axis: int) -> Array:
     """Takes rows or columns of a matrix; every index must be in it.
 
-    XLA's CPU compiler gathers columns one after the other, each across all of memory. Taken as entries of
-    the flat matrix, they are read in the order in which they are written, and in one loop with what is
-    done to them. A matrix that is spread over devices cannot be flat, hence one CPU only.
+    XLA's CPU compiler gathers columns one after the other, each across all of memory. Taken as
+    entries of the flat matrix, they are read in the order in which they are written, and in one
+    loop with what is done to them. A matrix that is spread over devices cannot be flat, hence one
+    CPU only.
     """
     alone = jax.default_backend() == "cpu" and jax.device_count() == 1
     if axis == 0 or not alone or x.size >= 2**31:
         at = (slice(None), index) if axis == 1 else index
         return x.at[at].get(mode="promise_in_bounds")
     start = jax.lax.iota(jnp.int32, x.shape[0]) * x.shape[1]
-    # This changes nothing, since no row begins below 0. It is a second reader of the matrix, so that XLA
-    # keeps the matrix in memory and does not compute each entry anew wherever it is read.
+    # This changes nothing, since no row begins below 0. It is a second reader of the matrix, so
+    # that XLA keeps the matrix in memory and does not compute each entry anew wherever it is read.
     start = jnp.maximum(start, jnp.minimum(jnp.real(x[0, 0]).astype(jnp.int32), 0))
     # Unsigned, so that no index counts from the end.
     at = start.astype(jnp.uint32)[:, None] + index.astype(jnp.uint32)
@@ -115,7 +116,8 @@ def _lines(axis: int) -> Projector:
     def up(compact: Array, lines: Lines, shape: tuple[int, ...]) -> Array:
         if lines.kept.size == 0:
             return jnp.zeros(shape, compact.dtype)
-        # A gather by the inverse and no scatter, so that XLA fuses it with what is done to the result.
+        # A gather by the inverse and no scatter, so that XLA fuses it with what is done to the
+        # result.
         full = _take(compact, lines.place, axis)
         return jnp.where(jnp.expand_dims(lines.is_kept, 1 - axis), full, 0)
 
@@ -125,8 +127,8 @@ def _lines(axis: int) -> Projector:
 def columns() -> Projector:
     """Random columns, ``int(density * columns)`` of every matrix (at least one).
 
-    Columns are those of the array, which in JAX are the outputs of a layer. PyTorch keeps the transpose
-    and calls them rows.
+    Columns are those of the array, which in JAX are the outputs of a layer. PyTorch keeps the
+    transpose and calls them rows.
 
     State: 5 bytes a column and 4 for each that is kept.
     """
@@ -136,10 +138,10 @@ def columns() -> Projector:
 def rows() -> Projector:
     """Random rows, ``int(density * rows)`` of every matrix (at least one).
 
-    Rows are those of the array, which in JAX are the inputs of a layer. PyTorch keeps the transpose and
-    calls them columns: these are the columns of FRUGAL's authors. A row lies in one piece in memory: on a
-    CPU, for a Llama model of 60M parameters, a step of FRUGAL takes 0.87 of the time of AdamW with rows and
-    1.01 with columns (``benchmarks/optim.py``).
+    Rows are those of the array, which in JAX are the inputs of a layer. PyTorch keeps the transpose
+    and calls them columns: these are the columns of FRUGAL's authors. A row lies in one piece in
+    memory: on a CPU, for a Llama model of 60M parameters, a step of FRUGAL takes 0.87 of the time of
+    AdamW with rows and 1.01 with columns (``benchmarks/optim.py``).
 
     State: 5 bytes a row and 4 for each that is kept.
     """

@@ -15,12 +15,12 @@ class Projector(NamedTuple):
     Attributes:
       init: (matrices, density) -> projection. Only the shapes and dtypes of the matrices count. The
         projection is a valid split already.
-      refresh: (key, turn, grads, projection) -> projection: the split of turn 0, 1, 2, ... Its randomness
-        is a function of key and turn.
-      down: (grads, projection) -> (compact, rest): the part kept, in its compact form, and the gradient
-        without that part, in full.
-      up: (compact, projection, grads) -> matrices: the compact form in full, zero where the rest is. Only
-        the shapes of the gradients count.
+      refresh: (key, turn, grads, projection) -> projection: the split of turn 0, 1, 2, ... Its
+        randomness is a function of key and turn.
+      down: (grads, projection) -> (compact, rest): the part kept, in its compact form, and the
+        gradient without that part, in full.
+      up: (compact, projection, grads) -> matrices: the compact form in full, zero where the rest
+        is. Only the shapes of the gradients count.
     """
 
     init: Callable[[PyTree, float], PyTree]
@@ -30,7 +30,7 @@ class Projector(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The same for one matrix and a key of its own: init takes a shape and a dtype, up takes the shape."""
+    """The same for one matrix: init takes its shape and dtype, refresh a key, up the shape."""
 
     init: Callable[[tuple[int, ...], DTypeLike, float], Any]
     down: Callable[[Array, Any], tuple[Array, Array]]
@@ -45,8 +45,8 @@ def each_matrix(split: Split) -> Projector:
         for x, path in zip(jax.tree.leaves(matrices), paths(matrices), strict=True):
             if len(x.shape) not in (2, 3):
                 raise ValueError(
-                    f"{path or 'the parameter'}: expected a matrix or a stack of matrices, got the shape "
-                    f"{x.shape}; leave it out of split"
+                    f"{path or 'the parameter'}: expected a matrix or a stack of matrices, "
+                    f"got the shape {x.shape}; leave it out of split"
                 )
 
         def of(x: Any) -> Any:
@@ -64,8 +64,8 @@ def each_matrix(split: Split) -> Projector:
         for i, (g, one) in enumerate(zip(leaves, structure.flatten_up_to(projection), strict=True)):
             own = jax.random.fold_in(key, i)
             if found:
-                # One matrix after the other: a decomposition takes several times the memory of its matrix,
-                # and XLA would start all of them at once.
+                # One matrix after the other: a decomposition takes several times the memory of its
+                # matrix, and XLA would start all of them at once.
                 g, found[-1] = jax.lax.optimization_barrier((g, found[-1]))
             if g.ndim == 2:
                 found.append(split.refresh(own, g, one))
