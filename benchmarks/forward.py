@@ -47,10 +47,11 @@ def calls_of(case: Case, args: argparse.Namespace) -> tuple[dict[str, Call], lis
     p = problem(case.model, case.dim, case.population, case.observations)
     es = strategy(case, p, chunk=args.chunk)
     state = es.init(p.params, jax.random.key(1))
-    draws = jax.jit(lambda s: generation.all_draws(es, es.plan_of(s.params), s))(state)
+    draws = jax.jit(lambda s: generation.all_draws(generation.begin(es, s)))(state)
 
     def kept(state: eggroll.State, draws: list[tuple[Array, ...]], data: Array) -> Array:
-        return generation.map_members(es, state, p.score, (), data, draws)
+        g = generation.begin(es, state)
+        return generation.map_members(g, state.params, p.score, (), data, draws)
 
     kept = jax.jit(kept)
     evaluate = internals.evaluate

@@ -30,7 +30,8 @@ from jax import Array, lax
 from benchmarks import common
 from benchmarks.common import MIB, PLAIN, Call, Case, Row
 from eggroll import _programs as internals
-from eggroll import integer, integer_generation
+from eggroll import integer
+from eggroll.arithmetic.integers import pair_signs
 from eggroll.perturbation import draw_pairs
 from experiments.models import egg
 
@@ -90,7 +91,7 @@ def calls_of(case: Case, config: egg.Config, tokens: int, chunk: int | None) -> 
     hidden = jnp.zeros((case.population, config.layers, config.width), jnp.int8)
     members = (hidden, text.astype(jnp.uint8))
     values, _ = es.evaluate(state, fitness, members=members)
-    signs = jax.jit(integer_generation.pair_signs)
+    signs = jax.jit(lambda values: pair_signs(values[:, None]))
     plan, pairs = es.plan_of(params), jnp.arange(case.population // 2, dtype=jnp.int32)
     draw = jax.jit(lambda seed: draw_pairs(plan, es.noise, seed, jnp.int32(0), pairs))
     x = jax.random.randint(jax.random.key(3), (case.population, config.width), -64, 65, jnp.int8)

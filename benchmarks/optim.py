@@ -29,7 +29,7 @@ import optax
 
 import optim
 from benchmarks import common, llama
-from optim.matrices import linear_weights
+from optim import linear_weights
 
 TRIAD = "triad"
 # A row faster than this takes several steps a round, since timers are not exact.

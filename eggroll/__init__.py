@@ -8,6 +8,7 @@ from eggroll import plan as plan
 from eggroll import shaping as shaping
 from eggroll.interpret import DenseBuildError as DenseBuildError
 from eggroll.interpret import DenseBuildWarning as DenseBuildWarning
+from eggroll.interpret import MemberLoopWarning as MemberLoopWarning
 from eggroll.plan import Dense as Dense
 from eggroll.plan import Frozen as Frozen
 from eggroll.plan import Matrix as Matrix
@@ -22,6 +23,7 @@ __all__ = [
     "EvolutionStrategy",
     "Frozen",
     "Matrix",
+    "MemberLoopWarning",
     "Metrics",
     "State",
     "estimator",

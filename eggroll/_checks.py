@@ -1,7 +1,7 @@
-"""What users hand to a strategy, checked where it comes in.
+"""Checks of the arguments of a strategy's methods.
 
-Each wrong thing is a ValueError of one sentence that names the field or the parameter, what it is, and
-what would be right.
+A wrong argument raises ValueError. The message names the argument or the parameter, gives its
+value, and states the right values.
 """
 
 import functools
@@ -14,181 +14,160 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Int, PyTree
 
-from eggroll import integer_generation
-from eggroll import noise as noises
-from eggroll import plan as plans
-from eggroll import shaping as shapings
-from eggroll.exchange import Auto
-from eggroll.generation import is_real
-from eggroll.population.placement import check_mesh
-from eggroll.values.fixed_point import LARGEST
+from eggroll.plan.leaf import Plan
+from eggroll.state import State
 
 
-def is_whole(x: Any) -> bool:
+def is_whole(x: object) -> bool:
+    """Whether ``x`` is an integer and not a bool."""
     return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
-def is_number(x: Any) -> bool:
-    """Whether it is one real number, be it as an array without axes."""
+def is_even(x: object) -> bool:
+    """Whether ``x`` is an even integer of at least 2."""
+    return isinstance(x, int | np.integer) and is_whole(x) and bool(x >= 2 and x % 2 == 0)
+
+
+def is_real(dtype: DTypeLike) -> bool:
+    """Whether arrays of this dtype hold real numbers or bools."""
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
+def is_number(x: object) -> bool:
+    """Whether ``x`` is one real number; arrays without axes count."""
     if isinstance(x, jax.Array | np.ndarray):
         return x.ndim == 0 and is_real(x.dtype)
     return isinstance(x, numbers.Real | np.bool_)
 
 
 def is_positive(x: Any) -> bool:
+    """Whether ``x`` is one positive, finite number."""
     return is_number(x) and math.isfinite(x) and bool(x > 0)
 
 
-def settings(es: Any) -> None:
-    """The fields of an EvolutionStrategy."""
-
-    def require(field: str, ok: bool, right: str) -> None:
-        if not ok:
-            raise ValueError(f"{field}={getattr(es, field)!r}: {right} is right")
-
-    even = lambda x: is_whole(x) and x >= 2 and x % 2 == 0
-    require(
-        "population",
-        even(es.population),
-        "members come in pairs with opposite noise, so an even number of at least 2",
-    )
-    require(
-        "sigma",
-        callable(es.sigma) or is_positive(es.sigma),
-        "a positive number or a schedule over generations",
-    )
-    require(
-        "rank",
-        es.rank == "full" or (is_whole(es.rank) and es.rank >= 1),
-        "a whole number of at least 1, or 'full' for dense noise,",
-    )
-    require(
-        "chunk",
-        es.chunk is None or even(es.chunk),
-        "an even number of members of at least 2, or None for all at once,",
-    )
-    require(
-        "noise_reuse",
-        is_whole(es.noise_reuse) and es.noise_reuse >= 1,
-        "a whole number of generations of at least 1",
-    )
-    require("on_dense", es.on_dense in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'")
-    if es.deterministic and es.exchange not in ("update", "fitness"):
-        raise ValueError(
-            f"exchange={es.exchange!r}: what deterministic=True sends is not counted; 'update' or 'fitness' "
-            "is right"
-        )
-    require(
-        "exchange",
-        es.exchange in ("update", "fitness", "auto") or isinstance(es.exchange, Auto),
-        "'update', 'fitness', 'auto' or eggroll.exchange.auto(bandwidth, flops)",
-    )
-    require(
-        "factor_memory",
-        is_number(es.factor_memory) and es.factor_memory >= 0,
-        "a number of bytes, 0 for none,",
-    )
-    require(
-        "optimizer",
-        isinstance(es.optimizer, optax.GradientTransformation),
-        "an optax transform such as optax.adam(1e-2)",
-    )
-    for field, module in (("shaping", shapings), ("plan", plans), ("noise", noises)):
-        value = getattr(es, field)
-        name = getattr(value, "__name__", "")
-        made_here = bool(name) and getattr(module, name, None) is value
-        require(field, not made_here, f"this is the function that makes one; {name}()")
-    require(
-        "shaping",
-        es.shaping is None or callable(es.shaping),
-        "one of eggroll.shaping such as zscore(), or None for the scores as they are,",
-    )
-    require(
-        "plan",
-        callable(es.plan),
-        "eggroll.plan.by_shape(overrides) or eggroll.plan.infer(fitness, params, *args)",
-    )
-    require("noise", isinstance(es.noise, noises.Noise), "one of eggroll.noise such as counter()")
-    if es.noise.integer:
-        integer_generation.check_settings(es)
-    check_mesh(es.mesh)
+# ---------------------------------------------------------------- the start of a run
 
 
-def quantised(plan: plans.Plan, master_weights: bool) -> None:
-    """That int8 parameters beside float ones have copies which can hold a part of a step."""
-    for leaf in plan.leaves:
-        if leaf.quantised and not master_weights:
-            raise ValueError(
-                f"master_weights=False: parameter {leaf.path!r} is int8 and would round every update "
-                "away; True is right"
-            )
+def seed(key: object) -> Array:
+    """A typed key, from a key or a seed.
 
+    Args:
+      key: ``jax.random.key(seed)``, or an integer from 0 to 2^64 - 1. Integers below 2^32 give the
+        key ``jax.random.key(key)``.
 
-def parameters(plan: plans.Plan, params: Any) -> None:
-    """That parameters start from numbers that training can go on from (where they are known)."""
-    known = {
-        leaf.path: value
-        for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True)
-        if (plans.is_float(value) or (leaf.trainable and value.dtype == jnp.int8))
-        and not isinstance(value, jax.core.Tracer)
-    }
-    # Constants are looked at also where init itself is traced.
-    with jax.ensure_compile_time_eval():
-        counts = _count_unfit(known)
-    for path, count in counts.items():
-        if count:
-            wrong, right = "not finite", "finite numbers"
-            if known[path].dtype == jnp.int8:
-                wrong, right = "-128", f"-{LARGEST} to {LARGEST}"
-            raise ValueError(
-                f"parameter {path!r} has {count} of {known[path].size} entries that are {wrong}; "
-                f"start from {right}"
-            )
+    Raises:
+      ValueError: an integer is out of range.
+    """
+    if not is_whole(key):
+        return key  # type: ignore[return-value]  # noise.seed_words checks keys
+    number = int(key)  # type: ignore[call-overload]
+    if not 0 <= number < 2**64:
+        raise ValueError(f"key={number}: must be an integer from 0 to 2**64 - 1")
+    low, high = jax.device_put((np.uint32(number % 2**32), np.uint32(number >> 32)))
+    return _key_of_words(low, high)
 
 
 @jax.jit
-def _count_unfit(leaves: dict[str, Array]) -> dict[str, Array]:
-    unfit = lambda x: ~jnp.isfinite(x) if plans.is_float(x) else x < -LARGEST
-    return {path: jnp.sum(unfit(value)) for path, value in leaves.items()}
+def _key_of_words(low: Array, high: Array) -> Array:
+    key = jax.random.key(low)
+    # jax.random.key would drop the high word.
+    folded = jax.random.key_data(jax.random.fold_in(key, high))
+    data = jnp.where(high == 0, jax.random.key_data(key), folded)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
+def state(given: object) -> State:
+    """Checks that a state comes from a strategy."""
+    if isinstance(given, State):
+        return given
+    raise ValueError(
+        "state: expected the State that es.init(params, key) or es.step returned, got "
+        f"{type(given).__name__}"
+    )
+
+
+def quantised(plan: Plan, master_weights: bool) -> None:
+    """Checks that quantised int8 parameters have float32 copies, which hold fractions of a unit."""
+    for leaf in plan.leaves:
+        if leaf.keeps_copy and leaf.dtype == jnp.int8 and not master_weights:
+            raise ValueError(
+                f"master_weights=False: must be True, since the int8 parameter {leaf.path!r} would "
+                "round every update away"
+            )
+
+
+def parameters(plan: Plan, params: PyTree) -> None:
+    """Checks that training can start from the values of the parameters, unless they are traced."""
+    leaves = {
+        leaf.path: (leaf, value)
+        for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True)
+        if (jnp.issubdtype(value.dtype, jnp.floating) or leaf.trainable)
+        and not isinstance(value, jax.core.Tracer)
+    }
+    unfit = {path: leaf.arithmetic.unfit for path, (leaf, _) in leaves.items()}
+
+    @jax.jit
+    def count(known: dict[str, Array]) -> dict[str, Array]:
+        return {path: jnp.sum(unfit[path](value)) for path, value in known.items()}
+
+    # If init is traced, constants among the parameters are still checked.
+    with jax.ensure_compile_time_eval():
+        counts = count({path: value for path, (_, value) in leaves.items()})
+    for path, found in jax.device_get(counts).items():
+        if found:
+            leaf, value = leaves[path]
+            wrong, right = leaf.arithmetic.unfit_reason()
+            raise ValueError(
+                f"parameter {path!r}: {found} of {value.size} entries are {wrong}: must be {right}"
+            )
+
+
+# ---------------------------------------------------------------- arguments of methods
 
 
 def members(given: Any, population: int, axes: int) -> Array:
-    """Numbers of members as an int32 array with so many axes; traced ones are taken as they are."""
+    """Indices of members as an int32 array with ``axes`` axes; traced indices are not checked."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given)):
         return jnp.asarray(given, jnp.int32)
     ids = np.asarray(given)
     if ids.ndim != axes or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        right = f"a list of whole numbers below {population}" if axes else "a whole number"
-        raise ValueError(f"member {given!r} of a population of {population}: {right} is right")
+        right = "a list of integers" if axes else "an integer"
+        raise ValueError(f"member {given!r}: must be {right} from 0 to {population - 1}")
     wrong = ids[(ids < 0) | (ids >= population)].tolist()
     if wrong:
         raise ValueError(
-            f"member {wrong[0]} of a population of {population}: 0 to {population - 1} is right"
+            f"member {wrong[0]}: must be from 0 to {population - 1} in a population of {population}"
         )
-    return jnp.asarray(ids, jnp.int32)
+    return jax.device_put(ids.astype(np.int32))
 
 
-def generations(given: Any) -> None:
-    """A number of generations to run."""
+def generations(given: Any) -> Array:
+    """The number of generations to run, as an int32 scalar."""
     if isinstance(given, jax.core.Tracer):
-        return
+        return given.astype(jnp.int32)
     is_array = isinstance(given, jax.Array | np.ndarray)
     whole = is_whole(given.item() if is_array and given.ndim == 0 else given)
     if not whole or given < 0:
-        told = f"{given.dtype}{list(given.shape)}" if is_array and given.ndim else repr(given)
-        raise ValueError(f"generations={told}: a whole number of at least 0 is right")
+        shown = f"{given.dtype}{list(given.shape)}" if is_array and given.ndim else repr(given)
+        raise ValueError(f"generations={shown}: must be an integer of at least 0")
+    return jax.device_put(np.int32(given))
 
 
 def scores(values: Any, population: int, integer: bool) -> Array:
-    """Scores from anywhere as an array ``[population]`` or ``[population, tasks]``.
+    """Scores from any source as an array ``[population]`` or ``[population, tasks]``.
 
     Args:
-      values: an array, or a list that may hold None in the place of a score or of a member's scores.
-      population: how many members there are.
-      integer: whether whole numbers stay integers, for integer noise.
+      values: an array, or a list that may hold None instead of a score or of a member's scores.
+      population: number of members.
+      integer: whether integers stay int32, for integer noise.
+
+    Raises:
+      ValueError: the shape or the dtype is wrong.
     """
     if isinstance(values, np.ndarray) and values.dtype == object:
         values = values.tolist()
@@ -197,69 +176,101 @@ def scores(values: Any, population: int, integer: bool) -> Array:
     shape = np.shape(values)
     if len(shape) not in (1, 2) or shape[0] != population or 0 in shape:
         raise ValueError(
-            f"values have the shape {list(shape)}; [population] or [population, tasks] with "
-            f"population={population} is right"
+            f"values: expected the shape [population] or [population, tasks] with population="
+            f"{population}, got {list(shape)}"
         )
-    values = jnp.asarray(values)
+    if not isinstance(values, jax.Array):
+        values = jax.device_put(np.asarray(values))
     if not is_real(values.dtype):
-        raise ValueError(f"values have the type {values.dtype}; real numbers are right")
-    return values
+        raise ValueError(f"values: expected real numbers, got {values.dtype}")
+    return values.astype(jnp.int32) if values.dtype == jnp.bool_ else values
+
+
+def scalar(given: Any, dtype: type) -> Array:
+    """A number as an array without axes and with this dtype; an array keeps its shape."""
+    if isinstance(given, jax.Array):
+        return given.astype(dtype)
+    return jax.device_put(np.asarray(given, dtype))
+
+
+def groups(given: Any, population: int) -> Int[Array, "population"] | None:
+    """The group ids of the members, int ``[population]``, or None."""
+    if given is None:
+        return None
+    ids = given if isinstance(given, jax.Array | np.ndarray) else np.asarray(given)
+    if ids.shape != (population,) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"groups: expected integers of the shape [{population}], got {ids.dtype} of the shape "
+            f"{list(ids.shape)}"
+        )
+    return ids if isinstance(ids, jax.Array) else jax.device_put(ids)
+
+
+def member_data(members: PyTree, population: int) -> None:
+    """Checks that each leaf of the members' data has a leading axis [population]."""
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(members)[0]:
+        if jnp.shape(leaf)[:1] != (population,):
+            raise ValueError(
+                f"members{jax.tree_util.keystr(keys)}: expected a leading axis of population="
+                f"{population}, got the shape {list(jnp.shape(leaf))}"
+            )
 
 
 def _table(values: list | tuple, integer: bool) -> np.ndarray:
-    """Scores in lists as an array, NaN where there is None."""
+    """Nested lists of scores as an array; None becomes NaN."""
     flat = all(v is None or np.ndim(v) == 0 for v in values)
     widths = {1 if np.ndim(v) == 0 else len(v) for v in values if v is not None} or {1}
     if len(widths) > 1:
         raise ValueError(
-            f"values hold rows of lengths {sorted(widths)}; one score a task for every member is right"
+            f"values: expected rows of one length, a score a task, got lengths {sorted(widths)}"
         )
     (width,) = widths
     rows = [[None] * width if v is None else [v] if np.ndim(v) == 0 else list(v) for v in values]
     for v in (v for row in rows for v in row):
         if v is not None and not is_number(v):
-            raise ValueError(f"values hold {v!r}; a number, or None where there is none, is right")
+            raise ValueError(f"values: expected numbers, or None for a missing score, got {v!r}")
     whole = all(is_whole(v) for row in rows for v in row)
     table = np.array(
         [[np.nan if v is None else v for v in row] for row in rows],
         np.int32 if whole and integer else np.float64,
-    )
+    ).reshape(len(rows), width)
     return table[:, 0] if flat else table
 
 
 def gradients(grads: Any, expected: Any) -> None:
-    """That gradients form the tree that the optimizer sees, of the same shapes."""
+    """Checks that gradients have the structure and shapes of the tree that the optimizer sees."""
     found: Any = jax.tree.structure(grads)
     right: Any = jax.tree.structure(expected)
     if found != right:
-        raise ValueError(
-            f"grads have the structure {found}; that of es.gradient, {right}, is right"
-        )
+        raise ValueError(f"grads: expected the structure of es.gradient, {right}, got {found}")
     for (path, g), w in zip(
         jax.tree_util.tree_flatten_with_path(grads)[0], jax.tree.leaves(expected), strict=True
     ):
         if g.shape != w.shape:
             raise ValueError(
-                f"grads{jax.tree_util.keystr(path)} has the shape {list(g.shape)}; {list(w.shape)} "
-                "is right"
+                f"grads{jax.tree_util.keystr(path)}: expected the shape {list(w.shape)}, got "
+                f"{list(g.shape)}"
             )
 
 
 def fitness(seen: dict[Any, tuple[int, int]], given: Any) -> None:
-    """Warns where every generation brings a new fitness object of the same code.
+    """Warns if the same code arrives as a new fitness object every generation.
 
     Args:
-      seen: for each code the identity of the last object, and how many there were. An identity is not
-        given out a second time, since the compilation cache keeps its object alive.
+      seen: for each code object, the identity of the last fitness and the number of distinct ones.
+        Python does not reuse such an identity, since the compilation cache keeps the fitness alive.
       given: a function, a method, or either wrapped by jax.jit or functools.partial.
+
+    Raises:
+      ValueError: ``given`` is not callable.
     """
     if not callable(given):
-        raise ValueError(f"fitness={given!r}: a function of (params, key, *args) is right")
+        raise ValueError(f"fitness={given!r}: must be a function of (params, key, *args)")
     inner = inspect.unwrap(given.func if isinstance(given, functools.partial) else given)
     code = getattr(inner, "__code__", None)
     if code is None:
         return
-    # A method is a new object whenever it is looked up, but equal to the last one.
+    # Every look-up of a method makes a new object; the instance identifies it.
     identity = id(getattr(given, "__self__", given))
     last, count = seen.get(code, (None, 0))
     if last == identity:
@@ -267,7 +278,8 @@ def fitness(seen: dict[Any, tuple[int, int]], given: Any) -> None:
     seen[code] = (identity, count + 1)
     if count + 1 == 4:
         warnings.warn(
-            f"fitness {getattr(inner, '__qualname__', inner)!r} is a new object for the fourth time "
-            "and is compiled anew each time; define it once and pass what changes as arguments",
+            f"fitness {getattr(inner, '__qualname__', inner)!r} is a new object for the fourth "
+            "time and is compiled again each time; define it once and pass changing values as "
+            "arguments",
             stacklevel=3,
         )

@@ -1,17 +1,31 @@
-"""The places where JAX's versions differ, in one file (0.10.2 and 0.11)."""
+"""Differences between JAX versions (0.10.2 and 0.11), in one file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import batching
 from jax.sharding import AxisType
 
+# XLA's older CPU emitters round sums and products differently from program to program. Before JAX
+# 0.11, this compiler option disables them, regardless of the flags of the process.
+ONE_EMITTER = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
+
 
 class ScanParts(NamedTuple):
-    """A scan equation taken apart: constants, carry and scanned inputs of its body."""
+    """The parts of a scan equation.
+
+    Attributes:
+      jaxpr: the body.
+      jaxpr_consts: constants of the body.
+      consts: inputs that every iteration receives.
+      carry: initial values of the carry.
+      xs: inputs that are scanned over their leading axis.
+      length: number of iterations.
+      reverse: whether the scan runs from the last index to the first.
+      unroll: number of iterations that are unrolled.
+    """
 
     jaxpr: core.Jaxpr
     jaxpr_consts: list[Any]
@@ -24,9 +38,9 @@ class ScanParts(NamedTuple):
 
 
 def bind(eqn: Any, values: Sequence[Any], changes: Mapping[str, Any]) -> Any:
-    """Binds an equation's primitive, some of its parameters changed."""
+    """Binds the primitive of an equation, with some of its parameters changed."""
     params = eqn.primitive.get_bind_params(eqn.params)
-    if isinstance(params, tuple):  # (functions, parameters) in some versions
+    if isinstance(params, tuple):  # (functions, parameters) in some versions of JAX
         subfuns, params = params
         return eqn.primitive.bind(*subfuns, *values, **{**params, **changes})
     return eqn.primitive.bind(*values, **{**params, **changes})
@@ -42,9 +56,9 @@ def solve_parts(eqn: Any, values: list[Any]) -> tuple[core.Jaxpr, list[Any], lis
 
 
 def scan_parts(eqn: Any, values: list[Any]) -> ScanParts:
-    """Takes a scan equation apart, in the form of either version."""
+    """Splits a scan equation and its input values into parts."""
     p = eqn.params
-    if "ft_in" in p:  # 0.11: the inputs as a tree of (constants, carry, scanned)
+    if "ft_in" in p:  # JAX 0.11: a tree of (constants, carry, scanned)
         consts, carry, _ = p["ft_in"].unpack()
         n, m = len(list(consts.vals)), len(list(carry.vals))
     else:
@@ -62,19 +76,26 @@ def scan_parts(eqn: Any, values: list[Any]) -> ScanParts:
 
 
 def called_jaxpr(eqn: Any) -> tuple[core.Jaxpr, list[Any]]:
-    """The body of a call-like equation (jit, remat, custom rules) and its constants."""
+    """The body of a call-like equation (jit, remat, custom rules) and its constants.
+
+    Raises:
+      ValueError: the equation has no body under a known name.
+    """
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "fwd_jaxpr", "call", "callee"):
         body = eqn.params.get(name)
         if body is not None:
             return (body.jaxpr, body.consts) if isinstance(body, core.ClosedJaxpr) else (body, [])
-    raise ValueError(f"the equation {eqn.primitive.name!r} calls no jaxpr that this version knows")
+    raise ValueError(
+        f"equation {eqn.primitive.name!r}: expected a jaxpr in its parameters, got "
+        f"{list(eqn.params)}"
+    )
 
 
 def inside_mesh(x: Any) -> Any:
-    """What stands for an array in a trace inside a shard_map that it comes into from outside.
+    """A stand-in for an array that enters a trace inside a shard_map from outside of it.
 
-    The type of such an array still names the mesh as it is outside, and look-ups by an array of indices
-    refuse that. Its shape and type are all that a trace needs.
+    The type of such an array names the mesh outside of the shard_map, and look-ups by an array of
+    indices refuse that type. The trace only needs the shape and the dtype.
     """
     here = jax.sharding.get_abstract_mesh()
     if AxisType.Manual not in here.axis_types or not hasattr(x, "dtype"):
@@ -86,15 +107,10 @@ def inside_mesh(x: Any) -> Any:
 
 
 def varying_axes(x: Any) -> frozenset[str]:
-    """The mesh axes that a value is known to vary over inside a shard_map."""
+    """The mesh axes over which a value varies inside a shard_map."""
     aval = jax.typeof(x)
-    kind = getattr(aval, "mat", None)  # 0.10; the set stands on the type itself in others
+    kind = getattr(aval, "mat", None)  # JAX 0.10; other versions have the set on the type
     return kind.varying if kind is not None else getattr(aval, "vma", frozenset())
-
-
-def tracing() -> bool:
-    """Whether a program is being traced right now, whatever its arguments."""
-    return isinstance(jnp.zeros(()) + 0, jax.core.Tracer)
 
 
 def is_batched(x: Any) -> bool:

@@ -1,9 +1,10 @@
-"""What devices send each other for an update: its sum, or the scores alone.
+"""The data that devices send each other for an update: sums of noise, or scores alone.
 
-A pair's noise is a function of the seed, so that every device can make any of it. Either each sums the
-noise of its own members and the sums are added up ("update": as many numbers as there are parameters,
-whatever the population), or each sums the noise of everybody and only the scores are sent ("fitness":
-d times the arithmetic on d devices). Which one is quicker depends on the link: :func:`costs` says so.
+The noise of a pair is a function of the seed, so every device can draw the noise of any pair.
+"update": each device sums the noise of its own members, and the sums are added over devices. The
+number of bytes sent depends on the parameters and not on the population. "fitness": devices send
+scores alone, and each device sums the noise of all members, at d times the arithmetic on d devices.
+The link decides which of them is faster; :func:`costs` estimates both.
 """
 
 import dataclasses
@@ -12,50 +13,59 @@ import math
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from eggroll.plan import Leaf, Matrix, Plan
+from eggroll.plan.leaf import Leaf, Plan
 from eggroll.population.placement import devices, member_axis, split_over
 
-# Vector instructions a sample of eggroll.noise.counter.
+# Vector instructions for one sample of eggroll.noise.counter.
 SAMPLE_FLOPS = 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Auto:
-    """Whichever way of :func:`costs` takes less time. Made by :func:`auto`."""
+    """Chooses the exchange that takes less time according to :func:`costs`. Made by :func:`auto`.
+
+    Attributes:
+      bandwidth: bytes a second that a device sends.
+      flops: arithmetic operations a second of a device.
+    """
 
     bandwidth: float
     flops: float
 
 
 def auto(bandwidth: float = 12.5e9, flops: float = 1e13) -> Auto:
-    """For ``EvolutionStrategy(exchange=...)``: decides by the time that :func:`costs` counts.
+    """For ``EvolutionStrategy(exchange=...)``: chooses the faster exchange by :func:`costs`.
 
     Args:
-      bandwidth: bytes that a device sends a second; by default those of a network of 100 Gbit/s.
-      flops: arithmetic operations of a device a second, as it reaches them in sums of noise; the default
-        is that of no device in particular: measure ``es.update``, or see whether 3 times more or less
-        changes the decision.
+      bandwidth: bytes a second that a device sends. The default is a network of 100 Gbit/s.
+      flops: arithmetic operations a second that a device reaches in sums of noise. The default
+        describes no particular device: measure ``es.update``, or check whether a third or three
+        times the value changes the choice.
 
     Raises:
-      ValueError: for a number that is not positive.
+      ValueError: a rate is not a positive, finite number.
+
+    Example:
+      >>> auto(bandwidth=25e9, flops=4e13)
+      Auto(bandwidth=25000000000.0, flops=40000000000000.0)
     """
     for name, value in (("bandwidth", bandwidth), ("flops", flops)):
         if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
-            raise ValueError(f"auto: {name}={value!r}; a positive number a second is right")
+            raise ValueError(f"auto: {name}={value!r}: must be a positive number (a second)")
     return Auto(bandwidth, flops)
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What either way takes, a device and update.
+    """The costs of both exchanges, for one device and one update.
 
     Attributes:
-      devices: groups of devices that members are divided over.
-      update_bytes: sent where sums are added up, the scores included.
-      fitness_bytes: sent where only scores are.
-      update_flops: arithmetic where each device sums the noise of its own members.
-      fitness_flops: arithmetic where each sums everybody's.
-      rates: the link and the device.
+      devices: number of groups of devices that members are divided over.
+      update_bytes: bytes sent by "update", the scores included.
+      fitness_bytes: bytes sent by "fitness".
+      update_flops: operations of "update".
+      fitness_flops: operations of "fitness".
+      rates: the rates of the link and the device.
     """
 
     devices: int
@@ -67,15 +77,17 @@ class Costs:
 
     @property
     def update_seconds(self) -> float:
+        """Time of "update", in seconds."""
         return self.update_bytes / self.rates.bandwidth + self.update_flops / self.rates.flops
 
     @property
     def fitness_seconds(self) -> float:
+        """Time of "fitness", in seconds."""
         return self.fitness_bytes / self.rates.bandwidth + self.fitness_flops / self.rates.flops
 
     @property
     def choice(self) -> str:
-        """``"update"`` or ``"fitness"``."""
+        """The faster exchange, ``"update"`` or ``"fitness"``."""
         return "fitness" if self.fitness_seconds < self.update_seconds else "update"
 
     def __str__(self) -> str:
@@ -89,7 +101,7 @@ class Costs:
             [
                 *lines,
                 f"a device and update, on {self.devices} at {self.rates.bandwidth:.3g} bytes/s and "
-                f"{self.rates.flops:.3g} operations/s: {self.choice!r} is the quicker",
+                f"{self.rates.flops:.3g} operations/s: {self.choice!r} is faster",
             ]
         )
 
@@ -101,27 +113,28 @@ def costs(
     tasks: int = 1,
     rates: Auto | None = None,
 ) -> Costs:
-    """Counts what either way sends and computes.
+    """Estimates what each exchange sends and computes.
 
-    A sum of B bytes over d devices is counted as a ring has it, ``2 (d - 1) / d B`` sent by each; the
-    scores of all members as ``(d - 1) / d`` of theirs. Of a pair 2 operations an entry and rank are
-    counted, and 30 a sample of noise, which either way draws again.
+    A sum of B bytes over d devices counts as a ring all-reduce: each device sends
+    ``2 (d - 1) / d B``. Each device sends ``(d - 1) / d`` of the bytes of all scores. A pair costs
+    2 operations an entry and rank, and 30 a sample of noise; both exchanges draw the noise again.
 
     Args:
-      plan: the treatment of every leaf, and how it lies on the mesh where that is known.
+      plan: the treatment of every leaf, and its sharding on the mesh where that is known.
       population: number of members.
-      mesh: what members are divided over.
-      tasks: scores of a member.
-      rates: the link's and the device's, from :func:`auto`.
+      mesh: the mesh that members are divided over.
+      tasks: number of scores of a member.
+      rates: the rates of the link and the device, from :func:`auto`.
     """
     d = devices(mesh)
     share = -(-population // (2 * d))
     shard = [(leaf, split_over(leaf.spec, mesh)) for leaf in plan.leaves if leaf.trainable]
-    # Of a leaf that is sharded over members each device keeps its shard of the sum: half of the way.
+    # If a leaf is sharded over members, each device keeps its shard: a reduce-scatter sends half of
+    # the bytes of an all-reduce.
     sums = sum(
         (2 if member_axis(leaf.spec) is None else 1)
         * math.prod(leaf.shape)
-        * jnp.dtype(leaf.sums).itemsize
+        * jnp.dtype(leaf.sum_type).itemsize
         / pieces
         for leaf, pieces in shard
     )
@@ -138,6 +151,5 @@ def costs(
 
 
 def _flops_of_pair(leaf: Leaf) -> float:
-    rank = leaf.treatment.rank if isinstance(leaf.treatment, Matrix) else 1
     samples = sum(math.prod(shape) for shape in leaf.noise_shapes())
-    return 2.0 * (rank or 1) * math.prod(leaf.shape) + SAMPLE_FLOPS * samples
+    return 2.0 * leaf.rank * math.prod(leaf.shape) + SAMPLE_FLOPS * samples

@@ -1,301 +1,424 @@
-"""The parts of a generation, as functions of a strategy and a state; all of them are traced.
+"""One generation, from top to bottom: evaluate -> weigh -> estimate -> apply.
 
-values of every member -> weights of the pairs -> gradient estimate -> optimizer step. ``es`` is the
-EvolutionStrategy, whose file imports this one.
+    values  = evaluate(g, state, fitness, ...)    the scores of every member
+    weighed = weigh(g, values, groups)            the weight of each pair's noise
+    grads   = estimate(g, weighed, ...)           the weighted sum of noise, as a gradient
+    state   = apply(g, state, grads, ...)         a step of the optimizer
+
+JAX traces every function here. ``begin`` makes the one object that the others share, and no
+function calls back into the strategy. :mod:`eggroll.arithmetic` has the arithmetic that differs
+between floats and integers; :mod:`eggroll.population.schedule` has the order of computation.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import Array
-from jax.typing import DTypeLike
-from jaxtyping import UInt32
+from jaxtyping import Array, Bool, Float, Int, Num, PyTree, UInt32
 
 from eggroll import estimator
-from eggroll.interpret.interpreter import Context, interpret
-from eggroll.noise import stream
-from eggroll.perturbation import draw_pairs, perturb
-from eggroll.plan import Leaf, Plan
-from eggroll.population.pairs import map_pairs, split_pairs, stored
-from eggroll.population.placement import AXIS, constrain_all, on_all
+from eggroll._calling import Function, call
+from eggroll._checks import is_real, member_data
+from eggroll._settings import Settings
+from eggroll.arithmetic import Arithmetic, Outcome, Sigma, Weighed
+from eggroll.interpret import Context, interpret
+from eggroll.noise import Noise, Role, stream
+from eggroll.perturbation import Draw, draw_pairs, perturb
+from eggroll.plan.leaf import Plan
+from eggroll.population.pairs import map_pairs, split_pairs
+from eggroll.population.placement import AXIS, constrain_all, devices, replicated, specs_of
 from eggroll.state import Metrics, State, trainable_of
-from eggroll.values import fixed_point
-from eggroll.values.lowrank import is_narrow
 
-# Even the square of a gradient's entry, which optimizers form, is then a finite float32.
-LARGEST_SUM = 1e17
-
-# Roles 0 to 2 of the noise streams are factors and dense noise.
-FITNESS_KEY_ROLE = 3
+Out = TypeVar("Out", bound=PyTree)
+Draws = list[Draw]
 
 
-def is_real(dtype: DTypeLike) -> bool:
-    """Whether arrays of the type hold real numbers or truth values."""
-    kinds = (jnp.floating, jnp.integer, jnp.bool_)
-    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The inputs of one generation, made once a trace.
+
+    Attributes:
+      settings: the settings of the strategy.
+      plan: the treatment of every parameter.
+      arithmetic: the arithmetic of the generation: floats or integers.
+      seed: the two words of the run's seed; uint32 ``[2]``.
+      number: number of generations done before this one; int32 ``[]``.
+      epoch: ``number // noise_reuse``, the counter that noise is keyed by.
+      sigma: standard deviation of the noise; float32 ``[]``.
+      noise_sigma: sigma in the form that the arithmetic takes.
+    """
+
+    settings: Settings
+    plan: Plan
+    arithmetic: Arithmetic
+    seed: UInt32[Array, "2"]
+    number: Int[Array, ""]
+    epoch: Int[Array, ""]
+    sigma: Float[Array, ""]
+    noise_sigma: Sigma
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of members."""
+        return self.settings.population // 2
+
+    @property
+    def noise(self) -> Noise:
+        """The source of samples."""
+        return self.settings.noise
+
+    def isolate(self, fn: Callable[..., Out], *args: PyTree) -> Out:
+        """``fn(*args)``; a reproducible schedule compiles it in isolation."""
+        return self.settings.schedule.isolate(fn, self.number >= 0, *args)
 
 
-def typed_key(words: UInt32[Array, "2"]) -> Array:
-    return jax.random.wrap_key_data(words, impl="threefry2x32")
-
-
-def sign_type(plan: Plan) -> Any:
-    """The type of the sign that a member sees its pair's noise with."""
-    return jnp.int32 if plan.integer else jnp.float32
-
-
-def map_members(
-    es: Any,
-    state: State,
-    fn: Callable[..., Any],
-    args: tuple,
-    members: Any,
-    draws: Any,
-) -> Any:
-    """``fn`` of every member; ``draws`` of all pairs, or None to draw them as they are used."""
-    plan, epoch = es.plan_of(state.params), es.epoch(state)
-    pairs = es.population // 2
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(members)[0]:
-        if jnp.shape(leaf)[:1] != (es.population,):
-            raise ValueError(
-                f"members{jax.tree_util.keystr(keys)} has the shape {list(jnp.shape(leaf))}; a "
-                f"leading axis of population={es.population} is right"
-            )
-    by_pair = jax.tree.map(lambda x: x.reshape(pairs, 2, *x.shape[1:]), members)
-    # One interpretation reports a built matrix once, however often it is traced.
-    # A perturbed integer matrix is defined by its operations alone, and never built.
-    context = Context(on_dense="error" if plan.integer else es.on_dense)
-    lazy_fn = interpret(fn, context)
-
-    def of_pair(params: Any, sigma: Any, pair: Array, drawn: Any, own: Any) -> Any:
-        words = stream(state.seed, "", state.generation, pair, FITNESS_KEY_ROLE)
-
-        def of_member(sign: Array, which: Array, own: Any) -> Any:
-            lazy = perturb(plan, params, drawn, sigma, sign)
-            key = typed_key(words)
-            if not es.shared_keys:
-                key = jax.random.fold_in(key, which)
-            extra = () if members is None else (own,)
-            return lazy_fn(lazy, key, *extra, *args)
-
-        signs = jnp.array([1, -1], sign_type(plan))
-        return jax.vmap(of_member)(signs, jnp.arange(2), own)
-
-    def of_chunk(ids: Array, data: Any) -> Any:
-        drawn, own = data
-        if drawn is None:
-            drawn = draw_pairs(plan, es.noise, state.seed, epoch, ids)
-        params = constrain_all(state.params, plan.specs)
-        of_pairs = functools.partial(of_pair, params, es.noise_sigma(state))
-        return jax.vmap(of_pairs)(ids, drawn, own)
-
-    always = state.generation >= 0 if es.deterministic else None
-    return map_pairs(of_chunk, pairs, (draws, by_pair), es.chunk, es.mesh, always)
-
-
-def scores_of(es: Any, out: Any) -> tuple[Array, Any, bool]:
-    """(values, aux, whether there was aux), or a ValueError that says what the fitness gave."""
-    with_aux = isinstance(out, tuple) and len(out) == 2
-    values, aux = out if with_aux else (out, None)
-    leaves = jax.tree.leaves(values)
-    if len(leaves) != 1 or leaves[0] is not values:
-        raise ValueError(
-            f"the fitness returned {jax.tree.structure(values)}; a score [], scores [tasks], or "
-            "(scores, aux) is right"
-        )
-    if values.ndim > 2 or values.size == 0:
-        raise ValueError(
-            f"the fitness returned scores of the shape {list(values.shape[1:])}; "
-            "[] or [tasks] is right"
-        )
-    if not is_real(values.dtype):
-        raise ValueError(
-            f"the fitness returned scores of the type {values.dtype}; real numbers are right"
-        )
-    if not jnp.issubdtype(values.dtype, jnp.floating):
-        values = values.astype(jnp.int32 if es.noise.integer else jnp.float32)
-    return values, aux, with_aux
-
-
-def all_draws(es: Any, plan: Plan, state: State) -> Any:
-    """The draws of all pairs, each made on the device that evaluates the pair; padded as pairs are."""
-
-    def on_device(ids: Any, valid: Any, data: Any) -> Any:
-        return draw_pairs(plan, es.noise, state.seed, es.epoch(state), ids)
-
-    return split_pairs(on_device, es.population // 2, None, es.mesh, jax.P(AXIS))
-
-
-def by_itself(es: Any, state: State, fn: Callable[..., Any], *args: Any) -> Any:
-    """``fn(*args)``; of a deterministic strategy compiled the same whatever stands around it."""
-    return stored(fn, state.generation >= 0, *args) if es.deterministic else fn(*args)
-
-
-class Statistics(NamedTuple):
-    mean: Array
-    best: Array
-    worst: Array
-    std: Array
-    invalid: Array
-    identical: Array
-
-
-def weigh(es: Any, state: State, values: Array, groups: Any) -> tuple[Array, Array, Statistics]:
-    """Differences of the pairs' weights ``[pairs]``, the number of valid members, statistics."""
-    # Of a deterministic strategy every device has all scores, and sums them in the same order.
-    of_values = functools.partial(_weigh, es)
-    if not es.deterministic:
-        return of_values(values, groups)
-    return on_all(functools.partial(by_itself, es, state, of_values), es.mesh, values, groups)
-
-
-def _weigh(es: Any, values: Array, groups: Any) -> tuple[Array, Array, Statistics]:
-    table = values if values.ndim == 2 else values[:, None]
-    if not jnp.issubdtype(table.dtype, jnp.floating) or is_narrow(table.dtype):
-        table = table.astype(jnp.float32)
-    finite = jnp.isfinite(table)
-    paired = finite.reshape(-1, 2, table.shape[1]).all(1)
-    valid = jnp.repeat(paired, 2, axis=0)
-    clean = jnp.where(valid, table, 0)
-    if groups is not None:
-        groups = jnp.asarray(groups)
-        if groups.shape != (es.population,) or not jnp.issubdtype(groups.dtype, jnp.integer):
-            raise ValueError(
-                f"groups have the shape {list(groups.shape)} and the type {groups.dtype}; a whole "
-                f"number a member, [{es.population}], is right"
-            )
-    shaped = clean if es.shaping is None else es.shaping(clean, valid, groups)
-    if jnp.shape(shaped) != clean.shape:
-        raise ValueError(
-            f"the shaping returned weights of the shape {list(jnp.shape(shaped))}; that of the scores, "
-            f"{list(clean.shape)}, is right"
-        )
-    weights = jnp.where(valid, shaped, 0).mean(1)
-    d = weights[0::2] - weights[1::2]
-    return d, 2 * paired.any(1).sum(dtype=jnp.int32), statistics(table)
-
-
-def statistics(table: Array) -> Statistics:
-    """Of scores ``[population, tasks]`` in floats; over each member's own finite ones, pairs or not."""
-    finite = jnp.isfinite(table)
-    paired = finite.reshape(-1, 2, table.shape[1]).all(1)
-    counts = finite.sum(1)
-    score = jnp.where(finite, table, 0).sum(1) / jnp.maximum(counts, 1)
-    has = counts > 0
-    n = has.sum()
-    mean = jnp.where(has, score, 0).sum() / n
-    std = jnp.sqrt(jnp.where(has, (score - mean) ** 2, 0).sum() / n)
-    best = jnp.where(n > 0, jnp.where(has, score, -jnp.inf).max(), jnp.nan)
-    worst = jnp.where(n > 0, jnp.where(has, score, jnp.inf).min(), jnp.nan)
-    same = jnp.where(paired, table[0::2] == table[1::2], True).all(1) & paired.any(1)
-    f32 = lambda x: x.astype(jnp.float32)
-    return Statistics(
-        f32(mean), f32(best), f32(worst), f32(std),
-        (~finite.all(1)).sum(dtype=jnp.int32), same.sum(dtype=jnp.int32),
-    )  # fmt: skip
-
-
-def estimate(
-    es: Any, plan: Plan, state: State, d: Array, members: Array, draws: Any
-) -> tuple[list[Array | None], Array]:
-    """The gradient estimate of every leaf, and how far two halves of the pairs agree on it."""
-    first = jnp.arange(d.shape[0]) < d.shape[0] // 2
-    halves = [jnp.where(h, d, 0) for h in (first, ~first)] if es.agreement else [d]
-    sums = [weighted_noise(es, plan, state, half, draws) for half in halves]
-
-    def of_sums(sums: list[Any], members: Array) -> tuple[list[Array | None], Array]:
-        grads = [estimator.gradient(plan, x, es.sigma_of(state), members) for x in sums]
-        if not es.agreement:
-            return grads[0], jnp.float32(jnp.nan)
-        a, b = grads
-        size = optax.tree.norm(a) * optax.tree.norm(b)
-        agreement = (optax.tree.vdot(a, b) / jnp.where(size > 0, size, 1)).astype(jnp.float32)
-        return jax.tree.map(jnp.add, a, b), agreement
-
-    return by_itself(es, state, of_sums, sums, members)
-
-
-def weighted_noise(es: Any, plan: Plan, state: State, d: Array, draws: Any) -> list[Array | None]:
-    """:func:`eggroll.estimator.weighted_noise` by a strategy's settings."""
-    return estimator.weighted_noise(
-        plan,
-        es.noise,
-        state.seed,
-        es.epoch(state),
-        d,
-        kept=draws,
-        mesh=es.mesh,
-        everywhere=es.exchanged(plan) == "fitness",
-        fixed=es.deterministic,
+def begin(settings: Settings, state: State) -> Generation:
+    """Makes the coming generation of a state."""
+    number = state.generation
+    # In isolation, since XLA may round the sigma schedule differently in another program.
+    schedule = functools.partial(sigma_of, settings)
+    sigma = settings.schedule.isolate(schedule, number >= 0, number)
+    return Generation(
+        settings=settings,
+        plan=plan_of(settings, state.params),
+        arithmetic=settings.arithmetic,
+        seed=state.seed,
+        number=number,
+        epoch=number // settings.noise_reuse,
+        sigma=sigma,
+        noise_sigma=settings.arithmetic.noise_sigma(settings.sigma, sigma),
     )
 
 
-def finish(es: Any, state: State, values: Array, groups: Any, draws: Any) -> tuple[State, Metrics]:
-    """From the values of a population to the next state."""
-    plan = es.plan_of(state.params)
-    d, members, stats = weigh(es, state, values, groups)
-    grads, agreement = estimate(es, plan, state, d, members, draws)
-    # Where sums would overflow, as with raw scores near the largest float or a sigma that has come
-    # down to zero, nothing moves either. NaN is not below the limit.
-    size = jnp.abs(d.astype(jnp.float32)).sum() / jnp.abs(es.sigma_of(state))
-    moved = jnp.any(d != 0) & (size < LARGEST_SUM)
-    new, norm = apply(es, plan, state, grads, moved)
-    return new, Metrics(
-        state.generation, stats.mean, stats.best, stats.worst, stats.std, stats.invalid,
-        stats.identical, moved, norm, agreement, es.sigma_of(state),
-    )  # fmt: skip
+def plan_of(settings: Settings, params: PyTree) -> Plan:
+    """The plan of the parameters: the treatment of every leaf.
+
+    Raises:
+      ValueError: the arithmetic of the strategy cannot train a leaf.
+    """
+    plan = settings.plan(params, settings.rank)
+    for leaf in plan.leaves:
+        trained_by = leaf.arithmetic if leaf.trainable else None
+        settings.arithmetic.check_leaf(leaf.path, leaf.dtype, trained_by)
+    # The leaves of the parameters are the first leaves of a state.
+    specs = specs_of(params, settings.mesh) if settings.specs is None else settings.specs
+    return plan if specs is None else plan.placed(specs[: len(plan.leaves)])
+
+
+def sigma_of(settings: Settings, generation: Int[Array, ""]) -> Float[Array, ""]:
+    """The standard deviation of the noise in a generation; float32 ``[]``.
+
+    Raises:
+      ValueError: the schedule returns an array with axes.
+    """
+    sigma = settings.sigma(generation) if callable(settings.sigma) else settings.sigma
+    if np.shape(sigma):
+        raise ValueError(
+            f"sigma: expected one number from the schedule, got the shape {list(np.shape(sigma))}"
+        )
+    return jnp.asarray(sigma, jnp.float32)
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def step(
+    settings: Settings,
+    state: State,
+    fitness: Function,
+    args: tuple,
+    members: PyTree,
+    groups: Int[Array, "population"] | None,
+) -> tuple[State, Outcome | Metrics]:
+    """Evaluates the population and updates the parameters."""
+    g = begin(settings, state)
+    draws = all_draws(g) if _keeps_noise(g) else None
+    values, _ = evaluate(g, state.params, fitness, args, members, draws)
+    return finish(g, state, values, groups, draws)
+
+
+def finish(
+    g: Generation,
+    state: State,
+    values: Num[Array, "..."],
+    groups: Int[Array, "population"] | None,
+    draws: Draws | None,
+) -> tuple[State, Outcome | Metrics]:
+    """Computes the next state from the scores of a population."""
+    weighed = weigh(g, values, groups)
+    grads, agreement = estimate(g, weighed, draws)
+    value = g.arithmetic.value(weighed)
+    new, change = apply(g, state, grads, weighed.moves, weighed.members, value)
+    return told(g, new, Outcome(g.number, weighed.report, weighed.moves, change, agreement))
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def evaluate(
+    g: Generation,
+    params: PyTree,
+    fitness: Function,
+    args: tuple,
+    members: PyTree,
+    draws: Draws | None,
+) -> "Scores":
+    """Scores of all members, ``[population]`` or ``[population, tasks]``, and aux."""
+    return scores_of(g, map_members(g, params, fitness, args, members, draws))
+
+
+def map_members(
+    g: Generation,
+    params: PyTree,
+    fn: Function,
+    args: tuple,
+    members: PyTree,
+    draws: Draws | None,
+) -> PyTree:
+    """Maps ``fn`` over all members.
+
+    Args:
+      g: the generation.
+      params: the mean.
+      fn: ``fn(params, key, [member,] *args)``.
+      args: the trees that every member receives.
+      members: a tree with leading axis [population], or None.
+      draws: the noise of all pairs, or None to draw it a chunk at a time.
+
+    Returns:
+      The outputs of ``fn``, each leaf with a leading axis [population].
+    """
+    member_data(members, g.settings.population)
+    by_pair = jax.tree.map(lambda x: x.reshape(g.pairs, 2, *x.shape[1:]), members)
+    # One interpretation for all traces, so that a built matrix is reported once.
+    traced = interpret(fn, Context(on_dense=g.settings.dense_report))
+
+    def of_pair(params: PyTree, pair: Array, drawn: Draws, own: PyTree) -> PyTree:
+        words = stream(g.seed, "", g.number, pair, Role.FITNESS_KEY)
+
+        def of_member(sign: Array, which: Array, own: PyTree) -> PyTree:
+            key = typed_key(words)
+            if not g.settings.shared_keys:
+                key = jax.random.fold_in(key, which)
+            perturbed = perturb(g.plan, params, drawn, g.noise_sigma, sign)
+            return call(traced, perturbed, key, own, args)
+
+        signs = jnp.array([1, -1], g.arithmetic.sign_type)
+        return jax.vmap(of_member)(signs, jnp.arange(2), own)
+
+    def of_chunk(ids: Array, data: tuple[Draws | None, PyTree]) -> PyTree:
+        drawn, own = data
+        if drawn is None:
+            drawn = draw_pairs(g.plan, g.noise, g.seed, g.epoch, ids)
+        here = constrain_all(params, g.plan.specs)
+        return jax.vmap(lambda *each: of_pair(here, *each))(ids, drawn, own)
+
+    always = g.number >= 0
+    return map_pairs(
+        of_chunk, g.pairs, (draws, by_pair), g.settings.schedule, g.settings.mesh, always
+    )
+
+
+def typed_key(words: UInt32[Array, "2"]) -> Array:
+    """A JAX key from two words, always of the threefry implementation."""
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+class Scores(NamedTuple):
+    """Scores of all members, and aux; None if the fitness returned scores alone."""
+
+    values: Num[Array, "..."]
+    aux: PyTree
+
+
+def has_aux(out: PyTree) -> bool:
+    """Whether a fitness returned ``(scores, aux)``."""
+    return isinstance(out, tuple) and len(out) == 2
+
+
+def scores_of(g: Generation, out: PyTree) -> Scores:
+    """The scores and aux in the output of a fitness.
+
+    Raises:
+      ValueError: the output is not a score ``[]``, scores ``[tasks]`` or ``(scores, aux)``, or the
+        scores are not real numbers.
+    """
+    values, aux = out if has_aux(out) else (out, None)
+    leaves = jax.tree.leaves(values)
+    if len(leaves) != 1 or leaves[0] is not values:
+        raise ValueError(
+            "fitness: expected a score [], scores [tasks] or (scores, aux), got "
+            f"{jax.tree.structure(values)}"
+        )
+    if values.ndim > 2 or values.size == 0:
+        raise ValueError(
+            f"fitness: expected scores of the shape [] or [tasks], got {list(values.shape[1:])}"
+        )
+    if not is_real(values.dtype):
+        raise ValueError(f"fitness: expected scores that are real numbers, got {values.dtype}")
+    return Scores(g.arithmetic.scores(values), aux)
+
+
+def all_draws(g: Generation) -> Draws:
+    """The noise of all pairs, drawn on the device that evaluates the pair; padded as pairs are."""
+
+    def on_device(ids: Array, valid: Array, data: None) -> Draws:
+        return draw_pairs(g.plan, g.noise, g.seed, g.epoch, ids)
+
+    return split_pairs(on_device, g.pairs, None, g.settings.mesh, jax.P(AXIS))
+
+
+def _keeps_noise(g: Generation) -> bool:
+    """Whether a step keeps the noise of the evaluation for the update.
+
+    A device keeps the noise of its own members alone. A reproducible schedule draws all noise
+    again.
+    """
+    s = g.settings
+    if s.schedule.is_reproducible or s.sends_scores_alone(g.plan):
+        return False
+    return g.plan.noise_bytes * -(-g.pairs // devices(s.mesh)) <= s.factor_memory
+
+
+# ---------------------------------------------------------------- weigh
+
+
+def weigh(
+    g: Generation, values: Num[Array, "..."], groups: Int[Array, "population"] | None
+) -> Weighed:
+    """The weight of each pair's noise, from the scores of its members."""
+    table = values if values.ndim == 2 else values[:, None]
+
+    def of(table: Array, groups: Array | None, sigma: Array) -> Weighed:
+        return g.arithmetic.weigh(table, groups, g.settings.shaping, sigma)
+
+    if g.arithmetic.exact_sums or not g.settings.schedule.is_reproducible:
+        return of(table, groups, g.sigma)
+    # Every device holds all scores and sums them in the same order.
+    return replicated(lambda *args: g.isolate(of, *args), g.settings.mesh, table, groups, g.sigma)
+
+
+# ---------------------------------------------------------------- estimate
+
+
+def estimate(
+    g: Generation, weighed: Weighed, draws: Draws | None
+) -> tuple[estimator.Sums, Float[Array, ""] | None]:
+    """The gradient estimate of every leaf, and the cosine between two halves of the pairs."""
+    weights = weighed.weights
+    if not g.settings.agreement:
+        total = _weighted_noise(g, weights, draws)
+        gradient = functools.partial(estimator.gradient, g.plan)
+        return g.isolate(gradient, total, g.noise_sigma, weighed.members), None
+    first = jnp.arange(g.pairs) < g.pairs // 2
+    halves = [_weighted_noise(g, jnp.where(h, weights, 0), draws) for h in (first, ~first)]
+    return g.isolate(
+        lambda *args: _joined_halves(g, *args), *halves, g.noise_sigma, weighed.members
+    )
+
+
+def _weighted_noise(
+    g: Generation, weights: Num[Array, "pairs"], draws: Draws | None
+) -> estimator.Sums:
+    return estimator.weighted_noise(
+        g.plan,
+        g.noise,
+        g.seed,
+        g.epoch,
+        weights,
+        kept=draws,
+        mesh=g.settings.mesh,
+        everywhere=g.settings.sends_scores_alone(g.plan),
+        schedule=g.settings.schedule,
+    )
+
+
+def _joined_halves(
+    g: Generation, a: estimator.Sums, b: estimator.Sums, sigma: Sigma, members: Int[Array, ""]
+) -> tuple[estimator.Sums, Float[Array, ""]]:
+    """The estimate from both halves of the pairs, and the cosine between the two estimates."""
+    a, b = (estimator.gradient(g.plan, half, sigma, members) for half in (a, b))
+    size = optax.tree.norm(a) * optax.tree.norm(b)
+    cosine = (optax.tree.vdot(a, b) / jnp.where(size > 0, size, 1)).astype(jnp.float32)
+    return jax.tree.map(jnp.add, a, b), cosine
+
+
+# ---------------------------------------------------------------- apply
 
 
 def apply(
-    es: Any, plan: Plan, state: State, grads: list[Array | None], moved: Array
-) -> tuple[State, Array]:
-    """Steps the optimizer, unless nothing ``moved``; the generation always advances."""
-    old = trainable_of(plan, state.params, state.master)
-    moves = functools.partial(_moves, es, jax.tree.structure(state.params))
-    new, optimizer, norm = by_itself(es, state, moves, old, state.optimizer, grads, moved)
-    return constrain_all(advance(plan, state, new, optimizer), es.specs, es.mesh), norm
+    g: Generation,
+    state: State,
+    grads: estimator.Sums,
+    moves: Bool[Array, ""],
+    members: Int[Array, ""],
+    value: Num[Array, ""] | None,
+) -> tuple[State, Num[Array, ""]]:
+    """Steps the optimizer if ``moves`` is true; always advances the generation.
+
+    Args:
+      g: the generation.
+      state: the state that the gradient was estimated at.
+      grads: one array a leaf, None for a frozen leaf.
+      moves: whether to step; bool ``[]``.
+      members: the divisor of the sum, as in :class:`~eggroll.arithmetic.Weighed`.
+      value: minus the mean fitness, for optimizers that take ``value``.
+
+    Returns:
+      The next state, and the size of the change as in :class:`~eggroll.arithmetic.Outcome`.
+    """
+    old = trainable_of(g.plan, state.params, state.master)
+    tree = jax.tree.unflatten(jax.tree.structure(state.params), grads)
+    move = functools.partial(g.arithmetic.move, g.settings.optimizer)
+    trained, optimizer, change = g.isolate(move, tree, state.optimizer, old, moves, members, value)
+    new = _advanced(g, state, trained, optimizer)
+    return constrain_all(new, g.settings.specs, g.settings.mesh), change
 
 
-def _moves(
-    es: Any, tree: Any, old: Any, state: Any, grads: list[Array | None], moved: Array
-) -> tuple[Any, Any, Array]:
-    """What the optimizer makes of the trained parameters, its next state, how far it moved them."""
-    grads = [
-        None if g is None else g.astype(w.dtype)
-        for g, w in zip(grads, tree.flatten_up_to(old), strict=True)
-    ]
-    updates, optimizer = es.optimizer.update(jax.tree.unflatten(tree, grads), state, old)
-    new = optax.apply_updates(old, updates)
-    keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(moved, new, old))
-    new, optimizer = keep(new, old), keep(optimizer, state)
-    change = jax.tree.map(lambda a, b: (a - b).astype(jnp.float32), new, old)
-    return new, optimizer, optax.tree.norm(change)
-
-
-def narrowed(value: Array, leaf: Leaf) -> Array:
-    """What was trained in the type of its parameter: the nearest number, also where that is whole."""
-    return (jnp.round(value) if leaf.quantised else value).astype(leaf.dtype)
-
-
-def advance(plan: Plan, state: State, new: Any, optimizer: Any) -> State:
-    """The state of the next generation, from the tree that the optimizer saw and its own state."""
+def _advanced(g: Generation, state: State, trained: PyTree, optimizer: PyTree) -> State:
+    """The state of the next generation, from the tree that the optimizer returned."""
     tree: Any = jax.tree.structure(state.params)
     master, params = {}, []
     for leaf, value, before in zip(
-        plan.leaves,
-        tree.flatten_up_to(new),
-        jax.tree.leaves(state.params),
-        strict=True,
+        g.plan.leaves, tree.flatten_up_to(trained), jax.tree.leaves(state.params), strict=True
     ):
-        if leaf.quantised:
-            value = jnp.clip(value, -fixed_point.LARGEST, fixed_point.LARGEST)
+        if value is None:
+            params.append(before)
+            continue
+        value = leaf.arithmetic.in_range(value)
         if leaf.path in state.master:
             master[leaf.path] = value
-        params.append(before if value is None else narrowed(value, leaf))
+        params.append(leaf.arithmetic.stored(value, leaf.dtype))
     return State(
         jax.tree.unflatten(tree, params), master, optimizer, state.generation + 1, state.seed
+    )
+
+
+def told(g: Generation, state: State, outcome: Outcome) -> tuple[State, Outcome | Metrics]:
+    """The next state with metrics, or with the outcome if a second program makes the metrics."""
+    inside = g.arithmetic.metrics_inside
+    return state, metrics(g.settings, outcome) if inside else outcome
+
+
+def metrics(settings: Settings, outcome: Outcome) -> Metrics:
+    """The metrics of an update, in floats."""
+    scores, norm = settings.arithmetic.statistics(outcome)
+    zero = jnp.int32(0)
+    return Metrics(
+        generation=outcome.generation,
+        fitness_mean=scores and scores.mean,
+        fitness_best=scores and scores.best,
+        fitness_worst=scores and scores.worst,
+        fitness_std=scores and scores.std,
+        invalid=scores.invalid if scores else zero,
+        identical_pairs=scores.identical if scores else zero,
+        updated=outcome.updated,
+        update_norm=norm,
+        agreement=outcome.agreement,
+        sigma=sigma_of(settings, outcome.generation),
     )

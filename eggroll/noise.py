@@ -1,17 +1,18 @@
-"""Which random numbers: a pure function of (seed, leaf path, epoch, pair, role).
+"""The source of noise: a pure function of (seed, leaf path, epoch, pair, role).
 
-Nothing random is stored or carried along. ``stream`` mixes all of these into the 64-bit key of one
-array, and a ``Noise`` turns a key and a shape into samples, so any device, chunk or order of leaves
+No random state is stored. ``stream`` mixes these arguments into the 64-bit key of one array, and a
+``Noise`` maps a key and a shape to samples. Every device, chunk size and order of leaves therefore
 gives the same numbers:
 
     seed_words(key) -> stream(seed, path, epoch, pair, role) -> noise.sample(words, shape, dtype)
 
-``counter`` is the default. It hashes the position of every sample with the key, adds the four bytes
-of the hash, and bends the sum into a nearly normal law by a polynomial: about thirty vector
-instructions a sample and no state. Its arithmetic is chosen so that no compiler can change a bit of
-the result. ``gaussian`` and ``rademacher`` draw from JAX's threefry instead.
+``counter`` is the default. It hashes the position of a sample with the key, adds the four bytes of
+the hash, and maps the sum to a nearly normal law by a polynomial: about thirty vector instructions
+a sample. Its arithmetic is chosen so that compilers cannot change a bit of the result. ``gaussian``
+and ``rademacher`` draw from JAX's threefry generator.
 """
 
+import enum
 import hashlib
 import math
 from collections.abc import Callable
@@ -27,19 +28,32 @@ from jaxtyping import Array, Float, Float32, Integer, UInt32
 Index = int | Integer[Array, ""]
 
 
+class Role(enum.IntEnum):
+    """The purpose of an array of random numbers.
+
+    Streams are keyed by the value, so the value of a role never changes.
+    """
+
+    A = 0
+    B = 1
+    DENSE = 2
+    FITNESS_KEY = 3
+
+
 @dataclass(frozen=True)
 class Noise:
-    """A source of independent samples of zero mean and unit variance, symmetric about zero.
+    """A source of independent samples with zero mean and unit variance, symmetric about zero.
 
-    A source of one's own is ``Noise("name", sample)``. Two are equal when their functions are the
-    same object, so pass a function of a module, not a fresh lambda a call, or the program recompiles.
+    ``Noise("name", sample)`` defines another source. Two sources are equal if their functions are
+    the same object: pass a module-level function. A new lambda for every call recompiles the
+    program.
 
     Attributes:
-        name: what configurations and reports call it.
-        sample: ``(words, shape, dtype) -> samples`` for the uint32 ``words`` ``[2]`` of ``stream``, a
-            static ``shape`` and a floating ``dtype``.
-        integer: whether it is for int8 parameters: ``dtype`` is int8 then, ``shape`` begins with the
-            rank, and samples are as :func:`eggroll.integer.normal` has them.
+        name: the name in configurations and reports.
+        sample: ``(words, shape, dtype) -> samples`` for the uint32 ``words`` ``[2]`` of ``stream``,
+            a static ``shape`` and a floating ``dtype``.
+        integer: whether the noise is for int8 parameters. Then ``dtype`` is int8, the first axis of
+            ``shape`` is the rank, and samples have the scale of :func:`eggroll.integer.normal`.
 
     Example:
         >>> words = stream(seed_words(jax.random.key(0)), "layer/kernel", epoch=0, pair=3, role=0)
@@ -53,18 +67,18 @@ class Noise:
 
 
 def counter() -> Noise:
-    """The default: a counter hash, its four bytes summed, and a polynomial.
+    """The default source: a counter hash, the sum of its four bytes, and a polynomial.
 
-    Sample ``i`` (row-major) of an array depends on the key and ``i`` alone: a longer array begins with
-    the shorter one's samples, and ``counter_at`` computes any of them by itself. Variance 1 and
-    kurtosis 3 are exact; tail frequencies are within 5 percent of the normal law's out to 4 standard
-    deviations, and the largest value is 5.19. There are 1021 distinct values, all of them the same bits
-    on every backend.
+    Sample ``i`` (row-major) of an array depends on the key and ``i`` alone. A longer array
+    therefore starts with the samples of a shorter one, and ``counter_at`` computes any sample
+    directly. Variance 1 and kurtosis 3 are exact. Tail frequencies are within 5 percent of the
+    normal law out to 4 standard deviations, and the largest value is 5.19. There are 1021 distinct
+    values, with the same bits on every backend.
 
-    Samples are float32 values rounded to the dtype asked for (float64 adds no digits).
+    Samples are float32 values rounded to the requested dtype; float64 adds no digits.
 
     Raises (from ``sample``):
-        ValueError: for a dtype that is not floating, or more than 2**32 samples in one array.
+        ValueError: the dtype is not floating, or the array has more than 2**32 samples.
 
     Example:
         >>> words = jnp.array([1, 2], jnp.uint32)
@@ -80,11 +94,12 @@ def counter() -> Noise:
 def gaussian() -> Noise:
     """Exact normal samples from ``jax.random.normal`` with a threefry key.
 
-    Twenty to forty times the cost of ``counter`` on a CPU. Samples are float32 values rounded to the
-    dtype asked for, and depend on the configuration flag ``jax_threefry_partitionable``.
+    On a CPU this costs twenty to forty times as much as ``counter``. Samples are float32 values
+    rounded to the requested dtype, and depend on the configuration flag
+    ``jax_threefry_partitionable``.
 
     Raises (from ``sample``):
-        ValueError: for a dtype that is not floating.
+        ValueError: the dtype is not floating.
 
     Example:
         >>> words = jnp.array([1, 2], jnp.uint32)
@@ -97,10 +112,11 @@ def gaussian() -> Noise:
 def rademacher() -> Noise:
     """Signs, +1 or -1 with equal probability (kurtosis 1), from threefry.
 
-    The products of rank 1 are then signs too, and every member lies at the same distance from the mean.
+    Noise of rank 1 then consists of signs too, and all members are at the same distance from the
+    mean.
 
     Raises (from ``sample``):
-        ValueError: for a dtype that is not floating.
+        ValueError: the dtype is not floating.
 
     Example:
         >>> words = jnp.array([1, 2], jnp.uint32)
@@ -111,17 +127,17 @@ def rademacher() -> Noise:
 
 
 def seed_words(key: Array) -> UInt32[Array, "2"]:
-    """Two words that stand for a typed JAX key, whatever its implementation.
+    """Two words that represent a typed JAX key of any implementation.
 
     Args:
-        key: a scalar key of ``jax.random.key``. For a key of 64 bits (threefry) no two keys give the
-            same words; longer ones (rbg) are hashed down.
+        key: a scalar key, as ``jax.random.key`` makes it. Distinct 64-bit keys (threefry) give
+            distinct words; longer keys (rbg) are hashed.
 
     Returns:
         uint32 ``[2]``.
 
     Raises:
-        ValueError: for anything but one typed key.
+        ValueError: ``key`` is not one typed key.
 
     Example:
         >>> seed_words(jax.random.key(0)).shape
@@ -129,9 +145,9 @@ def seed_words(key: Array) -> UInt32[Array, "2"]:
     """
     if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
         got = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else type(key).__name__
-        raise ValueError(f"expected a typed key as jax.random.key(seed) makes it, got {got}")
+        raise ValueError(f"key: expected a typed key such as jax.random.key(seed), got {got}")
     if key.shape:
-        raise ValueError(f"expected one key, got an array of keys of shape {list(key.shape)}")
+        raise ValueError(f"key: expected one key, got keys of the shape {list(key.shape)}")
     data = jax.random.key_data(key).astype(jnp.uint32)
     data = jnp.concatenate([data, jnp.zeros(data.size % 2, jnp.uint32)])
     words = data[:2]
@@ -143,7 +159,7 @@ def seed_words(key: Array) -> UInt32[Array, "2"]:
 def path_words(path: str) -> tuple[int, int]:
     """A fixed 64-bit hash of a leaf's path, as two 32-bit integers.
 
-    BLAKE2b, because Python's own ``hash`` of a string changes from process to process.
+    The hash is BLAKE2b, since Python's ``hash`` of a string differs from process to process.
 
     Example:
         >>> path_words("layer/kernel")
@@ -158,16 +174,18 @@ def stream(
 ) -> UInt32[Array, "2"]:
     """The 64-bit key of one array of noise.
 
-    Every part is mixed into all 64 bits by a permutation. For a given seed and path, two different
-    pairs of one epoch never share a key; nor do two (epoch, role) of one pair; nor, for the rest
-    equal, two paths whose hashes differ. All other coincidences have probability 2**-64 each.
+    A permutation mixes every argument into all 64 bits. For a fixed seed and path, two pairs of one
+    epoch never share a key, and neither do two (epoch, role) of one pair. Two paths with different
+    hashes never share a key if all other arguments are equal. Any other collision has probability
+    2**-64.
 
     Args:
-        seed: words of ``seed_words``.
-        path: the leaf's path in the parameter tree.
-        epoch: ``generation // noise_reuse``; may be traced. Taken modulo 2**32, as ``pair`` is.
-        pair: the antithetic pair, ``member // 2``; may be traced (the usual place of a ``vmap``).
-        role: which array of the leaf: 0 for the factor A, 1 for B, 2 for dense noise.
+        seed: the words of ``seed_words``.
+        path: the path of the leaf in the tree of parameters.
+        epoch: ``generation // noise_reuse``; may be traced. Reduced modulo 2**32.
+        pair: index of the antithetic pair, ``member // 2``; may be traced, usually by a ``vmap``.
+            Reduced modulo 2**32.
+        role: a :class:`Role`, or its value.
 
     Returns:
         uint32 ``[2]``, for ``Noise.sample``.
@@ -178,31 +196,31 @@ def stream(
         >>> keys.shape
         (4, 2)
     """
-    # The pair comes last: under a vmap over pairs all the rest is computed once.
+    # The pair comes last, so that a vmap over pairs computes the other steps once.
     words = _permute(seed ^ jnp.array(path_words(path), jnp.uint32))
-    words = _permute(words ^ _words(epoch, role))
+    words = _permute(words ^ _words(epoch, int(role)))
     return _permute(words ^ _words(pair, 0))
 
 
 def bits_at(
     word0: UInt32[Array, "..."], word1: UInt32[Array, "..."], index: UInt32[Array, "..."]
 ) -> UInt32[Array, "..."]:
-    """The 32 random bits at given positions of an array with this key: what samples are made of."""
+    """The 32 random bits behind the samples at the given positions of an array with this key."""
     return _hash(word0, word1, index)
 
 
 def counter_at(
     word0: UInt32[Array, "..."], word1: UInt32[Array, "..."], index: UInt32[Array, "..."]
 ) -> Float32[Array, "..."]:
-    """The samples of ``counter`` at given row-major positions, in float32.
+    """The samples of ``counter`` at the given row-major positions, in float32.
 
-    Elementwise, from integer and float arithmetic alone, so that it also serves inside a Pallas kernel
-    or for a few rows of a large factor.
+    The function is elementwise and uses integer and float arithmetic alone. It also works inside a
+    Pallas kernel, or for a few rows of a large factor.
 
     Args:
         word0: first word of the array's key.
         word1: second word of the array's key.
-        index: positions. The three broadcast against each other.
+        index: positions. The three arguments broadcast against each other.
 
     Example:
         >>> words = jnp.array([1, 2], jnp.uint32)
@@ -212,7 +230,7 @@ def counter_at(
         True
     """
     bits = _hash(word0, word1, index)
-    # Adjacent bytes first, then the two 16-bit halves; what spills above bit 16 is masked off.
+    # Add adjacent bytes, then the two 16-bit halves; the mask removes the carry above bit 16.
     halves = (bits & 0x00FF00FF) + ((bits >> 8) & 0x00FF00FF)
     total = (halves + (halves >> 16)) & 0x7FF
     return _bend((total.astype(jnp.int32) - 510).astype(jnp.float32))
@@ -221,12 +239,12 @@ def counter_at(
 def _hash(
     word0: UInt32[Array, "..."], word1: UInt32[Array, "..."], index: UInt32[Array, "..."]
 ) -> UInt32[Array, "..."]:
-    # Shifts and multipliers of Chris Wellons's "triple32", found by search for low avalanche bias, in
-    # the public domain (github.com/skeeto/hash-prospector). Two rounds would be a tenth faster, but
-    # the bytes of neighbouring samples then depend on each other measurably.
-    # The words enter on either side of a multiplication: two streams that share one word are not
-    # shifted copies of each other unless the other word nearly agrees too, so that the chance of
-    # related streams is that of a coincidence in 64 bits, not in 32.
+    # Shifts and multipliers are from Chris Wellons's "triple32" (public domain,
+    # github.com/skeeto/hash-prospector), which a search selected for low avalanche bias. Two rounds
+    # would be a tenth faster, but the bytes of neighbouring samples would be measurably dependent.
+    # One word enters before the first multiplication and the other after it. Two streams that share
+    # one word are therefore shifted copies of each other only if the other word nearly agrees too:
+    # related streams need a collision in 64 bits and not in 32.
     bits = index + word0
     bits = (bits ^ (bits >> 17)) * jnp.uint32(0xED5AD4BB)
     bits = bits ^ word1
@@ -235,23 +253,24 @@ def _hash(
     return bits ^ (bits >> 14)
 
 
-# With z = t / sqrt(var t) this is z (1 + .01442 z^2) (1 + 1.412e-6 z^10), normalised. The last
-# factor's weight minimises the squared log ratio of tail probability to the normal law's between 1
-# and 4.2 standard deviations; _LINEAR then makes the kurtosis 3 and _SCALE the variance 1 over the
-# exact law of four summed bytes (to 1e-6; a test recomputes both). The tail's frequency relative to
-# the normal law's at 3, 3.5, 3.9 and 4.2 is .96, .97, 1.03, .91. The cheaper z + .0196 z^3 has .89,
-# .34, .01, 0 and z + .0025 z^5 has 1.07, .97, .60, .19.
+# With z = t / sqrt(var t) the polynomial is z (1 + .01442 z^2) (1 + 1.412e-6 z^10), normalised. The
+# coefficient of the last factor minimises the squared log ratio of the tail probabilities to those
+# of the normal law between 1 and 4.2 standard deviations. _LINEAR then gives kurtosis 3, and _SCALE
+# variance 1, over the exact law of four summed bytes (to 1e-6; a test recomputes both). The ratios
+# of the tail probabilities at 3, 3.5, 3.9 and 4.2 are .96, .97, 1.03 and .91. The cheaper z + .0196
+# z^3 has .89, .34, .01 and 0; z + .0025 z^5 has 1.07, .97, .60 and .19.
 _LINEAR = 1514776.0
 _STEEP = 3.52e27
 _SCALE = 1.2166088e-36
 
 
 def _bend(t: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """The odd polynomial, for integers -510 ... 510 in float32.
+    """The odd polynomial, for integers from -510 to 510 in float32.
 
-    Each addition below has an exact product beside it (of integers under 2**24, or of a number cut to
-    12 bits with itself): a fused multiply-add then rounds as a separate multiplication and addition do,
-    and the result does not depend on what the compiler chose. In Horner's form it would.
+    Every addition below has an exact product as an operand (of integers under 2**24, or the square
+    of a number with 12 significant bits). A fused multiply-add then rounds as a multiplication and
+    an addition do, so the result does not depend on the compiler's choice. In Horner's form it
+    would.
     """
     square = t * t
     fifth = t * (square * square)
@@ -264,13 +283,13 @@ def _words(first: Index, second: Index) -> UInt32[Array, "2"]:
     return jnp.stack([jnp.asarray(part).astype(jnp.uint32) for part in (first, second)])
 
 
-# Arbitrary: the first six words of the fraction of pi.
+# Arbitrary constants: the first six words of the fractional part of pi.
 _ROUNDS = ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
 
 
 @partial(jax.jit, inline=True)
 def _permute(words: UInt32[Array, "2"]) -> UInt32[Array, "2"]:
-    """A bijection of 64 bits, each output bit depending on every input bit: three Feistel rounds."""
+    """A bijection of 64 bits, three Feistel rounds; each output bit depends on each input bit."""
     left, right = words[0], words[1]
     for word0, word1 in _ROUNDS:
         left, right = right ^ _hash(jnp.uint32(word0), jnp.uint32(word1), left), left
@@ -286,15 +305,17 @@ def _counter(
 ) -> Float[Array, "..."]:
     size = math.prod(shape)
     if size > 2**32:
-        raise ValueError(f"noise of shape {list(shape)} has {size} samples, the limit is 2**32")
+        raise ValueError(
+            f"noise: expected at most 2**32 samples, got {size} of the shape {list(shape)}"
+        )
     return _cast(counter_at(words[0], words[1], _positions(shape)).reshape(shape), dtype)
 
 
 def _positions(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
     """Row-major positions in an array of the shape, with as many entries but fewer axes.
 
-    Axes are kept, so that a compiler can make an array that is sharded along one of them in shards. Only
-    short last ones are joined: a loop over a narrow one would be slow.
+    Long axes are kept, so that a compiler can make an array that is sharded along one of them in
+    shards. Short trailing axes are joined, since a loop over a narrow axis would be slow.
     """
     axes = [n for n in shape if n != 1]
     while len(axes) > 1 and axes[-1] < LONG:
@@ -315,7 +336,8 @@ def _gaussian(
 def _rademacher(
     words: UInt32[Array, "2"], shape: tuple[int, ...], dtype: DTypeLike
 ) -> Float[Array, "..."]:
-    # From bits: jax.random.rademacher gives other signs once 64-bit types are enabled.
+    # From bits, since the signs of jax.random.rademacher depend on whether 64-bit dtypes are
+    # enabled.
     bits = jax.random.bits(_threefry(words), shape, jnp.uint32)
     return _cast(1 - 2 * (bits >> 31).astype(jnp.float32), dtype)
 
@@ -326,5 +348,5 @@ def _threefry(words: UInt32[Array, "2"]) -> Array:
 
 def _cast(samples: Float32[Array, "*shape"], dtype: DTypeLike) -> Float[Array, "*shape"]:
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"noise is drawn in a floating dtype, not {jnp.dtype(dtype).name}")
+        raise ValueError(f"noise: expected a floating dtype, got {jnp.dtype(dtype).name}")
     return samples.astype(dtype)

@@ -1,69 +1,79 @@
-"""EvolutionStrategy: evaluate a population, weigh it, estimate a gradient, step an optimizer."""
+"""EvolutionStrategy: its settings and its public methods."""
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
-from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, Num, PyTree
 
 from eggroll import _checks as checks
 from eggroll import _programs as programs
 from eggroll import exchange as exchanges
-from eggroll import generation, integer_generation
+from eggroll import generation
 from eggroll import noise as noises
-from eggroll import plan as plans
-from eggroll import shaping as shapings
-from eggroll.interpret.interpreter import Context, interpret
+from eggroll._calling import Function, call, one_of
+from eggroll._settings import Settings
+from eggroll.arithmetic import Outcome
+from eggroll.interpret import Context, interpret
 from eggroll.perturbation import draw, perturb
-from eggroll.plan import table
+from eggroll.plan import Plan, table
 from eggroll.population.placement import Specs, specs_of, spread
 from eggroll.state import Metrics, State, trainable_of
 
+Groups = Sequence[int] | np.ndarray | Array | None
+# Wider than the documented types: `_checks` refuses a wrong value with a message.
+Values = Any
+Member = Any
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class EvolutionStrategy:
+class EvolutionStrategy(Settings):
     """Evolution strategies with low-rank noise, for any JAX function of any parameters.
 
-    Members 2p and 2p + 1 of the population are a pair: they see ``+E_p`` and ``-E_p``. Fitness is
-    always maximised. Everything random is a function of (seed, generation, pair, leaf path).
+    Members 2p and 2p + 1 of the population form pair p: they see the noise ``+E_p`` and ``-E_p``.
+    Fitness is always maximised. All randomness is a function of (seed, generation, pair, leaf
+    path).
 
     Attributes:
-      optimizer: any optax transform; it minimises, and gets the estimate
-        ``-(1/N) sum_i w_i E_i / sigma``.
-      population: number of members, even.
+      optimizer: an optax transform. It minimises, and receives the gradient estimate
+        ``-(1/N) sum_i w_i E_i / sigma`` (arXiv 2511.16652, section 4).
+      population: number of members; even.
       sigma: standard deviation of the noise, or an optax schedule over generations.
-      rank: rank of the noise of matrices, or "full" for dense ES (OpenES).
-      shaping: from scores to weights (:mod:`eggroll.shaping`); None takes the scores as they are.
-      plan: which parameter gets what (:mod:`eggroll.plan`).
+      rank: rank of the noise of matrices, or "full" for dense ES (OpenES, arXiv 1703.03864).
+      shaping: maps scores to weights (:mod:`eggroll.shaping`); None uses the scores as weights.
+      plan: chooses the treatment of every parameter (:mod:`eggroll.plan`).
       noise: the source of samples (:mod:`eggroll.noise`).
-      chunk: members evaluated at a time on a device; None for all. Bounds memory, and changes nothing but
-        rounding.
-      mesh: divides members over its axis "population". Weights that are sharded over its other axes
-        (tensor parallel) stay so, and so does all that belongs to them. Axis types: Auto.
-      exchange: what devices send each other for an update: "update", sums of noise, each device those
-        of its own members; "fitness", the scores alone, and each device sums the noise of all members;
-        or :func:`eggroll.exchange.auto`, the quicker of them ("auto" for its default rates). The
-        result is the same but for rounding.
-      deterministic: the same bits whatever the number of devices that members are divided over, for
-        floats too (models in int8 alone have that without). Members are evaluated in chunks of ``chunk``,
-        or an eighth of the population at most, and sums of noise are added up in eight parts in order:
-        slower, and with eight copies of the update in memory, or as many as there are devices.
-      noise_reuse: generations that the same noise is used for; 1 is fresh noise every generation.
-      on_dense: "warn", "error" or "ignore" where a low-rank matrix has to be built for every member.
-      agreement: also measure how far two halves of the population agree (costs a second estimate).
-      shared_keys: whether the two members of a pair get one key (common random numbers).
-      master_weights: keep float32 copies of narrower parameters, which would lose small updates.
-      factor_memory: bytes on a device up to which a step keeps its noise from the evaluation for
-        the update instead of drawing it again. The result is the same; beyond a CPU's cache, drawing
-        again is the faster.
-      specs: how the arrays of a state lie on the mesh; of what :meth:`placed` gives, else None.
+      chunk: number of members that a device evaluates at a time; None for all of its members. A
+        chunk bounds memory and changes the result by rounding alone.
+      mesh: a mesh with Auto axis types. Its axis "population" divides the members. Weights that are
+        sharded over other axes (tensor parallelism) keep their sharding, and so do their noise,
+        gradient and optimizer state.
+      exchange: the data that devices send each other for an update. "update": each device sums the
+        noise of its own members, and the sums are added. "fitness": devices send scores alone, and
+        each sums the noise of all members. :func:`eggroll.exchange.auto`: the faster of the two
+        ("auto" uses its default rates). The choice changes the result by rounding alone.
+      deterministic: gives the same bits on any number of devices, for floats too (int8 models
+        always do). Members are evaluated in chunks of ``chunk``, or of at most an eighth of the
+        population, and the sums of eight fixed parts are added in order. This is slower, and holds
+        eight copies of the update in memory, or as many as there are devices.
+      noise_reuse: number of generations that share the same noise; 1 draws new noise every
+        generation.
+      on_dense: "warn", "error" or "ignore": the response when an operation has to build a low-rank
+        matrix for every member.
+      agreement: also measure the cosine between the estimates of two halves of the population. This
+        costs a second estimate.
+      shared_keys: whether both members of a pair receive the same key (common random numbers).
+      master_weights: keep float32 copies of narrower parameters, which would round small updates
+        away.
+      factor_memory: the largest number of bytes a device that a step keeps of its noise from the
+        evaluation to the update; more noise is drawn twice. The result is the same. Once the noise
+        exceeds a CPU's cache, drawing it twice is faster.
+      specs: the partition specs of a state's leaves. :meth:`placed` sets them; None otherwise.
 
     Example:
       >>> import optax, jax, jax.numpy as jnp
@@ -77,179 +87,227 @@ class EvolutionStrategy:
       True
     """
 
-    # Wider types than the docstring's where checks.settings says in a sentence what would be right.
-    optimizer: Any
-    population: int
-    sigma: float | optax.Schedule
-    rank: int | str = 1
-    shaping: shapings.Shaping | None = dataclasses.field(default_factory=shapings.zscore)
-    plan: plans.Planner = dataclasses.field(default_factory=plans.by_shape)
-    noise: Any = dataclasses.field(default_factory=noises.counter)
-    chunk: int | None = None
-    mesh: Mesh | None = None
-    exchange: str | exchanges.Auto = "update"
-    deterministic: bool = False
-    noise_reuse: int = 1
-    on_dense: str = "warn"
-    agreement: bool = False
-    shared_keys: bool = True
-    master_weights: bool = True
-    factor_memory: int = 2**25
-    specs: Specs | None = dataclasses.field(default=None, init=False, repr=False)
-    _seen: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
-    _placed: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    # `_seen` serves the warning about new fitness objects; `_placed` caches the results of
+    # `placed`.
+    _seen: dict[Any, tuple[int, int]] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
+    _placed: dict[Specs, "EvolutionStrategy"] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
 
-    def __post_init__(self) -> None:
-        checks.settings(self)
+    # ------------------------------------------------------------ the state and its parameters
 
-    # ------------------------------------------------------------ the state and what is in it
-
-    def init(self, params: Any, key: Any) -> State:
-        """The state before the first generation.
+    def init(self, params: PyTree, key: Array | int | np.integer) -> State:
+        """Makes the state before the first generation.
 
         Args:
-          params: any tree of arrays; floats are trained, other types pass through. In a tree without
-            floats those in int8 are trained, by the noise of :mod:`eggroll.integer`; beside floats only
-            those that the plan names, by noise of floats in units of their steps.
-          key: ``jax.random.key(seed)``, or a seed as a whole number.
+          params: any tree of arrays. Float leaves are trained; leaves of other dtypes pass through.
+            In a tree without float leaves, int8 leaves are trained with the noise of
+            :mod:`eggroll.integer`. Beside float leaves, an int8 leaf is trained only if the plan
+            names it, with float noise in units of its quantisation step.
+          key: ``jax.random.key(seed)``, or a seed: an integer from 0 to 2^64 - 1.
+
+        Returns:
+          A state with copies of the parameters.
 
         Raises:
-          ValueError: for a leaf that is no array, NaN or infinity (or -128) in a leaf, or nothing to
-            train.
+          ValueError: a leaf is not an array, is complex, or holds NaN or infinity (-128 for int8);
+            the seed is out of range; or no leaf is trained.
         """
         plan = self.plan_of(params)
         checks.parameters(plan, params)
         checks.quantised(plan, self.master_weights)
-        if checks.is_whole(key):
-            key = jax.random.key(key)
-        # Fresh arrays, so that a donated state never takes the caller's parameters with it.
-        params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
-        master = {}
-        if self.master_weights:
-            for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True):
-                if leaf.held:
-                    master[leaf.path] = value.astype(jnp.float32)
-        trainable = trainable_of(plan, params, master)
-        state = State(
-            params,
-            master,
-            self.optimizer.init(trainable),
-            jnp.zeros((), jnp.int32),
-            noises.seed_words(key),
-        )
-        return spread(state, self.mesh)
+        # Optimizers start from host constants; a user's transfer guard is not meant for those.
+        with jax.transfer_guard_host_to_device("allow"):
+            # Copies, so that donating the state never deletes the caller's parameters.
+            params = jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+            master = {}
+            if self.master_weights:
+                for leaf, value in zip(plan.leaves, jax.tree.leaves(params), strict=True):
+                    if leaf.keeps_copy:
+                        master[leaf.path] = value.astype(jnp.float32)
+            optimizer = self.optimizer.init(trainable_of(plan, params, master))
+            seed = noises.seed_words(checks.seed(key))
+            state = State(params, master, optimizer, jnp.zeros((), jnp.int32), seed)
+            return spread(state, self.mesh)
 
-    def params(self, state: State) -> Any:
-        """The current mean of the population: the trained parameters."""
-        return state.params
+    def params(self, state: State) -> PyTree:
+        """The mean of the population: the trained parameters, in the dtypes given to `init`."""
+        return checks.state(state).params
 
-    def member(self, state: State, i: Any) -> Any:
-        """Parameters of member ``i`` of the coming generation, built; ``i`` may be traced.
+    def member(self, state: State, i: Member) -> PyTree:
+        """Builds the parameters of member ``i`` of the coming generation.
 
-        Perturbed leaves of a narrower type come in float32: rounding would lose the noise.
+        Args:
+          state: the state before that generation.
+          i: an index from 0 to population - 1; may be traced.
+
+        Returns:
+          The tree of the parameters. Perturbed leaves of dtypes narrower than float32 are float32,
+          since rounding would lose the noise.
 
         Raises:
-          ValueError: for a member that the population does not have.
+          ValueError: ``i`` is not an integer or is out of range.
         """
-        return programs.member(self, state, checks.members(i, self.population, axes=0))
+        members = checks.members(i, self.population, axes=0)
+        return programs.member(self, checks.state(state), members)
 
-    def ask(self, state: State, indices: Sequence[int] | Int[Array, "members"]) -> Any:
-        """Parameters of several members, built, each leaf with a leading axis."""
-        return programs.ask(self, state, checks.members(indices, self.population, axes=1))
+    def ask(self, state: State, indices: Sequence[int] | Int[Array, "members"]) -> PyTree:
+        """Builds the parameters of several members; each leaf gets a leading axis [members].
+
+        Args:
+          state: the state before the coming generation.
+          indices: integers ``[members]`` from 0 to population - 1; may be traced.
+
+        Raises:
+          ValueError: ``indices`` is not a list of integers in range.
+        """
+        members = checks.members(indices, self.population, axes=1)
+        return programs.ask(self, checks.state(state), members)
 
     # ------------------------------------------------------------ a generation
 
     def step(
         self,
         state: State,
-        fitness: Callable[..., Any],
-        *args: Any,
-        members: Any = None,
-        groups: Any = None,
+        fitness: Function,
+        *args: PyTree,
+        members: PyTree = None,
+        groups: Groups = None,
     ) -> tuple[State, Metrics]:
-        """One generation: evaluate the population, update the parameters.
+        """Runs one generation: evaluates the population and updates the parameters.
 
         Args:
-          state: from :meth:`init` or the step before.
-          fitness: ``fitness(params, key, [member,] *args)`` gives a score ``[]`` or scores
-            ``[tasks]``, alone or as ``(scores, aux)``; aux is dropped here. Pass the same object
-            every generation: a new one is compiled anew.
-          *args: arrays that every member gets.
-          members: a tree with leading axis [population]; each member gets its own part.
+          state: the result of :meth:`init` or of the step before.
+          fitness: ``fitness(params, key, [member,] *args)`` returns a score ``[]`` or scores
+            ``[tasks]``, alone or as ``(scores, aux)``; this method drops aux. Pass the same
+            function object every generation: a new object is compiled again.
+          *args: trees of arrays that every member receives.
+          members: a tree with leading axis [population]; each member receives its own entry as
+            ``member``.
           groups: int ``[population]``, for shapings that compare members within groups.
+
+        Returns:
+          The next state and the metrics of this generation.
+
+        Raises:
+          ValueError: the fitness returns no scores, or an argument has a wrong shape or dtype.
         """
         checks.fitness(self._seen, fitness)
-        return self._told(programs.step(self.placed(state), state, fitness, args, members, groups))
+        es, groups = self.placed(state), checks.groups(groups, self.population)
+        return self._with_metrics(programs.step(es, state, fitness, args, members, groups))
 
     def evaluate(
-        self, state: State, fitness: Callable[..., Any], *args: Any, members: Any = None
-    ) -> Any:
-        """Scores of all members, ``[population]`` or ``[population, tasks]``.
+        self, state: State, fitness: Function, *args: PyTree, members: PyTree = None
+    ) -> PyTree:
+        """Evaluates all members; arguments as in :meth:`step`.
 
-        Gives ``(values, aux)``, aux with a leading axis [population], where the fitness gives
-        ``(scores, aux)``. Arguments as in :meth:`step`.
+        Returns:
+          Scores ``[population]`` or ``[population, tasks]``. If the fitness returns
+          ``(scores, aux)``, this returns ``(values, aux)``, where each leaf of aux has a leading
+          axis [population].
         """
         checks.fitness(self._seen, fitness)
         return programs.evaluate(self.placed(state), state, fitness, args, members)
 
-    def map(self, state: State, fn: Callable[..., Any], *args: Any, members: Any = None) -> Any:
-        """Any function ``fn(params, key, [member,] *args)`` of the perturbed parameters.
+    def map(self, state: State, fn: Function, *args: PyTree, members: PyTree = None) -> PyTree:
+        """Maps any function ``fn(params, key, [member,] *args)`` over the perturbed parameters.
 
-        Returns its outputs, each leaf with a leading axis [population].
+        Returns:
+          The outputs of ``fn``, each leaf with a leading axis [population].
         """
         checks.fitness(self._seen, fn)
         return programs.map(self.placed(state), state, fn, args, members)
 
-    def update(self, state: State, values: Any, groups: Any = None) -> tuple[State, Metrics]:
-        """The second half of a generation: from scores, wherever they come from.
+    def update(self, state: State, values: Values, groups: Groups = None) -> tuple[State, Metrics]:
+        """Updates the parameters from scores: the second half of a generation.
 
         Args:
-          state: the state that the members were made from.
-          values: ``[population]`` or ``[population, tasks]``; a list may hold None. A score that is
-            not finite, or None, drops its pair (for that task) and is counted.
+          state: the state that the members were evaluated from.
+          values: scores ``[population]`` or ``[population, tasks]`` from any source; a list may
+            hold None. A score that is None or not finite drops its pair for that task, and is
+            counted.
           groups: as in :meth:`step`.
+
+        Returns:
+          The next state and the metrics of this generation.
+
+        Raises:
+          ValueError: ``values`` or ``groups`` has a wrong shape or dtype.
         """
+        es, groups = self.placed(state), checks.groups(groups, self.population)
         values = checks.scores(values, self.population, self.noise.integer)
-        return self._told(programs.update(self.placed(state), state, values, groups))
+        return self._with_metrics(programs.update(es, state, values, groups))
 
     tell = update
 
-    def gradient(self, state: State, values: Any, groups: Any = None) -> Any:
-        """The gradient estimate alone: the tree of the parameters, None where nothing is trained."""
+    def gradient(self, state: State, values: Values, groups: Groups = None) -> PyTree:
+        """The gradient estimate alone: the tree of the parameters, with None for frozen leaves.
+
+        Leaves are float32 (float64 for float64 parameters), or int32 for integer noise. Arguments
+        as in :meth:`update`.
+        """
+        es, groups = self.placed(state), checks.groups(groups, self.population)
         values = checks.scores(values, self.population, self.noise.integer)
-        return programs.gradient(self.placed(state), state, values, groups)
+        return programs.gradient(es, state, values, groups)
 
     def apply_gradient(
-        self, state: State, grads: Any, pairs: int | Int[Array, ""] | None = None
+        self,
+        state: State,
+        grads: PyTree,
+        pairs: int | Int[Array, ""] | None = None,
+        value: float | Num[Array, ""] | None = None,
     ) -> tuple[State, Metrics]:
-        """The rest of :meth:`update`; its metrics know no fitness (NaN).
+        """Steps the optimizer with a gradient estimate: the rest of :meth:`update`.
 
         Args:
-          state: the state that the gradient is of.
-          grads: of :meth:`gradient`, or from elsewhere.
-          pairs: for int8 parameters, how many pairs did not end in a tie; all of them by default.
+          state: the state that the gradient was estimated at.
+          grads: the result of :meth:`gradient`, or any tree of the same structure and shapes.
+          pairs: for int8 parameters, the number of pairs without a tie; all pairs by default.
+          value: minus the mean fitness, for optimizers that take ``value``.
+
+        Returns:
+          The next state and metrics, whose statistics of the fitness are None.
+
+        Raises:
+          ValueError: ``grads`` has another structure, or a leaf of another shape.
         """
-        pairs = jnp.asarray(self.population // 2 if pairs is None else pairs, jnp.int32)
-        return self._told(programs.apply_gradient(self.placed(state), state, grads, pairs))
+        es = self.placed(state)
+        pairs = checks.scalar(self.population // 2 if pairs is None else pairs, np.int32)
+        value = None if value is None else checks.scalar(value, np.float32)
+        return self._with_metrics(programs.apply_gradient(es, state, grads, pairs, value))
 
     def optimize(
         self,
         state: State,
-        fitness: Callable[..., Any],
+        fitness: Function,
         generations: int,
-        *args: Any,
-        members: Any = None,
-        groups: Any = None,
-        callback: Callable[[State, Metrics], Any] | None = None,
+        *args: PyTree,
+        members: PyTree = None,
+        groups: Groups = None,
+        callback: Callable[[State, Metrics], object] | None = None,
     ) -> State:
-        """Runs generations; with a callback, one at a time, until it returns something true."""
-        checks.generations(generations)
+        """Runs generations of :meth:`step` and returns the last state.
+
+        Args:
+          state: the state to start from.
+          fitness: as in :meth:`step`.
+          generations: the number of generations; at least 0.
+          *args: as in :meth:`step`.
+          members: as in :meth:`step`.
+          groups: as in :meth:`step`.
+          callback: ``callback(state, metrics)`` runs after every generation; a true result ends the
+            loop. Without a callback, all generations run in one compiled loop.
+
+        Raises:
+          ValueError: ``generations`` is not an integer of at least 0.
+        """
+        count = checks.generations(generations)
         if callback is None:
             checks.fitness(self._seen, fitness)
-            es = self.placed(state)
-            return programs.optimize(
-                es, state, fitness, jnp.int32(generations), args, members, groups
-            )
+            es, groups = self.placed(state), checks.groups(groups, self.population)
+            return programs.optimize(es, state, fitness, count, args, members, groups)
         for _ in range(generations):
             state, metrics = self.step(state, fitness, *args, members=members, groups=groups)
             if callback(state, metrics):
@@ -258,41 +316,51 @@ class EvolutionStrategy:
 
     def describe(
         self,
-        params: Any,
-        fitness: Callable[..., Any] | None = None,
-        *args: Any,
-        members: Any = None,
+        params: PyTree,
+        fitness: Function | None = None,
+        *args: PyTree,
+        members: PyTree = None,
     ) -> str:
-        """A table of every parameter's treatment; with a fitness, what would be built and why."""
-        plan = self.plan_of(params)
+        """A table of the treatment of every parameter.
+
+        With a fitness, the table also names the parameters that would be built for every member,
+        and the operations that would build them. The fitness is traced and not run.
+
+        Example:
+          >>> import optax
+          >>> es = EvolutionStrategy(optimizer=optax.sgd(0.1), population=8, sigma=0.1)
+          >>> print(es.describe({"w": jnp.zeros((64, 32)), "b": jnp.zeros(32)}))
+          parameter  shape          treatment                    rank  noise/member  why
+          -----------------------------------------------------------------------------------
+          b          32 float32     dense                        full  128 B         vector
+          w          64x32 float32  low rank, rows 0, columns 1  1     384 B         by shape
+          noise a pair of members: 512 B, where dense noise would take 8.125 KiB
+        """
+        plan, arithmetic = self.plan_of(params), self.arithmetic
         context = Context(on_dense="ignore")
         if fitness is not None:
 
-            def trace(params: Any, member: Any, args: tuple) -> Any:
+            def trace(params: PyTree, member: PyTree, args: tuple) -> PyTree:
                 words = jnp.zeros(2, jnp.uint32)
                 drawn = draw(plan, self.noise, words, jnp.int32(0), jnp.int32(0))
-                one = jnp.ones((), generation.sign_type(plan))
-                lazy = perturb(plan, params, drawn, 1.0 if plan.integer else one, one)
-                extra = () if members is None else (member,)
-                return interpret(fitness, context)(lazy, generation.typed_key(words), *extra, *args)
+                one = jnp.ones((), arithmetic.sign_type)
+                sigma = arithmetic.noise_sigma(self.sigma, jnp.float32(1))
+                lazy = perturb(plan, params, drawn, sigma, one)
+                key = generation.typed_key(words)
+                return call(interpret(fitness, context), lazy, key, member, args)
 
-            member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), members)
-            jax.eval_shape(trace, params, member, args)
+            jax.eval_shape(trace, params, one_of(members), args)
         return table.describe(plan, context.built)
 
     # ------------------------------------------------------------ parts
 
-    def plan_of(self, params: Any) -> plans.Plan:
-        """The treatment of every parameter."""
-        plan = self.plan(params, self.rank)
-        integer_generation.check_plan(plan, self.noise.integer)
-        # Parameters come first in a state.
-        specs = specs_of(params, self.mesh) if self.specs is None else self.specs
-        return plan if specs is None else plan.placed(specs[: len(plan.leaves)])
+    def plan_of(self, params: PyTree) -> Plan:
+        """The plan of the parameters: the treatment of every leaf."""
+        return generation.plan_of(self, params)
 
     def placed(self, state: State) -> "EvolutionStrategy":
-        """This strategy for states that lie on the mesh as this one does, which its programs keep."""
-        specs = specs_of(state, self.mesh)
+        """This strategy for states with the sharding of ``state``, which programs preserve."""
+        specs = specs_of(checks.state(state), self.mesh)
         if specs is None:
             return self
         if specs not in self._placed:
@@ -301,43 +369,40 @@ class EvolutionStrategy:
             self._placed[specs] = es
         return self._placed[specs]
 
-    def exchange_costs(self, params: Any, tasks: int = 1) -> exchanges.Costs:
-        """What devices send and compute by either ``exchange``, to be printed.
+    def exchange_costs(self, params: PyTree, tasks: int = 1) -> exchanges.Costs:
+        """The bytes that devices send and the operations that they compute, by ``exchange``.
 
         Args:
-          params: the parameters, as they lie on the mesh.
-          tasks: scores of a member.
+          params: the parameters, with their sharding on the mesh.
+          tasks: number of scores of a member.
+
+        Returns:
+          The costs; ``print`` shows them as a table.
         """
         rates = self.exchange if isinstance(self.exchange, exchanges.Auto) else None
         return exchanges.costs(self.plan_of(params), self.population, self.mesh, tasks, rates)
 
-    def exchanged(self, plan: plans.Plan) -> str:
-        """What devices send each other: "update" or "fitness"."""
-        if self.exchange in ("update", "fitness"):
-            return self.exchange
-        rates = self.exchange if isinstance(self.exchange, exchanges.Auto) else None
-        return exchanges.costs(plan, self.population, self.mesh, rates=rates).choice
+    def exchanged(self, plan: Plan) -> str:
+        """The data that devices send each other under this plan: "update" or "fitness"."""
+        return "fitness" if self.sends_scores_alone(plan) else "update"
+
+    # ------------------------------------------------------------ deprecated, until version 0.3
 
     def epoch(self, state: State) -> Int[Array, ""]:
-        """What noise is keyed by: the generation, unless noise is reused."""
+        """Deprecated: use ``state.generation // es.noise_reuse``, the counter that keys noise."""
+        _deprecated("epoch(state)", "state.generation // es.noise_reuse")
         return state.generation // self.noise_reuse
 
     def sigma_of(self, state: State) -> Float[Array, ""]:
-        """The standard deviation of the noise in the coming generation."""
-        sigma = self.sigma(state.generation) if callable(self.sigma) else self.sigma
-        if np.shape(sigma):
-            raise ValueError(
-                f"sigma's schedule gives the shape {list(np.shape(sigma))}; one number is right"
-            )
-        return jnp.asarray(sigma, jnp.float32)
+        """Deprecated: use ``metrics.sigma``, the standard deviation of the noise."""
+        _deprecated("sigma_of(state)", "metrics.sigma")
+        return generation.sigma_of(self, state.generation)
 
-    def noise_sigma(self, state: State) -> Any:
-        """The same for the arithmetic of a generation: that of integers has no float in it."""
-        return self.sigma if self.noise.integer else self.sigma_of(state)
+    def _with_metrics(self, done: tuple[State, Outcome | Metrics]) -> tuple[State, Metrics]:
+        """Adds metrics to a state if the program of the update returned an outcome instead."""
+        state, result = done
+        return state, programs.metrics(self, result) if isinstance(result, Outcome) else result
 
-    def _told(self, done: tuple[State, Any]) -> tuple[State, Metrics]:
-        """Metrics of integers are floats, and so computed outside the program of the update."""
-        state, told = done
-        if isinstance(told, integer_generation.Outcome):
-            told = programs.report(self, told)
-        return state, told
+
+def _deprecated(old: str, new: str) -> None:
+    warnings.warn(f"es.{old} is deprecated; use {new}", DeprecationWarning, stacklevel=3)

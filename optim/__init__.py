@@ -1,9 +1,12 @@
-"""Optimizers that optax lacks, as optax transforms: they drop into any chain.
+"""Optimizers that optax lacks or has in another form, as optax transforms for any chain.
 
-Lion and Lion-K, SGDP and AdamP, FRUGAL, GaLore and BAdam.
+Lion and Lion-K, SGDP and AdamP, FRUGAL, GaLore and BAdam. What this module exports is public, with
+the modules ``dual``, ``kappa`` and ``projector``; modules whose names begin with an underscore are
+private.
 """
 
-from optim import dual, kappa
+from optim import dual, kappa, projector
+from optim._linear_weights import linear_weights
 from optim.adamp import adamp, scale_by_adamp
 from optim.badam import badam
 from optim.diagnostics import constraint_violation, kkt_score, lyapunov
@@ -27,6 +30,7 @@ __all__ = [
     "galore",
     "kappa",
     "kkt_score",
+    "linear_weights",
     "lion",
     "lion_k",
     "lyapunov",

@@ -6,109 +6,171 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Inexact, PyTree
 
-from optim.projection import Projected, broadcast, project
-from optim.requirements import Scalar, need_params
+from optim import _numerics
+from optim._numerics import common_dtype, wide
+from optim._radial import Projected, project
+from optim._trees import Scalar, Setting, broadcast, need_params
 
 
 def scale_by_adamp(
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = None,
     *,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Setting = None,
+    nesterov: bool = False,
     delta: Scalar = 0.1,
     wd_ratio: Scalar = 0.1,
-    nesterov: bool = False,
-    mu_dtype: Any = None,
-    channel_axis: Any = None,
-    batch_axes: Any = None,
+    channel_axis: Setting = None,
+    batch_axes: Setting = None,
 ) -> optax.GradientTransformation:
-    """Adam's direction without its radial part, and the weight decay that goes with it.
+    """Adam's direction without its radial part, plus the decayed parameters.
 
-    The decay is inside, since it depends on what was taken out.
+    The weight decay belongs here since it depends on whether a radial part was removed.
+
+    Narrow dtypes are computed in float32, and moments are rounded when they are stored. The second
+    moment is real. For float16 it is stored in float32, whose range a square needs; otherwise in
+    the precision of the parameters. Parts of a finite gradient beyond the square root of the
+    dtype's largest number (1e19 for float32) enter the moments as that.
 
     Args:
-      b1, b2, eps: of Adam, with bias correction.
+      b1, b2, eps, eps_root: as in ``optax.adamw``, with bias correction.
+      mu_dtype: dtype that the first moment is stored in; that of the parameters by default.
       weight_decay: a number, or a schedule over updates.
-      mask: a tree or a function of the parameters: what is decayed; everything by default.
-      delta: how small the cosine of gradient and weights has to be (times 1 / sqrt(size)).
-      wd_ratio: factor on the weight decay of weights that are found scale-invariant.
+      mask: which leaves are decayed, all by default: a tree of bools (a prefix of the parameters'
+        tree) or a function of the parameters that returns one.
       nesterov: look one step ahead with the first moment.
-      mu_dtype: dtype of the first moment; that of the gradients by default.
-      channel_axis: the axis of the output channels: a number, or a tree (a prefix of the parameters',
-        or a function of them) of numbers. None is the last, where JAX keeps them; PyTorch's is 0.
-      batch_axes: as ``channel_axis``: how many leading axes number layers of a stack, each of which is
-        decided for itself; None is 0.
+      delta: bound on the cosine of gradient and weights (times 1 / sqrt(size)) below which the
+        weights count as scale-invariant.
+      wd_ratio: factor on the weight decay of scale-invariant weights.
+      channel_axis: the axis of the output channels: an integer, a tree of integers (a prefix of the
+        parameters' tree), or a function of the parameters that returns one. None is the last axis,
+        where JAX has them; PyTorch's is 0.
+      batch_axes: the number of leading axes that number the layers of a stack, each of which is
+        decided separately; given as ``channel_axis`` is. None is 0.
 
     Returns:
-      A transform whose state is an ``optax.ScaleByAdamState``.
+      A transform with an ``optax.ScaleByAdamState``. Its update needs the parameters. Its updates
+      have the dtype of the gradients, or float32 at least where the parameters have another one.
+
+    Raises:
+      ValueError: by the update, where the parameters are missing or a matrix has no
+        ``channel_axis``.
     """
-    adam = optax.scale_by_adam(b1, b2, eps=0.0, mu_dtype=mu_dtype)
     dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
 
-    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        params = need_params(params)
-        count = optax.safe_increment(state.count)
-        c1 = 1 - jnp.asarray(b1, jnp.float32) ** count
-        c2 = 1 - jnp.asarray(b2, jnp.float32) ** count
-        if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-            c1, c2 = 1 - jnp.asarray(b1, float) ** count, 1 - jnp.asarray(b2, float) ** count
+    def init_fn(params: PyTree) -> optax.ScaleByAdamState:
+        nu = jax.tree.map(lambda x: jnp.zeros_like(x, _square_dtype(jnp.result_type(x))), params)
+        mu = _numerics.zeros_like(params, dtype)
+        return optax.ScaleByAdamState(count=jnp.zeros([], jnp.int32), mu=mu, nu=nu)
 
-        # Once, and not for every entry, where divisions take longest of all.
-        scale, root_scale = 1 / c1, 1 / jnp.sqrt(c2)
+    def update_fn(
+        updates: PyTree, state: optax.ScaleByAdamState, params: PyTree = None
+    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        params = need_params(params)
+        count = optax.safe_increment(jnp.asarray(state.count))
+        is_x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+        rates = (jnp.asarray(b, jnp.float64 if is_x64 else jnp.float32) for b in (b1, b2))
+        # Divided once and not for every entry, where a division takes longest of all operations.
+        mu_scale, nu_scale = (1 / (1 - b**count) for b in rates)
 
         def advance(g: Array, m: Array, v: Array) -> tuple[Array, Array]:
-            m = optax.tree.update_moment(g, m, b1, 1)
-            return m, optax.tree.update_moment_per_elem_norm(g, v, b2, 2)
+            g = _squarable(g)
+            return b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * _numerics.real_product(g, g)
 
         def step(g: Array, m: Array, v: Array) -> Array:
             if nesterov:
-                m = optax.tree.update_moment(g, m, b1, 1)
-            return m * scale.astype(v.dtype) / (jnp.sqrt(v) * root_scale.astype(v.dtype) + eps)
+                m = b1 * m + (1 - b1) * _squarable(g)
+            v = v * nu_scale.astype(v.dtype)
+            # The default is left out, so that it costs nothing.
+            is_plain = isinstance(eps_root, int | float) and eps_root == 0
+            root = jnp.sqrt(v if is_plain else v + eps_root)
+            return _numerics.divided(m * mu_scale.astype(v.dtype), root + eps)
 
-        decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
         new, (mu, nu) = with_decay(
-            step, advance, (state.mu, state.nu), updates, params, decay, mask, channel_axis, batch_axes,
+            step, advance, (state.mu, state.nu), updates, params,
+            decay=weight_decay(state.count) if callable(weight_decay) else weight_decay,
+            mask=mask, channel_axis=channel_axis, batch_axes=batch_axes,
             delta=delta, wd_ratio=wd_ratio, eps=eps,
         )  # fmt: skip
-        mu = optax.tree.cast(mu, dtype)
         return new, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
 
-    return optax.GradientTransformation(adam.init, update_fn)
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _square_dtype(dtype: DTypeLike) -> DTypeLike:
+    """The dtype that squares are stored in: real, and not float16, which lacks the range."""
+    dtype = _numerics.real_dtype(dtype)
+    return jnp.float32 if dtype == jnp.float16 else dtype
+
+
+def _squarable(g: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+    """The gradient, with entries whose squares would overflow shortened; infinite ones stay."""
+    most = 0.5 * float(jnp.finfo(g.dtype).max) ** 0.5
+    if not jnp.iscomplexobj(g):
+        return jnp.where(jnp.isinf(g), g, jnp.clip(g, -most, most))
+    return jnp.where((jnp.abs(g) > most) & jnp.isfinite(g), most * _numerics.sign(g), g)
 
 
 def with_decay(
     step: Callable[..., Array],
     advance: Callable[..., Sequence[Array]],
-    moments: Sequence[Any],
-    grads: Any,
-    params: Any,
-    decay: Any,
-    mask: Any,
-    channel_axis: Any,
-    batch_axes: Any,
+    moments: Sequence[PyTree],
+    grads: PyTree,
+    params: PyTree,
+    *,
+    decay: Scalar,
+    mask: Setting,
+    channel_axis: PyTree,
+    batch_axes: PyTree,
     **settings: Scalar,
-) -> tuple[Any, tuple[Any, ...]]:
-    """Projected steps, functions of the advanced moments, plus the decayed parameters, for every leaf; and
-    those moments."""
+) -> tuple[PyTree, tuple[PyTree, ...]]:
+    """Projected steps plus the decayed parameters, and the advanced moments, as trees.
 
-    def of(g: Array, x: Array, axis: int, batch: int, decayed: bool, *moments: Array) -> Any:
+    Args:
+      step, advance: functions of gradient and moments, see :func:`optim._radial.project`.
+      moments: trees of the moments so far; the advanced ones are returned in their dtypes.
+      grads, params: trees of one structure.
+      decay: the weight decay of this update.
+      mask, channel_axis, batch_axes: as in :func:`scale_by_adamp`.
+      **settings: further keywords of ``project``.
+    """
+
+    def of(
+        path: tuple,
+        g: ArrayLike,
+        x: ArrayLike,
+        axis: int,
+        batch: int,
+        is_decayed: bool,
+        *old: Array,
+    ) -> tuple[Array, list[Array]]:
+        g, x = jnp.asarray(g), jnp.asarray(x)
+        if x.ndim - batch >= 2 and not batch - x.ndim <= axis < x.ndim - batch:
+            name = jax.tree_util.keystr(path, simple=True, separator="/") or "the parameter"
+            raise ValueError(
+                f"channel_axis must be an axis of {name}, of shape {x.shape[batch:]}, got {axis}"
+            )
         found: Projected = project(
-            step, g, x, *moments, advance=advance, channel_axis=axis, batch_axes=batch, **settings
+            step, g, x, *old, advance=advance, channel_axis=axis, batch_axes=batch, **settings
         )
-        out = found.step + (decay * found.decay * x if decayed else 0)
-        return out.astype(g.dtype), found.moments
+        out = found.step + decay * found.decay * wide(x) if is_decayed else found.step
+        kept = [new.astype(m.dtype) for new, m in zip(found.moments, old, strict=True)]
+        return out.astype(common_dtype(g.dtype, x.dtype)), kept
 
-    # None and not a number is the default, so that inject_hyperparams takes neither for a rate.
+    # None and not a number is the default, so that inject_hyperparams does not take it for a rate.
     defaults = ((channel_axis, -1), (batch_axes, 0), (mask, True))
-    each = [broadcast(default if p is None else p, params) for p, default in defaults]
-    tree: Any = jax.tree.structure(grads)
-    found = tree.flatten_up_to(jax.tree.map(of, grads, params, *each, *moments))
+    each = [broadcast(p, params, default) for p, default in defaults]
+    tree: Any = jax.tree.structure(grads)  # JAX gives this type no attributes
+    found = tree.flatten_up_to(jax.tree_util.tree_map_with_path(of, grads, params, *each, *moments))
     new = (tree.unflatten([m[i] for _, m in found]) for i in range(len(moments)))
-    return tree.unflatten([step for step, _ in found]), tuple(new)
+    return tree.unflatten([out for out, _ in found]), tuple(new)
 
 
 def adamp(
@@ -116,33 +178,40 @@ def adamp(
     b1: Scalar = 0.9,
     b2: Scalar = 0.999,
     eps: Scalar = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = None,
     *,
+    eps_root: Scalar = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    mask: Setting = None,
+    nesterov: bool = False,
     delta: Scalar = 0.1,
     wd_ratio: Scalar = 0.1,
-    nesterov: bool = False,
-    mu_dtype: Any = None,
-    channel_axis: Any = None,
-    batch_axes: Any = None,
+    channel_axis: Setting = None,
+    batch_axes: Setting = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamP: for networks whose weights are followed by a normalisation.
 
-    Where the output does not change with the norm of some weights, momentum lets that norm grow, and
-    so the effective step shrink. AdamP finds such weights (the gradient is orthogonal to them, channel by
-    channel or over a layer) and takes the radial part out of their step:
+    Where the output does not change with the norm of some weights, momentum lets that norm grow, so
+    that the effective step shrinks. AdamP finds such weights by their gradient, which is orthogonal
+    to them, channel by channel or over a layer. It removes the radial part from their step:
 
     .. math::
         x_{t+1} = x_t - \eta (\Pi_{x_t}(\hat m_t / (\sqrt{\hat v_t} + \epsilon)) + \lambda \rho\, x_t)
 
     with :math:`\rho` = ``wd_ratio`` where the projection :math:`\Pi` applies, 1 elsewhere.
 
-    A gradient of exactly zero counts as orthogonal, as in the authors' program.
+    A gradient of exactly zero counts as orthogonal, as in the authors' program. The first four
+    arguments are those of ``optax.adamw``; the others are keywords, with optax's names where optax
+    has them. The default of ``weight_decay`` is the authors', 0.
 
-    Args: see :func:`optim.scale_by_adamp`.
+    Args:
+      learning_rate: a number or a schedule.
+      b1, b2, eps, eps_root, mu_dtype, nesterov: see :func:`optim.scale_by_adamp`.
+      weight_decay, mask: see :func:`optim.scale_by_adamp`.
+      delta, wd_ratio, channel_axis, batch_axes: see :func:`optim.scale_by_adamp`.
 
     Returns:
-      A transform for ``optax.apply_updates``; its update needs the parameters.
+      A transform for ``optax.apply_updates``. Its update needs the parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optim
@@ -163,8 +232,9 @@ def adamp(
     """
     return optax.chain(
         scale_by_adamp(
-            b1, b2, eps, weight_decay, mask, delta=delta, wd_ratio=wd_ratio, nesterov=nesterov,
-            mu_dtype=mu_dtype, channel_axis=channel_axis, batch_axes=batch_axes,
+            b1, b2, eps, eps_root=eps_root, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=mask,
+            nesterov=nesterov, delta=delta, wd_ratio=wd_ratio, channel_axis=channel_axis,
+            batch_axes=batch_axes,
         ),
         optax.scale_by_learning_rate(learning_rate),
     )  # fmt: skip

@@ -3,12 +3,15 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, ArrayLike, PyTree
 
-from optim.blockwise import Order, Unit, blockwise
-from optim.frugal import scale_by_frugal
-from optim.projection import broadcast
-from optim.requirements import need_params
+from optim._cut import cut
+from optim._sharding import gathered
+from optim._trees import Setting, broadcast, need_params
+from optim.frugal import FrugalState, scale_by_frugal
+from optim.projector._blocks import Order, Unit, active_entries, blockwise
 
 
 def badam(
@@ -16,37 +19,44 @@ def badam(
     update_gap: int | None = 50,
     base: optax.GradientTransformation | None = None,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    mask: Any = None,
+    mask: Setting = None,
     *,
     order: Order = "shuffled",
     unit: Unit = "layer",
     active: int = 1,
-    split: Any = True,
-    dimension_numbers: Any = None,
+    split: Setting = True,
+    dimension_numbers: Setting = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""BAdam: :func:`optim.scale_by_frugal` by blocks; those that are not active stay as they are.
+    r"""BAdam: Adam on one block of layers at a time; the other blocks stay as they are.
 
     .. math::
         x_{t+1} = x_t - \eta_t (\operatorname{Adam}(g_t) + \lambda x_t) \text{ on the active block},
         \qquad \text{another one every } T \text{ steps}
 
-    Moments start from zero with each block. Every leaf takes its turn; the authors' program leaves embeddings
-    and head out by default: ``optax.partition`` with ``optax.set_to_zero()`` does.
+    Moments start from zero with each block.
 
     State: 8 bytes a parameter of the largest block (float32), whatever the size of the model.
+
+    Differences from the authors' program: it leaves embeddings and head out (``optax.partition``
+    with ``optax.set_to_zero()`` does that here); it goes through the layers in descending order by
+    default, and ``"shuffled"`` is its ``"random"``; its first block gets ``update_gap - 1``
+    updates, here all blocks get as many; it decays no biases (``mask`` does that here).
 
     Args:
       learning_rate: a number or a schedule.
       update_gap: steps from one block to the next; None: only where ``update`` is called with
         ``refresh=True``.
       base: any optax transform that works entry by entry; ``optax.scale_by_adam()`` by default.
-      weight_decay: a number, or a schedule over updates; of the active block, times the learning rate.
-      mask: a tree or a function of the parameters: what is decayed in its turn; everything by default.
+      weight_decay: a number, or a schedule over updates; of the active block, times the learning
+        rate.
+      mask: a tree or a function of the parameters: which leaves decay in their turn; all by
+        default.
       order, unit, active: see :func:`optim.projector.blockwise`.
       split: which leaves take turns, all by default; the others have Adam all the time.
-      dimension_numbers: which axes number the layers of a stack: see :func:`optim.scale_by_frugal`.
-      key: a seed or a key: what the order comes from.
+      dimension_numbers: which axes number the layers of a stack: see :func:`optim.linear_weights`.
+        By default stacks are read from the tree.
+      key: a seed or a key for the order.
 
     Returns:
       A transform for ``optax.apply_updates``.
@@ -68,24 +78,30 @@ def badam(
     References:
       Luo et al., `BAdam <https://arxiv.org/abs/2404.02827>`_, 2024, algorithm 1
     """
-    adam = optax.scale_by_adam() if base is None else base
-    # The decay is inside, so that it is of the active block alone: what it adds is what the full optimizer is
-    # told the parameters are.
+    projector = blockwise(order, unit, active)
     inner = scale_by_frugal(
-        1.0, blockwise(order, unit, active), update_gap,
-        optax.chain(adam, optax.add_decayed_weights(1.0)), None,
+        1.0, projector, update_gap, base, None,
         split=split, dimension_numbers=dimension_numbers, key=key,
     )  # fmt: skip
 
-    def update_fn(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update_fn(
+        updates: PyTree, state: FrugalState, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, FrugalState]:
         params = need_params(params)
+        steps, new = inner.update(updates, state, params, **extra)
         rate = weight_decay(state.count) if callable(weight_decay) else weight_decay
-        decayed = jax.tree.map(
-            lambda x, is_decayed: (rate * x if is_decayed else 0 * x).astype(x.dtype),
-            params,
-            broadcast(True if mask is None else mask, params),
-        )
-        return inner.update(updates, state, decayed, **extra)
+        # Only the active block decays, and the leaves that take no turns.
+        parts = cut(updates, split, dimension_numbers)
+        blocks = gathered(new.projection)
+        here = active_entries(jax.eval_shape(parts.split, updates), blocks, unit)
+        here = parts.join(here, jax.tree.map(lambda _: True, parts.whole(updates)), updates)
+
+        def decayed(u: Array, x: ArrayLike, is_here: ArrayLike, is_decayed: ArrayLike) -> Array:
+            decay = jnp.where(is_here, rate * jnp.asarray(x), 0)
+            return u + decay.astype(u.dtype) if is_decayed else u
+
+        which = broadcast(mask, params, True)
+        return jax.tree.map(decayed, steps, params, here, which), new
 
     return optax.chain(
         optax.GradientTransformationExtraArgs(inner.init, update_fn),

@@ -1,34 +1,36 @@
 r"""Dual ascent: updates of multipliers, as optax transforms.
 
-Multipliers weigh constraints or objectives: routing biases of experts, Lagrange multipliers, weights of
-rewards. They go down the gradient of the dual as parameters go down that of a loss, and
-``optax.apply_updates`` gives the new ones. What differs is the set they live in: any numbers
-(:func:`sign`), an interval (:func:`squashed`), the probabilities (:func:`exponentiated`). The last two keep
-an unbounded latent variable, from which the multipliers follow: put them last in a chain, and let nothing
-else change the multipliers.
+Multipliers weigh constraints or objectives: routing biases of experts, Lagrange multipliers,
+weights of rewards. They descend the gradient of the dual as parameters descend that of a loss, and
+``optax.apply_updates`` returns the new ones. The transforms differ in the set of the multipliers:
+all numbers (:func:`sign`), an interval (:func:`squashed`), the probabilities
+(:func:`exponentiated`). The last two keep an unbounded latent variable that the multipliers are a
+function of: put them last in a chain, and let nothing else change the multipliers.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
-from optim.requirements import Scalar, need_params
+from optim import _numerics
+from optim._trees import Scalar, need_params
 
 Tensor = Float[Array, "*shape"]
 
 
 class Link(NamedTuple):
-    """How multipliers follow from their latent variables.
+    """Multipliers as a function of latent variables.
 
     Attributes:
       forward: latent -> multipliers.
       inverse: multipliers -> latent.
-      slope: latent -> the derivative of ``forward``, by which gradients of the multipliers are multiplied;
-        None leaves them as they are: mirror descent.
+      slope: latent -> the derivative of ``forward``, which gradients of the multipliers are
+        multiplied by. With None they are used as they are, which is mirror descent.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -37,7 +39,7 @@ class Link(NamedTuple):
 
 
 def sigmoid() -> Link:
-    """Multipliers in (0, 1): of constraints that ask for at least a threshold."""
+    """Multipliers in (0, 1), for constraints that ask for at least a threshold."""
     return Link(
         jax.nn.sigmoid,
         lambda y: jnp.log(y) - jnp.log1p(-y),
@@ -46,12 +48,12 @@ def sigmoid() -> Link:
 
 
 def tanh() -> Link:
-    """Multipliers in (-1, 1): of constraints that ask for equality."""
+    """Multipliers in (-1, 1), for constraints that ask for equality."""
     return Link(jnp.tanh, jnp.arctanh, lambda x: 1 - jnp.tanh(x) ** 2)
 
 
 def softmax(axis: int | Sequence[int] | None = None) -> Link:
-    """Positive weights that sum to 1 along ``axis``, by default over each whole leaf."""
+    """Positive weights that sum to 1 along ``axis``, or over each whole leaf where that is None."""
     along = tuple(axis) if isinstance(axis, Sequence) else axis
     return Link(lambda x: jax.nn.softmax(x, axis=along), jnp.log)
 
@@ -60,63 +62,70 @@ class LatentState(NamedTuple):
     """State of :func:`latent`.
 
     Attributes:
-      latent: tree of the multipliers, at least float32.
+      latent: tree like the multipliers, of float32 or float64.
       inner: state of the optimizer of the latent variables.
     """
 
-    latent: Any
-    inner: Any
+    latent: PyTree
+    inner: PyTree
 
 
 def latent(
     inner: optax.GradientTransformation, link: Link
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs an optimizer on what multipliers are a function of.
+    """Runs an optimizer on the latent variables of multipliers.
 
     Args:
       inner: any optax transform, with its learning rate.
-      link: the function; :func:`sigmoid`, :func:`tanh`, :func:`softmax` or one's own.
+      link: the function; :func:`sigmoid`, :func:`tanh`, :func:`softmax` or one of your own.
 
     Returns:
-      A transform of gradients of the multipliers; its update needs the multipliers.
+      A transform of gradients of the multipliers, with a :class:`LatentState`. Its update needs the
+      multipliers and returns updates in their dtypes.
+
+    Raises:
+      ValueError: by ``init``, where multipliers are complex.
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init_fn(multipliers: Any) -> LatentState:
-        def start(y: Array) -> Array:
-            return link.inverse(y.astype(jnp.promote_types(y.dtype, jnp.float32)))
+    def init_fn(multipliers: PyTree) -> LatentState:
+        def start(path: tuple, y: ArrayLike) -> Array:
+            if jnp.iscomplexobj(y):
+                name = jax.tree_util.keystr(path, simple=True, separator="/") or "the multiplier"
+                raise ValueError(f"multipliers must be real, got {name} of {jnp.result_type(y)}")
+            return link.inverse(_numerics.wide(y))
 
-        start_at = jax.tree.map(start, multipliers)
+        start_at = jax.tree_util.tree_map_with_path(start, multipliers)
         return LatentState(start_at, inner.init(start_at))
 
     def update_fn(
-        grads: Any, state: LatentState, multipliers: Any = None, **extra: Any
-    ) -> tuple[Any, LatentState]:
+        grads: PyTree, state: LatentState, multipliers: PyTree = None, **extra: object
+    ) -> tuple[PyTree, LatentState]:
         multipliers = need_params(multipliers)
 
-        def pulled(g: Array, x: Array) -> Array:
-            return g.astype(x.dtype) * (1 if link.slope is None else link.slope(x))
+        def latent_gradient(g: ArrayLike, x: Array) -> Array:
+            return jnp.asarray(g, x.dtype) * (1 if link.slope is None else link.slope(x))
 
-        def way(x: Array, y: Array) -> Array:
-            return (link.forward(x) - y).astype(y.dtype)
+        def difference(x: Array, y: ArrayLike) -> Array:
+            return (link.forward(x) - jnp.asarray(y, x.dtype)).astype(jnp.result_type(y))
 
-        steps = jax.tree.map(pulled, grads, state.latent)
+        steps = jax.tree.map(latent_gradient, grads, state.latent)
         steps, inner_state = inner.update(steps, state.inner, state.latent, **extra)
         moved = optax.apply_updates(state.latent, steps)
-        return jax.tree.map(way, moved, multipliers), LatentState(moved, inner_state)
+        return jax.tree.map(difference, moved, multipliers), LatentState(moved, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def sign(learning_rate: optax.ScalarOrSchedule = 1e-3) -> optax.GradientTransformationExtraArgs:
-    r"""Steps of one size against the sign of the gradient: loads of experts without an auxiliary loss.
+    r"""Steps against the sign of the gradient: balances experts without an auxiliary loss.
 
     .. math::
         b \leftarrow b - u \operatorname{sign}(\text{load} - \text{mean load})
 
-    Tokens go to the experts with the largest score plus bias; gates use the score alone. The gradient of
-    the dual is the excess load. Where steps are to be in proportion to it and to decrease, as in the
-    theory, ``optax.sgd(schedule)`` is that.
+    Tokens go to the experts with the largest score plus bias; gates use the score alone. The
+    gradient of the dual is the excess load. The theory has decreasing steps in proportion to that
+    load, which ``optax.sgd(schedule)`` takes.
 
     Args:
       learning_rate: u, a number or a schedule.
@@ -126,8 +135,9 @@ def sign(learning_rate: optax.ScalarOrSchedule = 1e-3) -> optax.GradientTransfor
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optim
-      >>> score = jax.nn.sigmoid(jax.random.normal(jax.random.key(0), (512, 8)) + jnp.linspace(0, 1, 8))
-      >>> def load(bias):                                       # tokens of each expert, two experts a token
+      >>> noise = jax.random.normal(jax.random.key(0), (512, 8))
+      >>> score = jax.nn.sigmoid(noise + jnp.linspace(0, 1, 8))
+      >>> def load(bias):                         # tokens of each expert, two experts a token
       ...     chosen = jax.lax.top_k(score + bias, 2)[1]
       ...     return jnp.bincount(chosen.ravel(), length=8).astype(float)
       >>> solver = optim.dual.sign(0.001)
@@ -144,7 +154,7 @@ def sign(learning_rate: optax.ScalarOrSchedule = 1e-3) -> optax.GradientTransfor
 
     References:
       Wang et al., `Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts
-      <https://arxiv.org/abs/2408.15664>`_, 2024; theory in arXiv 2512.03915. Written from summaries of both.
+      <https://arxiv.org/abs/2408.15664>`_, 2024; theory in arXiv 2512.03915
     """
     return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(learning_rate))
 
@@ -154,22 +164,26 @@ def squashed(
     momentum: Scalar = 0.1,
     link: Link | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Multipliers that cannot run away: SGD with momentum on x, where they are sigmoid(x) or tanh(x).
+    r"""Bounded multipliers sigmoid(x) or tanh(x), by SGD with momentum on x.
 
     .. math::
         x \leftarrow x - \eta\, \text{momentum}(\nabla_x \textstyle\sum_k \lambda_k(x) (J_k - \theta_k))
 
-    The gradient of multiplier k is its constraint's value less its threshold, :math:`J_k - \theta_k`: below
-    it, the multiplier rises. :func:`lagrangian` is what the policy maximises meanwhile.
+    The gradient of multiplier k is the value of its constraint less its threshold,
+    :math:`J_k - \theta_k`. The multiplier rises while the value is below the threshold. The policy
+    maximises :func:`lagrangian` meanwhile.
 
     Args:
       learning_rate: a number or a schedule.
       momentum: decay of the momentum.
-      link: ``sigmoid()``, the default, where at least the threshold is asked for; ``tanh()`` where
-        equality is. Multipliers begin strictly inside: at .5, or at 0.
+      link: ``sigmoid()``, the default, for constraints of at least a threshold; ``tanh()`` for
+        equalities. Multipliers must begin strictly inside the interval, for example at .5 or at 0.
 
     Returns:
-      A transform for ``optax.apply_updates``; its update needs the multipliers.
+      A transform for ``optax.apply_updates``. Its update needs the multipliers.
+
+    Raises:
+      ValueError: by ``init``, where multipliers are complex.
 
     Example:
       >>> import jax.numpy as jnp, optax, optim
@@ -199,16 +213,19 @@ def exponentiated(
     .. math::
         w \leftarrow \operatorname{softmax}(\log w - \eta \nabla)
 
-    For weights of rewards by their influence, the gradient is :math:`-I_k = -\sum_l \langle g_k, g_l\rangle`
-    with g the gradients of the objectives, and the learning rate that of the authors' actor over their
-    regularisation, 1e-6 / 1e-5.
+    To weigh rewards by their influence, pass the gradient :math:`-I_k = -\sum_l \langle g_k,
+    g_l\rangle` with g the gradients of the objectives. The learning rate is then that of the actor
+    over the regularisation, 1e-6 / 1e-5 in the authors' program.
 
     Args:
       learning_rate: a number or a schedule.
-      axis: along which weights sum to 1; None is over each whole leaf.
+      axis: axis or axes along which weights sum to 1; None: over each whole leaf.
 
     Returns:
-      A transform for ``optax.apply_updates``; its update needs the weights.
+      A transform for ``optax.apply_updates``. Its update needs the weights.
+
+    Raises:
+      ValueError: by ``init``, where weights are complex.
 
     Example:
       >>> import jax.numpy as jnp, optax, optim
@@ -221,8 +238,8 @@ def exponentiated(
       [0.310424 0.310424 0.379152]
 
     References:
-      Kivinen and Warmuth, Exponentiated Gradient versus Gradient Descent for Linear Predictors, 1997; the
-      weights of rewards are those of github.com/yining610/dynamic-reward-weighting
+      Kivinen and Warmuth, Exponentiated Gradient versus Gradient Descent for Linear Predictors,
+      1997; the weights of rewards are those of github.com/yining610/dynamic-reward-weighting
     """
     return latent(optax.sgd(learning_rate), softmax(axis))
 
@@ -232,15 +249,15 @@ def lagrangian(
     task: Float[Array, "*scores"],
     constraints: Float[Array, "constraints *scores"],
 ) -> Float[Array, "*scores"]:
-    r"""The mix of advantages that goes with :func:`squashed`.
+    r"""The weighted advantages that the policy maximises under :func:`squashed`.
 
     .. math::
         (K - \textstyle\sum_k\lambda_k) A_0 + \sum_k \lambda_k A_k
 
     Args:
-      multipliers: one a constraint.
-      task: advantages of the task (each standardised by itself, as those of the constraints).
-      constraints: advantages of the K constraints.
+      multipliers: one for each of the K constraints.
+      task: advantages of the task, of any shape, standardised.
+      constraints: advantages of the constraints, each standardised separately.
 
     Example:
       >>> import jax.numpy as jnp, optim

@@ -1,57 +1,65 @@
 """Lion-K: one update rule for a family of constrained problems."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, PyTree
 
+from optim import _numerics
 from optim import kappa as kappas
-from optim.lion import ScaleByLionState, blended, kept_as, moved
-from optim.requirements import Scalar
+from optim._sharding import alike
+from optim._trees import Scalar, Setting
+from optim.lion import ScaleByLionState, advanced, averaged, blended, start
 
 
 def scale_by_lion_k(
     kappa: kappas.Kappa | None = None,
     b1: Scalar = 0.9,
     b2: Scalar = 0.99,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    r"""The subgradient of a convex function at an average of the gradient with its moving average.
+    r"""A subgradient of a convex function at a mean of the gradient and its moving average.
 
     .. math::
-        u_t = \nabla\mathcal K(b_1 m_t + (1 - b_1) g_t), \qquad m_{t+1} = b_2 m_t + (1 - b_2) g_t
+        u_t \in \partial\mathcal K(b_1 m_t + (1 - b_1) g_t), \qquad
+        m_{t+1} = b_2 m_t + (1 - b_2) g_t
+
+    Narrow dtypes are computed in float32, and the average is rounded when it is stored.
 
     Args:
-      kappa: the function, of each leaf by itself (:mod:`optim.kappa`); ``l1()``, Lion, by default.
+      kappa: the function, applied to each leaf separately (:mod:`optim.kappa`); ``l1()``, which is
+        Lion, by default.
       b1: weight of the moving average in the direction.
       b2: decay of the moving average.
-      mu_dtype: dtype that the moving average is kept in; that of the gradients by default.
+      mu_dtype: dtype that the moving average is stored in; that of the parameters by default.
 
     Returns:
-      A transform whose state is an :class:`optim.ScaleByLionState`.
+      A transform with a :class:`optim.ScaleByLionState`. Its updates have the dtype of the
+      gradients, or float32 at least where the average has another one.
+
+    Raises:
+      ValueError: ``kappa`` is not a Kappa.
     """
     function = kappas.l1() if kappa is None else kappa
-    dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
+    if not isinstance(function, kappas.Kappa):
+        raise ValueError(f"kappa must be an optim.kappa.Kappa such as l2(), got {kappa!r}")
 
-    def init_fn(params: Any) -> ScaleByLionState:
-        return ScaleByLionState(
-            jnp.zeros([], jnp.int32), optax.tree.zeros_like(params, dtype=dtype)
-        )
-
-    def update_fn(updates: Any, state: ScaleByLionState, params: Any = None) -> tuple[Any, Any]:
+    def update_fn(
+        updates: PyTree, state: ScaleByLionState, params: PyTree = None
+    ) -> tuple[PyTree, ScaleByLionState]:
         del params
+        new = averaged(updates, state.mu, b2)
 
-        new = moved(updates, state.mu, b2)
-
-        def direction(g: Array, old: Array, new: Array) -> Array:
-            return function.subgradient(blended(g, old, new, b1, b2)).astype(g.dtype)
+        def direction(g: ArrayLike, old: Array, new: Array) -> Array:
+            u = function.subgradient(blended(g, old, new, b1, b2))
+            # The compiler would leave some of them whole on every device.
+            return alike(u.astype(_numerics.common_dtype(jnp.result_type(g), old.dtype)), g)
 
         steps = jax.tree.map(direction, updates, state.mu, new)
-        return steps, ScaleByLionState(optax.safe_increment(state.count), kept_as(new, state.mu))
+        return steps, advanced(state, new)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(lambda params: start(params, mu_dtype), update_fn)
 
 
 def lion_k(
@@ -59,34 +67,40 @@ def lion_k(
     kappa: kappas.Kappa | None = None,
     b1: Scalar = 0.9,
     b2: Scalar = 0.99,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-3,
-    mask: Any = None,
+    mask: Setting = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Lion with another convex function than the 1-norm: it solves another constrained problem.
+    r"""Lion with another convex function than the 1-norm, which solves another constrained problem.
 
     .. math::
         x_{t+1} = x_t - \eta_t (\nabla\mathcal K(b_1 m_t + (1 - b_1) g_t) + \lambda x_t)
 
-    It minimises :math:`f(x) + \mathcal K^*(\lambda x)/\lambda`; ``kappa.problem`` says what that is.
+    Lion-K minimises :math:`f(x) + \mathcal K^*(\lambda x)/\lambda`, which ``kappa.problem`` states
+    in words.
 
     Args:
       learning_rate: a number or a schedule.
-      kappa: the function (:mod:`optim.kappa`), or one's own; ``l1()``, Lion, by default.
+      kappa: the function, one of :mod:`optim.kappa` or a ``Kappa`` of one's own; ``l1()``, which is
+        Lion, by default.
       b1: weight of the moving average in the direction.
       b2: decay of the moving average.
-      mu_dtype: dtype that the moving average is kept in; that of the gradients by default.
-      weight_decay: a number or a schedule; its inverse is the size of the constraint.
-      mask: a tree or a function of the parameters: what is decayed; everything by default.
+      mu_dtype: dtype that the moving average is stored in; that of the parameters by default.
+      weight_decay: a number or a schedule. Its inverse is the size of the constraint set.
+      mask: which leaves are decayed, all by default: a tree of bools (a prefix of the parameters'
+        tree) or a function of the parameters that returns one.
 
     Returns:
-      A transform for ``optax.apply_updates``.
+      A transform for ``optax.apply_updates``. Its update needs the parameters.
+
+    Raises:
+      ValueError: ``kappa`` is not a Kappa.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optim
       >>> print(optim.kappa.l2().problem)
       minimise f subject to the Euclidean norm of x <= 1/wd
-      >>> f = lambda x: jnp.sum((x - 3.0) ** 2)         # its minimum lies outside of that ball
+      >>> f = lambda x: jnp.sum((x - 3.0) ** 2)         # its minimum is outside that ball
       >>> solver = optim.lion_k(0.01, optim.kappa.l2(), weight_decay=0.5)
       >>> x = jnp.zeros(2)
       >>> state = solver.init(x)

@@ -1,19 +1,21 @@
-"""The memory of an optimizer's state, told without allocating any of it."""
+"""The memory of an optimizer's state, computed without allocating any."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 
 class StateBytes(NamedTuple):
-    """Bytes of a state, in all and broken down; prints as a table.
+    """Bytes of a state, in total and broken down. Its string is a table.
 
     Attributes:
-      total: bytes.
-      fields: by the state's fields, as ``"mu"``, ``"part.nu"``; they add up to the total.
-      parameters: by the parameter whose they are, its path as ``"layers/0/kernel"``; what belongs to no
-        one of them (counts, keys) is not among them.
+      total: bytes of the whole state.
+      fields: bytes by field of the state, such as ``"mu"`` or ``"part.nu"``; they sum to the total.
+      parameters: bytes by path of the parameter, such as ``"layers/0/kernel"``. Counts, keys and
+        other parts of the state that belong to no parameter are left out.
     """
 
     total: int
@@ -26,16 +28,16 @@ class StateBytes(NamedTuple):
         return "\n".join(f"{name:<{width}} {size:>15,}" for name, size in rows)
 
 
-def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
-    """How many bytes the state of an optimizer takes for these parameters.
+def state_bytes(tx: optax.GradientTransformation, params: PyTree) -> StateBytes:
+    """The bytes that the state of an optimizer takes for these parameters, on all devices together.
 
     Args:
       tx: any optax transform.
-      params: the parameters, or their shapes as ``jax.ShapeDtypeStruct``, of any size.
+      params: the parameters, or ``jax.ShapeDtypeStruct`` of any size in their place.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optim
-      >>> params = {"w": jax.ShapeDtypeStruct((65536, 65536), jnp.float32)}     # 16 GiB
+      >>> params = {"w": jax.ShapeDtypeStruct((65536, 65536), jnp.float32)}  # 16 GiB
       >>> print(optim.state_bytes(optax.adam(1e-3), params))
       count               4
       mu     17,179,869,184
@@ -60,8 +62,8 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> StateBytes:
     return StateBytes(sum(fields.values()), fields, parameters)
 
 
-def _within(path: tuple[Any, ...], names: dict[tuple[Any, ...], str]) -> tuple[int, int]:
-    """Where in the path of a state's leaf that of a parameter is: the longest, the last of these."""
+def _within(path: KeyPath, names: dict[KeyPath, str]) -> tuple[int, int]:
+    """Start and end of a parameter's path within that of a state's leaf: the last longest one."""
     for length in range(len(path), 0, -1):
         for start in range(len(path) - length, -1, -1):
             if path[start : start + length] in names:
@@ -69,6 +71,6 @@ def _within(path: tuple[Any, ...], names: dict[tuple[Any, ...], str]) -> tuple[i
     return len(path), len(path)
 
 
-def _name(key: Any) -> str:
-    """A field's name; places in a chain have none."""
+def _name(key: object) -> str:
+    """The name of a field; places in a chain have none."""
     return str(getattr(key, "name", getattr(key, "key", "")))

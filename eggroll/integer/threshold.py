@@ -1,9 +1,10 @@
 """Optax transforms for int8 parameters: the threshold step, error feedback and momentum.
 
-The "gradient" of an integer strategy is ``-Z``, ``Z = sum_p F_p A_p B_p`` over pairs with F in {-1, 0, 1}
-(int32). Where the scores know nothing of the noise, an entry of ``Z`` has mean 0 and standard deviation
-``16 * 16 * sqrt(P')``, P' the pairs with F not 0, which the strategy passes on as ``pairs``. All three
-transforms keep to that scale, so that they chain in any order with the threshold last.
+The "gradient" of an integer strategy is ``-Z`` in int32. ``Z = sum_p F_p A_p B_p`` is a sum over
+pairs, with F in {-1, 0, 1}. If the scores do not depend on the noise, an entry of ``Z`` has mean 0
+and standard deviation ``16 * 16 * sqrt(P')``, where P' is the number of pairs with F not 0. The
+strategy passes P' as ``pairs``. All three transforms keep the scale of ``Z``, so they chain in any
+order with the threshold last.
 """
 
 from collections.abc import Callable
@@ -20,31 +21,44 @@ from jaxtyping import Int32
 
 from eggroll.values.fixed_point import isqrt, shift_round
 
-# Integers a standard deviation of Z is counted in where it is kept from step to step.
+# The number of integer units for one standard deviation of Z in the states, by dtype.
 UNITS = {jnp.dtype(jnp.int16): 64, jnp.dtype(jnp.int8): 8}
 
 
 class ThresholdState(NamedTuple):
-    """Steps taken."""
+    """The state of :func:`threshold`.
+
+    Attributes:
+      count: number of steps taken.
+    """
 
     count: Int32[Array, ""]  # type: ignore[assignment]  # as optax names it
 
 
 class TraceState(NamedTuple):
-    """What is kept of the steps before, in 1/64 (int16) or 1/8 (int8) of a standard deviation."""
+    """The state of :func:`momentum`.
+
+    Attributes:
+      trace: the decaying sum, in 1/64 (int16) or 1/8 (int8) of a standard deviation of ``Z``.
+    """
 
     trace: Any
 
 
 class FeedbackState(NamedTuple):
-    """What has not yet led to a step, in the same units, and the state of the rule inside."""
+    """The state of :func:`error_feedback`.
+
+    Attributes:
+      residual: the sum since the last move of each weight, in the units of :class:`TraceState`.
+      inner: the state of the inner rule.
+    """
 
     residual: Any
     inner: Any
 
 
 def inverse_decay(rate: float = 0.015) -> Callable[[Any], Any]:
-    """The schedule ``1 / (rate t + 1)``, the paper's for the fraction of weights that move.
+    """The schedule ``1 / (rate t + 1)``, the paper's choice for the fraction of weights that move.
 
     Example:
       >>> inverse_decay()(200)
@@ -56,25 +70,26 @@ def inverse_decay(rate: float = 0.015) -> Callable[[Any], Any]:
 def threshold(
     alpha: float | optax.Schedule, steps: int = 2**14
 ) -> optax.GradientTransformationExtraArgs:
-    """Moves by one unit each weight whose ``Z`` is significant (integer EGGROLL, arXiv 2511.16652).
+    """Moves each weight with a significant ``Z`` by one unit (integer EGGROLL, arXiv 2511.16652).
 
-    A weight moves one unit along ``Z`` where ``|Z| >= floor(16 Phi^-1(1 - alpha / 2)) * 16 sqrt(P')``, a
-    two-sided z-test that a fraction ``alpha`` of weights passes by chance, and stays in [-127, 127]. There
-    is no memory but the number of steps. The first factor is a table made in advance, so that the
-    program has integers alone.
+    A weight moves by one unit along ``Z`` if
+    ``|Z| >= floor(16 Phi^-1(1 - alpha / 2)) * 16 sqrt(P')``. This is a two-sided z-test that a
+    fraction ``alpha`` of weights passes by chance. Weights stay in [-127, 127]. The state is the
+    number of steps alone. The first factor comes from a table that is made in advance, so that the
+    program has integer operations only.
 
     Args:
       alpha: the fraction of weights that move, in (0, 1], or a schedule over steps.
-      steps: for how many steps the schedule is tabulated; it stays as it is from then on.
+      steps: the number of steps that the schedule is tabulated for; later steps use the last value.
 
     Returns:
-      An optax transform that takes int32 and gives int8; ``update`` wants ``params`` and ``pairs``.
+      An optax transform from int32 to int8. Its ``update`` requires ``params`` and ``pairs``.
 
     Raises:
-      ValueError: for an alpha outside (0, 1].
+      ValueError: ``alpha`` is outside (0, 1].
 
     Example:
-      Three pairs of four decided, of which all agree on the first weight only.
+      Three pairs were decided; they agree on the sign of the first weight only.
 
       >>> rule = threshold(0.2)
       >>> params = jnp.array([5, 5, 127], jnp.int8)
@@ -106,23 +121,25 @@ def threshold(
 def error_feedback(
     rule: optax.GradientTransformation, dtype: DTypeLike = jnp.int16
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds what did not suffice for a step to the next ones, until it does.
+    """Accumulates ``Z`` for each weight until the sum is large enough for a step.
 
-    The threshold by itself forgets all that stays below it. Here every weight keeps its sum of
-    ``Z / sqrt(P')`` since it last moved, and starts again from 0 when it moves (accumulated error
-    feedback, as QES, arXiv 2602.03120, has it for quantised models). Beyond the paper of integer
-    EGGROLL. A sum passes a threshold of q standard deviations after about q^2 steps without any signal,
-    so that the same alpha moves more weights than without: about ``1 / q^2`` of them.
+    The threshold alone discards every ``Z`` below it. Here every weight keeps its sum of
+    ``Z / sqrt(P')`` since its last move, and restarts from 0 when it moves (accumulated error
+    feedback, as in QES for quantised models, arXiv 2602.03120). This goes beyond the paper of
+    integer EGGROLL. Without any signal, a sum passes a threshold of q standard deviations after
+    about q^2 steps. The same alpha therefore moves more weights than without feedback: about
+    ``1 / q^2`` of them.
 
     Args:
-      rule: what the sums go through: :func:`threshold`, or a chain that ends with it.
-      dtype: of the sums, one a weight: int16 or int8. They saturate at 512 or 16 standard deviations.
+      rule: the transform of the sums: :func:`threshold`, or a chain that ends with it.
+      dtype: dtype of the sums, one a weight: int16 or int8. They saturate at 512 or 16 standard
+        deviations.
 
     Returns:
-      An optax transform, in the place of ``rule``.
+      An optax transform that replaces ``rule``.
 
     Raises:
-      ValueError: for another dtype.
+      ValueError: ``dtype`` is neither int16 nor int8.
 
     Example:
       >>> rule = error_feedback(threshold(0.05))  # 1.9 standard deviations
@@ -149,34 +166,36 @@ def error_feedback(
         add = lambda g, e: e + _to_units(g, root, unit)
         sums = jax.tree.map(add, updates, state.residual)
         scaled = jax.tree.map(lambda x: _from_units(x, root, unit), sums)
-        moves, held = inner.update(scaled, state.inner, params, pairs=pairs, **extra)
+        moves, new = inner.update(scaled, state.inner, params, pairs=pairs, **extra)
 
         def left(x: Array, move: Array, w: Array) -> Array:
-            # At the end of the range a weight does not wait for what it cannot do.
+            # A weight at the end of the range cannot move further, so its sum is cleared.
             stuck = jnp.sign(x) * w == -127
             return _saturate(jnp.where((move != 0) | stuck, 0, x), dtype)
 
-        return moves, FeedbackState(jax.tree.map(left, sums, moves, params), held)
+        return moves, FeedbackState(jax.tree.map(left, sums, moves, params), new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def momentum(shift: int = 3, dtype: DTypeLike = jnp.int16) -> optax.GradientTransformationExtraArgs:
-    """Replaces ``Z`` by a decaying sum of it, ``m <- m - m / 2^shift + Z / sqrt(P')``, scaled as ``Z`` is.
+    """Replaces ``Z`` by a decaying sum ``m <- m - m / 2^shift + Z / sqrt(P')`` in its scale.
 
-    Of noise alone the sum has the spread of one ``Z``, so that a threshold after it passes the same
-    fraction; of a steady signal it has up to ``sqrt(2^(shift + 1))`` times as much. Integers round halves
-    away from zero, so that signs do not matter. Beyond the paper, which calls it future work.
+    For noise alone, the sum has the spread of one ``Z``, so a threshold after it passes the same
+    fraction of weights. For a steady signal, it is up to ``sqrt(2^(shift + 1))`` times as large.
+    Halves round away from zero, so that signs are symmetric. This goes beyond the paper, which
+    names it as future work.
 
     Args:
-      shift: the decay a step is ``1 - 2^-shift``; 1 to 8.
-      dtype: of the sums, one a weight: int16, or int8, which saturates at 16 standard deviations of ``Z``.
+      shift: the decay of a step is ``1 - 2^-shift``; 1 to 8.
+      dtype: dtype of the sums, one a weight: int16, or int8, which saturates at 16 standard
+        deviations.
 
     Returns:
-      An optax transform of int32 to int32, for ``optax.chain(momentum(), threshold(...))``.
+      An optax transform from int32 to int32, for ``optax.chain(momentum(), threshold(...))``.
 
     Raises:
-      ValueError: for another shift or dtype.
+      ValueError: ``shift`` is out of range, or ``dtype`` is neither int16 nor int8.
 
     Example:
       >>> rule = optax.chain(momentum(shift=2), threshold(0.1))
@@ -191,9 +210,7 @@ def momentum(shift: int = 3, dtype: DTypeLike = jnp.int16) -> optax.GradientTran
       [1, 0]
     """
     if not 1 <= shift <= 8:
-        raise ValueError(
-            f"momentum: shift={shift!r}; a whole number from 1 (decay 1/2) to 8 is right"
-        )
+        raise ValueError(f"momentum: shift={shift!r}: must be an integer from 1 (decay 1/2) to 8")
     unit = _unit("momentum", dtype)
     decay = 1 - 2.0**-shift
     gain = round(2**8 * (1 - decay**2) ** 0.5)
@@ -231,7 +248,7 @@ def _levels(alpha: float | optax.Schedule, steps: int) -> np.ndarray:
     if not (distinct.min() > 0 and distinct.max() <= 1):
         wrong = distinct[0] if not distinct[0] > 0 else distinct[-1]
         raise ValueError(
-            f"threshold: alpha={float(wrong):g}; a fraction of weights above 0 and up to 1 is right"
+            f"threshold: alpha={float(wrong):g}: must be a fraction of weights above 0 and up to 1"
         )
     normal = NormalDist()
     levels = [int(-16 * normal.inv_cdf(rate / 2)) * 16 for rate in distinct]
@@ -242,33 +259,35 @@ def _root(pairs: Any, params: Any) -> Int32[Array, ""]:
     """``floor(16 sqrt(P'))``, for up to 2^23 pairs."""
     if pairs is None or params is None:
         raise ValueError(
-            "an integer transform wants params and pairs (how many did not end in a tie); "
-            "an EvolutionStrategy passes both, and rule.update(grads, state, params, pairs=...) is right"
+            "params, pairs: expected the parameters and the number of pairs without a tie, as in "
+            "rule.update(grads, state, params, pairs=...), got None (an EvolutionStrategy passes "
+            "both)"
         )
     return isqrt(jnp.asarray(pairs, jnp.int32) << 8)
 
 
 def _unit(name: str, dtype: DTypeLike) -> int:
     if jnp.dtype(dtype) not in UNITS:
-        raise ValueError(f"{name}: dtype={jnp.dtype(dtype).name}; int16 or int8 is right")
+        raise ValueError(f"{name}: dtype={jnp.dtype(dtype).name}: must be int16 or int8")
     return UNITS[jnp.dtype(dtype)]
 
 
 def _to_units(z: Int32[Array, "*shape"], root: Array, unit: int) -> Int32[Array, "*shape"]:
-    """``Z`` in units of ``16 root / unit``, rounded to the nearest, halves away from zero."""
+    """``Z`` in units of ``16 root / unit``, rounded to nearest, halves away from zero."""
     top, bottom = (unit // 16, 1) if unit >= 16 else (1, 16 // unit)
-    # 2^28 is more than 2^12 standard deviations of a million pairs.
+    # The clip at 2^28 is beyond 2^12 standard deviations of a million pairs.
     size = jnp.minimum(jnp.abs(z), 2**28) * top
     by = jnp.maximum(root * bottom, 1)
     return jnp.sign(z) * lax.div(size + by // 2, jnp.broadcast_to(by, size.shape))
 
 
 def _from_units(x: Int32[Array, "*shape"], root: Array, unit: int) -> Int32[Array, "*shape"]:
-    """The inverse. Of sums that have not been saturated yet at most ``2^15 * 2^15.5``."""
+    """The inverse of `_to_units`, at most ``2^15 * 2^15.5`` in magnitude."""
     x = jnp.clip(x, -(2**15), 2**15)
     return shift_round(x * root, 2) if unit == 64 else 2 * x * root
 
 
 def _saturate(x: Int32[Array, "*shape"], dtype: DTypeLike) -> Array:
+    """Clips to the symmetric range of the dtype, and casts."""
     largest = jnp.iinfo(dtype).max
     return jnp.clip(x, -largest, largest).astype(dtype)

@@ -55,6 +55,8 @@ def mul(ctx: Context, eqn: core.JaxprEqn, left: Value, right: Value) -> Result:
     left, right = thin_as_array(ctx, eqn, left, right)
     if isinstance(left, BOTH) and isinstance(right, BOTH):
         return product(eqn, left, right)
+    if not isinstance(left, BOTH) and not isinstance(right, BOTH):
+        return UNHANDLED  # nothing is low rank any more
     at = 0 if isinstance(left, BOTH) else 1
     return multiplied(ctx, eqn, (left, right)[at], (right, left)[at], eqn.invars[1 - at])
 
@@ -102,7 +104,10 @@ def multiplied(
     gain = small if op is jnp.multiply else 1 / small
     shared = not ctx.origin(atom) & Origin.OWN
     # Plan inference gives every axis a factor of its own, and asks for no values.
-    if value.holder(small) is not None or not varying(small) or ctx.recorder is not None:
+    held_by = value.holder(small)
+    # A gain as large as the matrix would go to neither side of a product.
+    whole = shared and held_by is not None and len(value.factors) > 2 and small.size == value.w.size
+    if ctx.recorder is not None or not varying(small) or (held_by is not None and not whole):
         return value.with_gain(gain, shared)
     if not shared:
         return as_data(ctx, eqn, value, other)
@@ -113,8 +118,10 @@ def multiplied(
 def multiplied_terms(
     ctx: Context, eqn: core.JaxprEqn, value: Deferred, other: Value, atom: core.Var | core.Literal
 ) -> Result:
-    if value.reshaped and not isinstance(atom, core.Literal):
+    whole = value.spread(type_of(eqn.outvars[0]).shape)
+    if whole is None or (whole.reshaped and not isinstance(atom, core.Literal)):
         return UNHANDLED
+    value = whole
     if value.plain is not None and isinstance(other, Upcast):
         return UNHANDLED
     op = jnp.multiply if eqn.primitive.name == "mul" else jnp.divide
@@ -137,7 +144,7 @@ def product(eqn: core.JaxprEqn, left: Value, right: Value) -> Result:
     reshaped = [isinstance(v, Deferred) for v in (left, right)]
     if not any(reshaped):
         a, b = a.spread(shape), b.spread(shape)
-    elif not all(reshaped) or a.shape != b.shape:
+    elif not all(reshaped) or a.shape != b.shape or not left.shape == right.shape == shape:
         return UNHANDLED
     return Deferred(((a, a if left is right else b),), shape)
 
@@ -232,18 +239,20 @@ def add_deferred(eqn: core.JaxprEqn, left: Value, right: Value) -> Result:
     """A sum with a value that is thin once it is summed: another term of it."""
     shape = type_of(eqn.outvars[0]).shape
     a, b = deferred(left, shape), deferred(right, shape)
+    if a is None or b is None:
+        return UNHANDLED
     if eqn.primitive.name == "sub":
         b = b.negate() if isinstance(b, Deferred) else -b
     out = plus(a, b)
     return UNHANDLED if out is None else out
 
 
-def deferred(value: Value, shape: tuple[int, ...]) -> Deferred | Array:
-    """A value as a term of a sum, or as the array that it is."""
+def deferred(value: Value, shape: tuple[int, ...]) -> Deferred | Array | None:
+    """A value as a term of a sum of a shape, or as the array that it is; None if it is reshaped."""
     if isinstance(value, LowRank):
         return Deferred(((value.spread(shape),),), shape)
     if isinstance(value, Deferred):
-        return value
+        return value.spread(shape)
     array = materialize(value)
     return jnp.asarray(array.value if isinstance(array, Upcast) else array)
 

@@ -96,7 +96,7 @@ def of_group(x: Array, group: Array, axis: int) -> Array:
 def group_of_rows(sizes: Array, rows: int) -> tuple[Array, Array]:
     """The group of each row, ``[rows]``, and whether it has one; rows beyond all groups have none."""
     ends = jnp.cumsum(sizes)
-    group = (jnp.arange(rows)[:, None] >= ends[None]).sum(1)
+    group = (jnp.arange(rows, dtype=ends.dtype)[:, None] >= ends[None]).sum(1)
     return jnp.minimum(group, sizes.shape[0] - 1), group < sizes.shape[0]
 
 
@@ -165,5 +165,5 @@ def with_own_matrices(fn: custom_vmap, x: Array, w: Array, sizes: Array) -> Arra
     left = rows - sizes.sum(1)
     full = sizes.at[:, -1].add(left)  # so that the members' rows stay aligned
     y = fn(x.reshape(members * rows, -1), w.reshape(-1, *w.shape[2:]), full.reshape(-1))
-    inside = jnp.arange(rows) < (rows - left)[:, None]
+    inside = jnp.arange(rows, dtype=left.dtype) < (rows - left)[:, None]
     return jnp.where(inside[..., None], y.reshape(members, rows, -1), 0)

@@ -24,10 +24,13 @@ from eggroll.values.lowrank import LowRank, Upcast, Value, is_lazy
 @rule(
     "dot_general",
     keeps="all but products of two values that do not share one contraction",
+    takes=(LowRank, Deferred),
     integers=True,
     rounding=Rounding.SUMS,
 )
 def dot_general(ctx: Context, eqn: core.JaxprEqn, lhs: Value, rhs: Value) -> Result:
+    if isinstance(lhs, Deferred) or isinstance(rhs, Deferred):
+        return dot_of_flat(eqn, lhs, rhs)
     if isinstance(lhs, LowRank) and isinstance(rhs, LowRank):
         for product in (product_of_two(ctx, eqn, lhs, rhs), sum_of_two(ctx, eqn, lhs, rhs)):
             if product is not UNHANDLED:

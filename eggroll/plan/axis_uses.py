@@ -1,7 +1,7 @@
-"""What a function does with each axis of each of its parameters, read from a trace.
+"""The uses of every axis of every parameter in a function, read from a trace.
 
-The interpreter runs the function abstractly on values that have a factor of its own for every axis, so
-that its rules can report which axes are contracted, free, batched, scanned or indexed.
+The interpreter runs the function abstractly on values with one factor for every axis. Its rules
+report which axes are contracted, free, batched, scanned or indexed.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,60 +11,60 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from eggroll.interpret.interpreter import Context, interpret
+from eggroll._calling import call, one_of
+from eggroll.interpret import Context, interpret
 from eggroll.values import FLOATS, FixedPoint, LowRank, accumulator, is_integer
 
-# For each axis of a parameter what is done with it.
-Roles = dict[int, set[str]]
+# The set of uses of each axis of a parameter.
+AxisUses = dict[int, set[str]]
 
 
-def trace_roles(
+def trace_axis_uses(
     fitness: Callable[..., Any],
     params: Any,
     paths: Sequence[str | None],
     args: tuple,
     members: Any,
-) -> dict[str, Roles]:
-    """The roles of the axes of every parameter that has a path.
+) -> dict[str, AxisUses]:
+    """The uses of the axes of every parameter that has a path.
 
     Args:
       fitness: ``fitness(params, key, [member,] *args)``.
       params: arrays or ``jax.ShapeDtypeStruct``.
-      paths: of each leaf of ``params``, or None for one that is not asked about.
-      args: what the fitness gets beside them.
-      members: tree with leading axis [population], or None.
+      paths: the path of each leaf of ``params``, or None for a leaf to ignore.
+      args: the trees that the fitness receives beside the parameters.
+      members: a tree with leading axis [population], or None.
 
     Example:
       >>> w = {"w": jnp.zeros((4, 8))}
-      >>> trace_roles(lambda p, key: jnp.ones(4) @ p["w"], w, ["w"], (), None)
+      >>> trace_axis_uses(lambda p, key: jnp.ones(4) @ p["w"], w, ["w"], (), None)
       {'w': {0: {'contracted'}, 1: {'free'}}}
     """
     leaves, tree = jax.tree.flatten(params)
-    roles: dict[str, Roles] = {
+    uses: dict[str, AxisUses] = {
         path: {axis: set() for axis in range(len(leaf.shape))}
         for path, leaf in zip(paths, leaves, strict=True)
         if path is not None
     }
 
-    def record(role: str, path: str, axis: int) -> None:
-        roles[path][axis].add(role)
+    def record(use: str, path: str, axis: int) -> None:
+        uses[path][axis].add(use)
 
     def run(arrays: list[Any], key: Any, member: Any, args: tuple) -> Any:
         probes = [
             array if path is None else probe(path, array)
             for path, array in zip(paths, arrays, strict=True)
         ]
-        extra = () if members is None else (member,)
-        context = Context(on_dense="ignore", recorder=record)
-        return interpret(fitness, context)(jax.tree.unflatten(tree, probes), key, *extra, *args)
+        traced = interpret(fitness, Context(on_dense="ignore", recorder=record))
+        return call(traced, jax.tree.unflatten(tree, probes), key, member, args)
 
-    member = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), members)
-    jax.eval_shape(run, leaves, jax.random.key(0), member, args)
-    return roles
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    jax.eval_shape(run, leaves, key, one_of(members), args)
+    return uses
 
 
 def probe(path: str, array: Array) -> Array | LowRank:
-    """A value with a factor for every axis; vectors and scalars are no matrix whatever is done to them."""
+    """A value with one factor for every axis; vectors and scalars stay arrays."""
     varying = [axis for axis, n in enumerate(array.shape) if n > 1]
     if len(varying) < 2:
         return array

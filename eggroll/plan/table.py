@@ -1,19 +1,20 @@
-"""A plan as a table that a person can read."""
+"""A plan as a readable table."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
-from eggroll.plan import Dense, Frozen, Matrix, Plan
+from eggroll.plan.leaf import Plan
+from eggroll.plan.treatments import Dense, Frozen, Matrix
 
 
 def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:
-    """The plan as a table, a line a parameter, with what would be built for every member and why.
+    """The plan as a table, one line a parameter.
 
     Args:
       plan: the plan.
-      built: for each parameter path the primitives that build its matrix, from a trace.
+      built: for each path, the primitives that build its matrix for every member, from a trace.
     """
     head = ("parameter", "shape", "treatment", "rank", "noise/member", "why")
     rows = [head]
@@ -43,7 +44,10 @@ def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:
         for leaf in plan.leaves
         if leaf.trainable
     )
-    total = f"noise a pair of members: {_size(plan.noise_bytes)}, where dense noise would take {_size(dense)}"
+    total = (
+        f"noise a pair of members: {_size(plan.noise_bytes)}, where dense noise would take "
+        f"{_size(dense)}"
+    )
     return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:], total])
 
 

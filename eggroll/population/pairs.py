@@ -1,45 +1,25 @@
 """Maps a function over the population: pairs, chunks, devices.
 
-The unit is a pair of members, since both share one draw of noise. Pairs are mapped by ``vmap`` in
-chunks that bound memory, the chunks one after the other, and the axis "population" of a mesh
-divides them among devices. Neither changes what a pair computes, but for rounding: compilers sum
-in an order that depends on shapes and on what stands around. Where no bit may change, chunks are fixed
-whatever the number of devices, and each is computed by itself (:func:`stored`).
+The unit is a pair of members, since both members share one draw of noise. ``vmap`` maps the pairs
+of a chunk, and chunks run one after another to bound memory. The axis "population" of a mesh
+divides the pairs among devices. Chunks and devices change the results of a pair by rounding alone,
+and under a reproducible :class:`~eggroll.population.schedule.Schedule` not at all.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Bool
+from jaxtyping import Array, Bool, PyTree
 
 from eggroll.population.placement import AXIS, devices
-
-# What a deterministic strategy cuts the population into, whatever the number of devices. More would
-# serve more devices, and take more memory where the parts' sums are added up.
-PARTS = 8
+from eggroll.population.schedule import FAST, Schedule, share
 
 
-def share_of(pairs: int, mesh: Mesh | None, block: int = 1) -> int:
-    """How many pairs each device gets, padding included: whole blocks.
-
-    Example:
-      >>> share_of(pairs=10, mesh=None, block=4)
-      12
-    """
-    return block * -(-pairs // (block * devices(mesh)))
-
-
-def part_of(pairs: int) -> int:
-    """How many pairs are in each of the parts that do not depend on the number of devices."""
-    return -(-pairs // PARTS)
-
-
-def by_chunk(tree: Any, at_once: int) -> Any:
-    """Leaves ``[n, ...]`` as ``[chunks, at_once, ...]``; the first entries fill up the last chunk.
+def by_chunk(tree: PyTree, at_once: int) -> PyTree:
+    """Reshapes leaves ``[n, ...]`` to ``[chunks, at_once, ...]``; first entries pad the last chunk.
 
     Example:
       >>> by_chunk(jnp.arange(5), 2).tolist()
@@ -55,57 +35,29 @@ def by_chunk(tree: Any, at_once: int) -> Any:
     return jax.tree.map(cut, tree)
 
 
-def stored(fn: Callable[..., Any], always: Bool[Array, ""], *args: Any) -> Any:
-    """``fn(*args)``, computed by itself and stored.
-
-    XLA may fuse arithmetic with what stands around it: repeat it for each of its uses, or round
-    otherwise than elsewhere. A barrier prevents that, but the CPU compiler removes barriers before it
-    fuses. What a branch computes it always computes by itself, hence a branch there, always taken.
-
-    Args:
-      fn: what to compute.
-      always: true, in a way that the compiler cannot know.
-      *args: trees of arrays.
-    """
-    # Jitted so that it is traced once for both platforms. Not under a vmap over pairs for the same
-    # reason: batching a branch traces it again, several times over.
-    make = jax.jit(fn)
-
-    def never(*args: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, *args))
-
-    def in_branch(*args: Any) -> Any:
-        return lax.cond(always, make, never, *args)
-
-    def behind_barrier(*args: Any) -> Any:
-        return lax.optimization_barrier(make(*lax.optimization_barrier(args)))
-
-    return lax.platform_dependent(*args, cpu=in_branch, default=behind_barrier)
-
-
 def split_pairs(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     pairs: int,
-    data: Any,
+    data: PyTree,
     mesh: Mesh | None,
-    out_specs: Any,
+    out_specs: PyTree,
     block: int = 1,
     everywhere: bool = False,
-) -> Any:
-    """Calls ``fn(ids [share], valid [share], data [share, ...])`` once a device, over its pairs.
+) -> PyTree:
+    """Calls ``fn(ids [share], valid [share], data [share, ...])`` on each device, over its pairs.
 
-    Ids past the last pair repeat the first ones and have ``valid`` False.
+    The padding after the last pair repeats the first pairs, with ``valid`` False.
 
     Args:
-      fn: what to call.
-      pairs: how many.
-      data: tree of what each pair gets, leaves ``[pairs, ...]``, or padded as this function pads.
+      fn: the function.
+      pairs: number of pairs.
+      data: a tree with the data of each pair, leaves ``[pairs, ...]``, or padded by this function.
       mesh: divides pairs over its axis "population".
-      out_specs: how the outputs lie over that axis, as ``jax.shard_map`` wants it.
-      block: pairs that stay together on a device.
-      everywhere: every device gets all pairs.
+      out_specs: sharding of the outputs over that axis, as for ``jax.shard_map``.
+      block: number of pairs that stay together on a device.
+      everywhere: whether every device gets all pairs.
     """
-    total = share_of(pairs, None if everywhere else mesh, block)
+    total = share(pairs, None if everywhere else mesh, block)
     total *= 1 if everywhere else devices(mesh)
     ids = jnp.arange(total, dtype=jnp.int32)
     valid = ids < pairs
@@ -114,7 +66,7 @@ def split_pairs(
     if mesh is None:
         return fn(ids, valid, data)
     spec = jax.P() if everywhere else jax.P(AXIS)
-    # check_vma off: a model's loops start from constants, which it would not let vary over devices.
+    # check_vma would refuse loops of models that start from constants and then vary over devices.
     return jax.shard_map(
         fn,
         mesh=mesh,
@@ -126,42 +78,38 @@ def split_pairs(
 
 
 def map_pairs(
-    fn: Callable[[Any, Any], Any],
+    fn: Callable[[Array, PyTree], PyTree],
     pairs: int,
-    data: Any,
-    chunk: int | None,
-    mesh: Mesh | None,
-    always: Bool[Array, ""] | None = None,
-) -> Any:
-    """``fn`` of all pairs, a chunk of them at a time.
+    data: PyTree,
+    schedule: Schedule = FAST,
+    mesh: Mesh | None = None,
+    always: Bool[Array, ""] | bool = True,
+) -> PyTree:
+    """Maps ``fn`` over all pairs, a chunk at a time.
 
     Args:
-      fn: ``fn(pairs [n], data [n, ...])`` gives a tree of leaves ``[n, 2, ...]``, the two members
+      fn: ``fn(pairs [n], data [n, ...])`` returns a tree of leaves ``[n, 2, ...]``, the two members
         of each pair.
-      pairs: how many.
-      data: tree of what each pair gets, leaves ``[pairs, ...]``.
-      chunk: members at a time on a device; None for all at once.
+      pairs: number of pairs.
+      data: a tree with the data of each pair, leaves ``[pairs, ...]``.
+      schedule: determines the chunks.
       mesh: divides pairs over its axis "population".
-      always: as :func:`stored` wants it, for chunks that are the same whatever the number of devices,
-        each computed by itself; then None stands for a part of the population.
+      always: a true value, as for :func:`~eggroll.population.schedule.isolated`.
 
     Returns:
       The same tree with leaves ``[2 * pairs, ...]``: members 2p and 2p + 1 are pair p.
 
     Example:
       >>> fn = lambda pairs, data: jnp.stack([pairs, -pairs], 1) * data[:, None]
-      >>> map_pairs(fn, 3, jnp.array([1, 10, 100]), 2, None).tolist()
+      >>> map_pairs(fn, 3, jnp.array([1, 10, 100]), Schedule.fast(chunk=2)).tolist()
       [0, 0, 10, -10, 200, -200]
     """
-    fixed = always is not None
-    most = part_of(pairs) if fixed else share_of(pairs, mesh)
-    at_once = most if chunk is None else max(1, chunk // 2)
-    at_once = min(at_once, most)
+    at_once = schedule.pairs_at_once(pairs, mesh)
 
-    def of_chunk(chunk: Any) -> Any:
-        return fn(*chunk) if always is None else stored(fn, always, *chunk)
+    def of_chunk(chunk: tuple[Array, PyTree]) -> PyTree:
+        return schedule.isolate(fn, jnp.asarray(always), *chunk)
 
-    def on_device(ids: Any, valid: Any, data: Any) -> Any:
+    def on_device(ids: Array, valid: Array, data: PyTree) -> PyTree:
         share = ids.shape[0]
         if at_once == share:
             return of_chunk((ids, data))
@@ -169,6 +117,6 @@ def map_pairs(
         joined = lambda x: x.reshape(x.shape[0] * at_once, *x.shape[2:])[:share]
         return jax.tree.map(joined, out)
 
-    block = at_once if fixed else 1
+    block = at_once if schedule.is_reproducible else 1
     out = split_pairs(on_device, pairs, data, mesh, jax.P(AXIS), block)
     return jax.tree.map(lambda x: x[:pairs].reshape(2 * pairs, *x.shape[2:]), out)

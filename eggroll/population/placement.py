@@ -1,50 +1,59 @@
-"""How arrays lie on a mesh: members over its axis "population", weights over its other axes.
+"""The sharding of arrays on a mesh: members over the axis "population", weights over other axes.
 
-A weight may be sharded over any axis. What belongs to it (its noise, its gradient, the state of its
-optimizer) then lies as it does: :func:`specs_of` reads that from a state's arrays outside of any trace,
-and programs keep it by :func:`constrain`. In a trace the arrays do not tell, and it is left to the
-compiler, which spreads the shardings of a program's inputs over all that is computed from them.
+A weight may be sharded over any axis. Its noise, its gradient and its optimizer state then have the
+same sharding. :func:`specs_of` reads it from the arrays of a state outside of any trace, and
+programs preserve it with :func:`constrain`. Traced arrays have no known sharding; there the
+compiler propagates the shardings of the inputs.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXIS = "population"
 
-# A spec for every leaf of a state, None where it is not known.
+# The spec of every leaf of a state; None where it is unknown.
 Specs = tuple[PartitionSpec | None, ...]
 
 
 def check_mesh(mesh: Any) -> None:
-    """Raises ValueError for a mesh that members cannot be divided over."""
+    """Checks that a mesh can divide members.
+
+    Raises:
+      ValueError: it is not a mesh, has no axis "population", or has an axis type other than Auto.
+    """
     if mesh is None:
         return
     if not isinstance(mesh, Mesh):
-        raise ValueError(f"mesh={mesh!r}: a jax.sharding.Mesh or None is right")
+        raise ValueError(f"mesh={mesh!r}: must be a jax.sharding.Mesh or None")
     if AXIS not in mesh.axis_names:
-        raise ValueError(
-            f"mesh has the axes {mesh.axis_names}; one of them must be called {AXIS!r}"
-        )
+        raise ValueError(f"mesh: expected an axis named {AXIS!r}, got the axes {mesh.axis_names}")
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(
-            f"mesh has the axis types {mesh.axis_types}; make it with "
+            f"mesh: expected Auto axis types, got {mesh.axis_types}; make the mesh with "
             "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * number of axes)"
         )
 
 
+def tracing() -> bool:
+    """Whether JAX is tracing a program now, even if no argument is traced."""
+    return isinstance(jax.device_put(np.float32(0)), jax.core.Tracer)
+
+
 def devices(mesh: Mesh | None) -> int:
-    """How many devices, or groups of devices that share a model, members are divided over."""
+    """The number of devices, or groups of devices with one model, that members are divided over."""
     return 1 if mesh is None else mesh.shape[AXIS]
 
 
 def spread(tree: Any, mesh: Mesh | None) -> Any:
-    """The tree with arrays that lie elsewhere copied to all devices of the mesh.
+    """Copies the arrays of a tree to all devices of the mesh, unless they are there.
 
-    A program's outputs lie there, so that a state that starts there too compiles no second program.
+    The outputs of a program are on all devices. A state that starts there as well compiles no
+    second program.
     """
     if mesh is None:
         return tree
@@ -59,7 +68,7 @@ def spread(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def specs_of(tree: Any, mesh: Mesh | None) -> Specs | None:
-    """How the leaves are sharded over the mesh; None where none of them is, or none is known."""
+    """The specs of the leaves on the mesh; None if no leaf is known to be sharded."""
     if mesh is None:
         return None
 
@@ -74,7 +83,10 @@ def specs_of(tree: Any, mesh: Mesh | None) -> Specs | None:
 
 
 def constrain(x: Array, spec: PartitionSpec | None, mesh: Mesh | None = None) -> Array:
-    """The array, laid out by the spec; inside a ``shard_map`` over members, by its other axes."""
+    """The array with the sharding of a spec.
+
+    Inside a ``shard_map`` over members, only the other axes of the spec apply.
+    """
     here: Any = jax.sharding.get_abstract_mesh()
     if AXIS in here.manual_axes:
         mesh, spec = here, spec and jax.P(*(_without_members(part) for part in spec))
@@ -84,7 +96,7 @@ def constrain(x: Array, spec: PartitionSpec | None, mesh: Mesh | None = None) ->
 
 
 def constrain_all(tree: Any, specs: Specs | None, mesh: Mesh | None = None) -> Any:
-    """The tree with every leaf laid out by its spec."""
+    """The tree with the sharding of ``specs``, one spec a leaf."""
     if specs is None:
         return tree
     leaves, structure = jax.tree.flatten(tree)
@@ -93,20 +105,20 @@ def constrain_all(tree: Any, specs: Specs | None, mesh: Mesh | None = None) -> A
     )
 
 
-def on_all(fn: Callable[..., Any], mesh: Mesh | None, *args: Any) -> Any:
-    """``fn(*args)`` on every device by itself, with nothing shared out among them."""
+def replicated(fn: Callable[..., Any], mesh: Mesh | None, *args: Any) -> Any:
+    """Computes ``fn(*args)`` redundantly on every device, without communication."""
     if mesh is None:
         return fn(*args)
     return jax.shard_map(fn, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)(*args)
 
 
 def member_axis(spec: PartitionSpec | None) -> int | None:
-    """Which axis of an array is sharded over members, and over nothing else; None if none is."""
+    """The axis of an array that is sharded over members and nothing else; None if there is none."""
     return next((axis for axis, part in enumerate(spec or ()) if part in (AXIS, (AXIS,))), None)
 
 
 def split_over(spec: PartitionSpec | None, mesh: Mesh | None) -> int:
-    """Into how many pieces the spec cuts an array on the devices that share a model."""
+    """The number of shards of an array within a group of devices with one model."""
     pieces = 1
     for part in spec or ():
         for name in part if isinstance(part, tuple) else (part,):

@@ -1,4 +1,4 @@
-"""Raw fitness to weights: pure functions of the scores, chained like optax transforms."""
+"""Shapings: pure functions from scores to weights, chained like optax transforms."""
 
 from eggroll.shaping.rules import Shaping as Shaping
 from eggroll.shaping.rules import center as center

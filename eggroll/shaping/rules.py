@@ -1,27 +1,27 @@
-"""Raw fitness to weights: pure functions of the scores, chained like optax transforms.
+"""Shapings: pure functions from scores to weights, chained like optax transforms.
 
-A shaping maps ``(values, valid, groups)`` to the weights ``[population, tasks]`` that the estimator
-gives to each member's noise. Three words recur:
+A shaping maps ``(values, valid, groups)`` to weights ``[population, tasks]``, by which the
+estimator multiplies each member's noise. Three terms recur:
 
 * a *task* is a column of ``values``; scores ``[population]`` are one task;
-* a *group* is the cells of one task whose members carry the same id in ``groups``. Without
-  ``groups`` it is the whole column (every member answers every prompt, a prompt a column); with
-  them, scores ``[population]`` split into the members that met the same prompt;
-* the *batch* is every cell there is.
+* a *group* is the set of cells of one task whose members have the same id in ``groups``. Without
+  ``groups`` the whole column is one group (every member answers every prompt, one prompt a column).
+  With ``groups``, scores ``[population]`` split into the members with the same prompt;
+* the *batch* is the set of all cells.
 
-What holds for all of them:
+All shapings have these properties:
 
-* statistics are over valid cells only, whatever stands in the others; invalid cells leave as 0;
-* what leaves is finite, and zero where nothing is valid;
-* scores that differ by no more than rounding (a range within two machine epsilons of the largest
-  magnitude) count as equal for means and deviations: they are centred to exactly zero and nothing
-  is divided by what is left of their spread. Ranks and signs compare exactly;
-* the weights are float32, or float64 for scores in float64; the variance has ddof 0;
-* sums over groups are a fixed tree over sorted members and not a scatter-add, whose order of
-  addition a GPU does not promise to repeat.
+* statistics are over valid cells only, and invalid cells get weight 0;
+* weights are finite, and zero if no cell is valid;
+* scores whose range is within two machine epsilons of the largest magnitude count as equal for
+  means and deviations: they are centred to exactly zero and are not divided. Ranks and signs
+  compare exactly;
+* weights are float32, or float64 for float64 scores; variances have ddof 0;
+* sums over groups are a fixed tree over sorted members and not a scatter-add: a GPU does not
+  guarantee the order of additions in a scatter-add.
 
-Evolution strategies cannot see a constant added inside a group (the two members of a pair cancel
-it), so centring removes noise and no signal; what changes the direction is scaling and ranking.
+A constant that is added to a group has no effect on an evolution strategy, since it cancels within
+each pair. Centring therefore removes noise and no signal; scaling and ranking change the direction.
 """
 
 import dataclasses
@@ -56,10 +56,10 @@ Shaping = Callable[
 
 
 def identity() -> Shaping:
-    """The scores themselves; what ``shaping=None`` stands for.
+    """The scores as weights; the same as ``shaping=None``.
 
     Returns:
-      A shaping that only sets invalid cells to 0.
+      A shaping that sets invalid cells to 0 and changes nothing else.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,18 +70,19 @@ def identity() -> Shaping:
 
 
 def zscore(eps: float = 0.0) -> Shaping:
-    """``(R - mean) / sqrt(var + eps)``, each task's scores against the whole population.
+    """``(R - mean) / sqrt(var + eps)``: the z-score of each task over the whole population.
 
-    The paper (arXiv 2511.16652) takes the z-score of one score a member over all members. With more
-    tasks each is taken by itself, so that one with a wide range of scores does not drown the rest;
-    ``groups`` is ignored. Nothing needs ``eps`` for safety: a positive one damps a population whose
-    scores hardly differ, and makes the weights depend on the unit of the scores.
+    The paper (arXiv 2511.16652) takes the z-score of one score a member over all members. With
+    several tasks, each task has its own mean and variance, so that a task with a wide range of
+    scores does not dominate the others. ``groups`` is ignored. Numerical safety does not need
+    ``eps``. A positive ``eps`` damps a population whose scores hardly differ, and makes the weights
+    depend on the unit of the scores.
 
     Args:
       eps: added to the variance; at least 0.
 
     Returns:
-      A shaping whose columns have mean 0 and, for ``eps=0``, variance 1 (or are 0 throughout).
+      A shaping whose columns have mean 0 and, for ``eps=0``, variance 1 (or are all 0).
 
     Raises:
       ValueError: ``eps`` is negative or not finite.
@@ -96,13 +97,13 @@ def zscore(eps: float = 0.0) -> Shaping:
 
 
 def centered_rank() -> Shaping:
-    """Ranks within the group, evenly over [-0.5, 0.5]; equal scores share their average rank.
+    """Ranks within the group, evenly spaced over [-0.5, 0.5]; equal scores share a mean rank.
 
-    The worst valid score of a group gets -0.5, the best 0.5, a single one 0. The weights depend on
-    the order of the scores alone, hence not on outliers or units.
+    The worst valid score of a group gets -0.5, the best 0.5; a single score gets 0. The weights
+    depend on the order of the scores alone, and not on outliers or units.
 
     Returns:
-      A shaping; O(n log n) in the population.
+      A shaping with cost O(n log n) in the population.
 
     Example:
       >>> import jax.numpy as jnp
@@ -117,14 +118,14 @@ def center(by: str = "task") -> Shaping:
     """Subtracts a mean.
 
     Args:
-      by: whose mean. ``"task"``: the task's over the population; ``"group"``: the group's;
-        ``"population"``: that of every score of every member.
+      by: the set of scores that the mean is over. ``"task"``: the scores of the task; ``"group"``:
+        the scores of the group; ``"population"``: all scores of all members.
 
     Returns:
-      A shaping. Differences beyond the largest finite float are cut off there.
+      A shaping. Differences are clipped to the range of finite floats.
 
     Raises:
-      ValueError: ``by`` is none of these.
+      ValueError: ``by`` is another string.
 
     Example:
       >>> import jax.numpy as jnp
@@ -141,20 +142,20 @@ def center(by: str = "task") -> Shaping:
 def scale(by: str = "batch", eps: float = 1e-5) -> Shaping:
     """Divides by a standard deviation, ``R / sqrt(var + eps)``, and subtracts nothing.
 
-    The deviation is that of what arrives: after ``center("group")`` it is the spread within groups,
-    which is less than that of the raw scores wherever the groups' means differ. :func:`per_task`
-    centres by the group and divides by the deviation of the raw scores.
+    The deviation is over the input of this shaping: after ``center("group")`` it is the spread
+    within groups, which is smaller than the spread of the raw scores if the means of the groups
+    differ. :func:`per_task` centres by the group and divides by the deviation of the raw scores.
 
     Args:
-      by: whose deviation. ``"none"``: do not divide; ``"group"``: the group's; ``"batch"``: that of
-        every score of every member.
-      eps: added to the variance; at least 0. The default is that of :func:`per_task`.
+      by: the set of scores that the deviation is over. ``"none"``: no division; ``"group"``: the
+        scores of the group; ``"batch"``: all scores of all members.
+      eps: added to the variance; at least 0. The default is the same as for :func:`per_task`.
 
     Returns:
-      A shaping; scores without spread become 0 unless ``by`` is ``"none"``.
+      A shaping. Scores without spread become 0 unless ``by`` is ``"none"``.
 
     Raises:
-      ValueError: ``by`` is none of these, or ``eps`` is negative or not finite.
+      ValueError: ``by`` is another string, or ``eps`` is negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -175,19 +176,20 @@ def per_task(scale: str = "batch", eps: float = 1e-5) -> Shaping:
     """``(R - group mean) / sqrt(var + eps)``: the shaping of arXiv 2511.16652 for prompts.
 
     Args:
-      scale: whose variance, always of the raw scores. ``"batch"``: every score of every member, the
-        paper's; ``"group"``: the group's, which is GRPO's advantage (arXiv 2402.03300) with ddof 0
-        and ``eps`` inside the root; ``"none"``: do not divide, as Dr. GRPO.
-      eps: added to the variance; at least 0. The default is that of the paper's public code.
+      scale: the set of raw scores that the variance is over. ``"batch"``: all scores of all
+        members, as in the paper; ``"group"``: the scores of the group, which gives GRPO's advantage
+        (arXiv 2402.03300) with ddof 0 and ``eps`` inside the root; ``"none"``: no division, as in
+        Dr. GRPO.
+      eps: added to the variance; at least 0. The default is from the paper's public code.
 
     Returns:
       A shaping.
 
     Raises:
-      ValueError: ``scale`` is none of these, or ``eps`` is negative or not finite.
+      ValueError: ``scale`` is another string, or ``eps`` is negative or not finite.
 
     Example:
-      Two prompts of four members each; a correct answer to the first, harder prompt weighs more.
+      Two prompts and four members; a correct answer to the first, harder prompt weighs more.
 
       >>> import jax.numpy as jnp
       >>> correct = jnp.array([[1, 0, 0, 0], [1, 1, 1, 0]]).T
@@ -207,17 +209,17 @@ def per_task(scale: str = "batch", eps: float = 1e-5) -> Shaping:
 
 
 def pair_sign() -> Shaping:
-    """Which member of each pair did better: +1/2 for it, -1/2 for the other, 0 in a tie.
+    """The better member of each pair gets +1/2, the other -1/2; both get 0 in a tie.
 
-    Members ``2p`` and ``2p + 1`` share their noise up to its sign, so the pair's weight on it is
-    the difference of the two: -1, 0 or 1, which is what integer training (arXiv 2511.16652) takes.
-    A pair with an invalid member gets 0. ``groups`` is ignored.
+    Members ``2p`` and ``2p + 1`` have opposite noise, so the weight of the pair's noise is the
+    difference of the two: -1, 0 or 1. Integer training (arXiv 2511.16652) uses these weights. A
+    pair with an invalid member gets 0. ``groups`` is ignored.
 
     Returns:
       A shaping.
 
     Raises:
-      ValueError: when called, on a population that is odd.
+      ValueError: (when called) the population is odd.
 
     Example:
       >>> import jax.numpy as jnp
@@ -229,17 +231,18 @@ def pair_sign() -> Shaping:
 
 
 def chain(*shapings: Shaping) -> Shaping:
-    """Applies shapings one after another, the first one first.
+    """Applies shapings one after another, the first argument first.
 
     Args:
-      *shapings: those of this file, or any function of the same type. A cell whose score is not
-        finite counts as invalid for all of them.
+      *shapings: shapings of this module, or any functions of the same type. A cell whose score is
+        not finite is invalid for all of them.
 
     Returns:
-      A shaping; that of no shapings is :func:`identity`.
+      A shaping; without arguments it is :func:`identity`.
 
     Raises:
-      ValueError: one of them is a function of this file itself (``zscore`` for ``zscore()``).
+      ValueError: an argument is a function of this module that makes a shaping (``zscore`` instead
+        of ``zscore()``).
 
     Example:
       >>> import jax.numpy as jnp
@@ -251,15 +254,15 @@ def chain(*shapings: Shaping) -> Shaping:
     for shaping in shapings:
         if shaping in (identity, zscore, centered_rank, center, scale, per_task, pair_sign, chain):
             name = shaping.__name__
-            raise ValueError(f"chain got {name}, which makes a shaping; call it: {name}()")
+            raise ValueError(f"chain: expected a shaping such as {name}(), got the function {name}")
     return _Rule(_chain, (("shapings", shapings),))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """A rule with its options, compared by them: ``zscore() == zscore()``.
+    """A rule with its options, compared by value: ``zscore() == zscore()``.
 
-    Strategies built alike are then equal as static arguments, and nothing compiles twice.
+    Strategies with equal settings then have equal static arguments, and nothing compiles twice.
     """
 
     rule: Callable[..., Array]
@@ -281,8 +284,8 @@ class _Rule:
         return f"{self.rule.__name__.removeprefix('_')}({options})"
 
 
-# The rules: scores and valid [population, tasks], scores 0 where invalid
-# (finite elsewhere); groups [population] or None.
+# The rules take scores and valid [population, tasks] and groups [population] or None. Scores are 0
+# where they are invalid, and finite elsewhere.
 
 
 def _identity(scores: Array, valid: Array, groups: Array | None) -> Array:
@@ -323,13 +326,12 @@ def _pair_sign(scores: Array, valid: Array, groups: Array | None) -> Array:
     population, tasks = scores.shape
     if population % 2:
         raise ValueError(
-            f"pair_sign needs members in pairs (2p, 2p + 1), got a population of {population}:"
-            " use an even one"
+            f"pair_sign: expected an even population, with pairs (2p, 2p + 1), got {population}"
         )
     pairs = scores.reshape(population // 2, 2, tasks)
     other = pairs[:, ::-1]
     both = valid.reshape(pairs.shape).all(axis=1, keepdims=True)
-    # Compared and not subtracted: a difference may underflow or overflow.
+    # Scores are compared and not subtracted, since a difference may underflow or overflow.
     ahead = (pairs > other).astype(scores.dtype) - (pairs < other).astype(scores.dtype)
     return jnp.where(both, ahead / 2, 0).reshape(scores.shape)
 
@@ -351,19 +353,20 @@ def _centered_rank(scores: Array, valid: Array, groups: Array | None) -> Array:
 def _column_rank(
     keys: Float[Array, "population"], ids: Integer[Array, "population"]
 ) -> Float[Array, "population"]:
-    """The centred rank of each key among the finite keys of the same id."""
+    """The centred rank of each key among the finite keys with the same id."""
     ids, ordered, order = lax.sort((ids, keys, jnp.arange(keys.size)), num_keys=2)
     new_group = differs_from_previous(ids)
     group_first, group_end = run_bounds(new_group)
     first, end = run_bounds(new_group | differs_from_previous(ordered))
     below = first - group_first
     up_to = end - group_first
-    # Invalid keys are inf and hence the last of their group.
+    # Invalid keys are inf, so they are last in their group.
     finite = jnp.isfinite(ordered)
-    counted = jnp.cumsum(finite)
-    count = counted[group_end - 1] - counted[group_first] + finite[group_first]
-    # Equal keys hold the ranks below ... up_to - 1; this is their average over count - 1, less 1/2.
-    rank = (below + up_to - count).astype(keys.dtype) / (2 * jnp.maximum(count - 1, 1))
+    counted = jnp.cumsum(finite, dtype=jnp.int32)
+    count = counted[group_end - 1] - counted[group_first] + finite[group_first].astype(jnp.int32)
+    # Equal keys have the ranks below, ..., up_to - 1; this is their mean over count - 1, minus 1/2.
+    steps = (2 * jnp.maximum(count - 1, 1)).astype(keys.dtype)
+    rank = (below + up_to - count).astype(keys.dtype) / steps
     return jnp.zeros_like(keys).at[order].set(rank, unique_indices=True)
 
 
@@ -373,12 +376,10 @@ _SCALES = ("none", "group", "batch")
 def _check_option(function: str, field: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         names = ", ".join(map(repr, allowed[:-1])) + f" or {allowed[-1]!r}"
-        raise ValueError(f"{function}: {field}={value!r} is not known; {field} must be {names}")
+        raise ValueError(f"{function}: {field}={value!r}: must be {names}")
 
 
 def _checked_eps(function: str, eps: float) -> float:
     if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(
-            f"{function}: eps={eps!r} is not allowed; it must be finite and at least 0"
-        )
+        raise ValueError(f"{function}: eps={eps!r}: must be a finite number of at least 0")
     return float(eps)

@@ -63,6 +63,15 @@ class Deferred(Lazy):
         plain = None if self.plain is None else -self.plain
         return dataclasses.replace(self, terms=terms, plain=plain)
 
+    def spread(self, shape: tuple[int, ...]) -> "Deferred | None":
+        """The value broadcast along axes of size 1; None where a reshape would come before that."""
+        if self.shape == shape:
+            return self
+        if self.reshaped or self.ndim != len(shape):
+            return None
+        terms = tuple(tuple(v.spread(shape) for v in term) for term in self.terms)
+        return Deferred(terms, shape, self.plain)
+
     def sum(self, axes: Sequence[int], precision: lax.PrecisionLike = None) -> Array | None:
         """The sum over axes with nothing built.
 
@@ -150,7 +159,8 @@ def sum_of_product(
     @functools.cache
     def term(noisy: tuple[bool, ...]) -> Array:
         """The sum of the product of the weights of some values with the noise of the others."""
-        operands, scale = list(inner), jnp.ones((), dtype)
+        operands: list[Labelled] = []
+        scale = jnp.ones((), dtype)
         weights = [v.w.astype(dtype) for v, n in zip(values, noisy, strict=True) if not n]
         if weights:
             # The weights first: their product is shared by all members.
@@ -160,7 +170,7 @@ def sum_of_product(
                 scale = scale * v.scale.astype(dtype)
                 ranked = (f"{RANK}{i}", *labels)
                 operands += [labelled(f.astype(dtype), ranked) for f in v.factors]
-        return contracted(operands, out, precision, sizes) * scale
+        return contracted(with_gains(operands, inner), out, precision, sizes) * scale
 
     total = jnp.zeros((), dtype)
     for noisy in itertools.product((False, True), repeat=len(values)):
@@ -170,6 +180,26 @@ def sum_of_product(
     for gain, kept in outer:
         total = total * gain.reshape([sizes[v] if v in kept else 1 for v in out])
     return total
+
+
+def with_gains(operands: list[Labelled], gains: Sequence[Labelled]) -> list[Labelled]:
+    """The operands and the gains, each gain multiplied into the smallest operand with its labels.
+
+    Operands that only the weights have are left alone: a gain of a member's own would give each
+    member weights of its own.
+    """
+    weights, *thin = operands
+    thin = thin if len(operands) > 1 else []
+    for gain, kept in gains:
+        fitting = [i for i, (_, labels) in enumerate(thin) if set(kept) <= set(labels)]
+        if not fitting:
+            thin.append((gain, kept))
+            continue
+        i = min(fitting, key=lambda i: thin[i][0].size)
+        x, labels = thin[i]
+        shape = [n if label in kept else 1 for label, n in zip(labels, x.shape, strict=True)]
+        thin[i] = (x * gain.reshape(shape), labels)
+    return [weights, *thin]
 
 
 def contracted(

@@ -19,8 +19,8 @@ from jax import Array, lax
 from jaxtyping import Float, Int8, Int32, Integer, Key
 
 from eggroll import Dense, Matrix
+from eggroll.integer import floor_divide, saturate
 from eggroll.plan import Planner, by_shape
-from eggroll.values.fixed_point import floor_divide, saturate
 
 Params = dict[str, Any]
 

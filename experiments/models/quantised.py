@@ -120,7 +120,7 @@ def steps(params: PyTree) -> dict[str, float]:
         >>> print(steps({"w": {"int8": jnp.ones((2, 2), jnp.int8), "scale": jnp.array([0.5, 1.5])}}))
         {'w': 1.0}
     """
-    leaves = dict(leaf_paths(params))
+    leaves: dict[str, Any] = dict(leaf_paths(params))
     return {
         path.removesuffix("/int8"): float(leaves[path.removesuffix("int8") + "scale"].mean()) or 1.0
         for path in leaves

@@ -23,6 +23,8 @@ ARGUMENTS = {
     "scale": "scale",
     "kappa": "kappa",
 }
+# GaLore has optax's names for two of them.
+GALORE = {"update_gap": "update_proj_gap", "dimension_numbers": "weight_dimension_numbers"}
 
 
 def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTransformation:
@@ -43,6 +45,8 @@ def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTr
         value = getattr(config, setting)
         if value is None:
             continue
+        if GALORE.get(name) in takes:
+            name = GALORE[name]
         if setting == "density" and name not in takes:
             # GaLore counts dimensions, and BAdam blocks: layers.
             for name, whole in (("rank", config.width), ("active", config.depth)):
@@ -61,11 +65,14 @@ def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTr
         )
     if "batch_axes" in takes:
         chosen["batch_axes"] = jax.tree.map(int, stacked)
-    if "dimension_numbers" in takes:
-        one = optax.contrib.MuonDimensionNumbers(1, 2)
-        chosen["dimension_numbers"] = jax.tree.map(lambda yes: one if yes else None, stacked)
+    one = optax.contrib.MuonDimensionNumbers(1, 2)
+    numbers = jax.tree.map(lambda yes: one if yes else None, stacked)
+    for name in ("weight_dimension_numbers", "dimension_numbers"):
+        if name in takes:
+            chosen[name] = numbers
+            break
     if "split" in takes:
-        chosen["split"] = split_of(config.also_split, chosen["dimension_numbers"])
+        chosen["split"] = split_of(config.also_split, numbers)
     elif config.also_split is not None:
         raise UsageError(
             f"--also-split {config.also_split}: {config.optimizer} has no such setting"
@@ -112,7 +119,7 @@ def split_of(also: str | None, dimension_numbers: PyTree) -> Callable[[PyTree], 
     Raises:
         UsageError: while it works, for a path that no parameter has.
     """
-    from optim.matrices import linear_weights
+    from optim import linear_weights
 
     def split(params: PyTree) -> PyTree:
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)

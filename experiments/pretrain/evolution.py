@@ -58,6 +58,7 @@ class Evolution:
         row = metrics._asdict()
         del row["generation"]  # the loop's own
         per_byte = self._model.unit * self._config.tokens
+        assert metrics.fitness_mean is not None  # scores were given
         row["train_bits_per_byte"] = -metrics.fitness_mean / per_byte
         row["weights_moved"] = moved(carry.training.params, state.params)
         return Carry(state, hidden, carry.cursor + 1, carry.seed), row

@@ -22,8 +22,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from eggroll import EvolutionStrategy, State
-from eggroll._programs import EXACT
 from eggroll.population.placement import constrain
+from eggroll.population.schedule import EXACT
 from experiments.reasoning.language_model import LanguageModel
 
 # Stands where there is no token; nothing reads it.

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 import eggroll
-from eggroll import _compat as compat
+from eggroll.population.placement import tracing
 from experiments.models import parallel
 from experiments.reasoning import diagnostics, scores, sft
 from experiments.reasoning.config import Config
@@ -76,7 +76,7 @@ class Evolution:
 
     def _on_devices(self, params: PyTree) -> PyTree:
         """Every device gets its own part alone, so that none need have room for the whole."""
-        if compat.tracing():
+        if tracing():
             # Only shapes are asked for.
             return jax.tree.map(jnp.asarray, params)
         if self._layout.mesh is None:

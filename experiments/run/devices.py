@@ -7,8 +7,8 @@ import jax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from eggroll._programs import EXACT
 from eggroll.population import placement
+from eggroll.population.schedule import EXACT
 from experiments.run import hosts
 from experiments.run.errors import UsageError
 from experiments.run.settings import RunSettings

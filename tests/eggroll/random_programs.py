@@ -131,6 +131,10 @@ SELDOM = tuple(
         ("jax.grad(lambda t: (t * v + t * s[0]).sum())(v) @ z", "jnp.power(w, 2.0).sum(0)", "(w * w).sum(1)"),
         ("(w.astype(jnp.float32) @ z.astype(jnp.float32)).astype(jnp.float64)", "s.reshape(12, 6) @ z", "jnp.square(w).mean()"),
         ("w[jnp.array([0, 2])] @ z", "lax.conv_general_dilated(x[None], k, (1,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC'))"),
+        # Squares and reshaped values, which are put off, meet broadcasts along axes of size 1.
+        ("(w * w)[None] * jnp.array([0.5, 2.0])[:, None, None]", "(w * w)[:, None] + jnp.ones((4, 3, 6))"),
+        ("((w * w)[None] / jnp.array([0.5, 2.0])[:, None, None]).sum((1, 2))", "(w * w)[None] - x[:2, :1, None]"),
+        ("(w.reshape(24, 1) + w.reshape(1, 24)).sum(0)", "(w.reshape(24, 1) * w.reshape(1, 24)).sum(1)"),
     )
 )  # fmt: skip
 

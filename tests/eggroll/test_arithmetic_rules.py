@@ -201,6 +201,10 @@ def test_no_member_has_an_array_as_large_as_the_matrix(table, own):
         if own and table is MASKS:
             continue
         size = makers[0]().w.size
+        if own and any(
+            isinstance(arg, np.ndarray) and arg.size >= size for arg in (make() for make in makers)
+        ):
+            continue  # data as large as the matrix, which each member has
         assert largest_of_a_member(fn, makers, own) < size, case.id
 
 

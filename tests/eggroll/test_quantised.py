@@ -8,6 +8,7 @@ import pytest
 
 import eggroll
 from eggroll import Dense, EvolutionStrategy, Frozen, Matrix
+from eggroll.arithmetic import FLOATS
 from eggroll.plan import by_shape
 
 SCALE = 0.02
@@ -97,12 +98,14 @@ def test_without_an_override_they_pass_through():
     params = make_params()
     plan = by_shape()(params, 1)
     assert plan["layers"].treatment == Frozen() and plan["layers"].reason == "int8: passes through"
-    assert not plan.integer
+    assert plan.arithmetic == FLOATS
 
 
 def test_what_would_round_the_noise_is_refused():
     params, x = make_params(), jnp.ones(6)
-    with pytest.raises(ValueError, match="master_weights=False: parameter 'head' is int8"):
+    with pytest.raises(
+        ValueError, match="master_weights=False: must be True, since the int8 parameter 'head'"
+    ):
         make(master_weights=False).init(params, 0)
     es = make()
     state = es.init(params, 0)
@@ -158,9 +161,7 @@ def test_a_wide_pattern_is_not_for_them():
 
 def test_128_below_zero_is_refused():
     params = make_params()
-    with pytest.raises(
-        ValueError, match="'head' has 1 of 30 entries that are -128; start from -127"
-    ):
+    with pytest.raises(ValueError, match="'head': 1 of 30 entries are -128: must be -127 to 127"):
         make().init({**params, "head": params["head"].at[0, 0].set(-128)}, 0)
 
 

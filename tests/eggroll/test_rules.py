@@ -75,14 +75,13 @@ def test_product(fn, makers):
     run_case(fn, makers)
 
 
-def test_contracting_two_matrices_as_a_whole_builds_the_smaller():
+def test_contracting_two_matrices_as_a_whole_builds_neither():
     built = agree(
         lambda w, v: jnp.einsum("ij,ij", w, v),
         low_rank((5, 7)),
         low_rank((5, 7), path="v"),
-        on_dense="ignore",
     )
-    assert built == {"v": ["dot_general"]}
+    assert built == {}
 
 
 def test_data_gives_way_before_a_matrix():
@@ -241,7 +240,6 @@ def test_join(fn, makers):
 @cases(
     ("rows and columns run together", lambda w, x: x @ w.reshape(10, 3)[:5], matrix(5, 6), X),
     ("a function of each entry", lambda w, x: x @ jnp.sin(w), W, X),
-    ("times an array", lambda w, x, y: x @ (w * y), W, X, data(5, 7)),
     (
         "gain along a contracted and a free axis",
         lambda w, x: jnp.einsum("bh,dhk->bdk", x[:, :2], w * x[:2, :3]),
@@ -249,7 +247,6 @@ def test_join(fn, makers):
         X,
     ),
     ("gain, joined", lambda w, x, y: x @ jnp.concatenate([w * y[0], w], 1), W, X, Y),
-    ("gain, added", lambda w, x, y: x @ (w * y[0] + y[0]), W, X, Y),
     (
         "filled in an axis of no noise",
         lambda w: (
@@ -263,7 +260,6 @@ def test_join(fn, makers):
         W,
         X,
     ),
-    ("gain, summed", lambda w, y: (w * y[0]).sum(0), W, Y),
     ("gain, padded", lambda w, y: jnp.pad(w * y[0], 1), W, Y),
     ("gain of two", lambda w, v, y: (w * y[0]) @ v, W, V, Y),
     (
@@ -278,11 +274,9 @@ def test_join(fn, makers):
         matrix(3, 3, 4, 6),
         IMAGE,
     ),
-    ("plus a row", lambda w, x, y: x @ (w + y[0]), W, X, Y),
     ("divisor", lambda w, x: x @ (1 / (9 + w)), W, X),
     ("join of other forms", lambda a, b: jnp.concatenate([a, b]), HEADS, matrix(5, 2, 3, path="b")),
     ("batched product of two", lambda s, t: s @ t, STACK, matrix(6, 5, 5, batch=(0,), path="t")),
-    ("two factors summed", lambda s: s.sum(0), STACK),
     ("cast to int", lambda w: w.astype(int), W),
 )
 def test_what_has_no_rule_is_built(fn, makers):

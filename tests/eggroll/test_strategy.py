@@ -12,7 +12,7 @@ import pytest
 
 import eggroll
 from eggroll import EvolutionStrategy, Frozen, Matrix
-from eggroll.generation import all_draws
+from eggroll.generation import all_draws, begin
 
 
 def make(**changes):
@@ -122,7 +122,7 @@ def test_bfloat16_factors_are_summed_in_float32():
     params = {"w": jnp.zeros((8, 6), jnp.bfloat16)}
     state = es.init(params, 0)
     values = np.random.default_rng(0).normal(size=2048).astype(np.float32)
-    draws = jax.jit(lambda s: all_draws(es, es.plan_of(s.params), s))(state)
+    draws = jax.jit(lambda s: all_draws(begin(es, s)))(state)
     a, b = (np.asarray(x, np.float64) for x in draws[0])  # [pairs, rank, 8, 1], [pairs, rank, 1, 6]
     d = (values[0::2] - values[1::2]).astype(np.float64)
     want = -np.einsum("p,prij,prkl->il", d, a, b) / (2048 * 0.1 * 2**0.5)
@@ -230,6 +230,15 @@ def test_noise_reuse_keeps_the_noise_for_as_many_generations():
     assert not np.array_equal(
         noise(0), make().member(make().init(make_params(), 1), 0)["first"]["kernel"]
     )
+
+
+def test_deprecated_methods_still_answer_and_say_what_to_use():
+    es = make(noise_reuse=2, sigma=optax.linear_schedule(0.1, 0.0, 10))
+    state = es.init(make_params(), 0)._replace(generation=jnp.int32(5))
+    with pytest.warns(DeprecationWarning, match="use state.generation // es.noise_reuse"):
+        assert int(es.epoch(state)) == 2
+    with pytest.warns(DeprecationWarning, match="use metrics.sigma"):
+        assert float(es.sigma_of(state)) == pytest.approx(0.05)
 
 
 def test_keys_are_shared_in_a_pair_and_fresh_every_generation():
@@ -657,10 +666,13 @@ def test_it_fits_a_regression_and_a_score_without_a_gradient():
         ({"on_dense": "shout"}, "on_dense='shout'.*'warn'"),
         ({"optimizer": 0.1}, "optimizer=0.1.*optax"),
         ({"factor_memory": -1}, "factor_memory=-1.*bytes"),
-        ({"noise": "gaussian"}, r"noise='gaussian'.*such as counter\(\)"),
-        ({"shaping": eggroll.shaping.zscore}, r"shaping=.*zscore\(\) is right"),
-        ({"plan": eggroll.plan.by_shape}, r"plan=.*by_shape\(\) is right"),
-        ({"noise": eggroll.noise.counter}, r"noise=.*counter\(\) is right"),
+        ({"noise": "gaussian"}, r"noise='gaussian'.*such as eggroll\.noise\.counter\(\)"),
+        (
+            {"shaping": eggroll.shaping.zscore},
+            r"shaping=.*must be the result of a call, zscore\(\)",
+        ),
+        ({"plan": eggroll.plan.by_shape}, r"plan=.*must be the result of a call, by_shape\(\)"),
+        ({"noise": eggroll.noise.counter}, r"noise=.*must be the result of a call, counter\(\)"),
     ],
 )
 def test_wrong_settings_are_named(changes, message):
@@ -670,7 +682,7 @@ def test_wrong_settings_are_named(changes, message):
 
 def test_wrong_meshes_are_named():
     auto = jax.sharding.AxisType.Auto
-    with pytest.raises(ValueError, match="one of them must be called 'population'"):
+    with pytest.raises(ValueError, match="mesh: expected an axis named 'population', got"):
         make(mesh=jax.make_mesh((8,), ("data",), axis_types=(auto,)))
     with pytest.raises(ValueError, match="AxisType.Auto"):
         make(
@@ -680,13 +692,15 @@ def test_wrong_meshes_are_named():
 
 def test_wrong_parameters_are_named():
     es = make()
-    with pytest.raises(ValueError, match="parameter 'a/b' has 2 of 3 entries that are not finite"):
+    with pytest.raises(
+        ValueError, match="parameter 'a/b': 2 of 3 entries are not finite: must be finite"
+    ):
         es.init({"a": {"b": jnp.array([1.0, np.nan, np.inf])}}, 0)
-    with pytest.raises(ValueError, match="no float array to train"):
+    with pytest.raises(ValueError, match="params: expected at least one float or int8 array"):
         es.init({"n": jnp.arange(3)}, 0)
-    with pytest.raises(ValueError, match="parameter 'f' is .* not an array"):
+    with pytest.raises(ValueError, match="parameter 'f' is .*: must be an array"):
         es.init({"w": jnp.ones((2, 2)), "f": jax.nn.relu}, 0)
-    with pytest.raises(ValueError, match="rank 9 for parameter 'w'.*4 x 6.*1 to 4"):
+    with pytest.raises(ValueError, match="parameter 'w': rank=9: .* from 1 to 4, .* 4 x 6"):
         make(plan=eggroll.plan.by_shape({"w": Matrix(rows=0, columns=1, rank=9)})).init(
             {"w": jnp.ones((4, 6))}, 0
         )
@@ -695,43 +709,51 @@ def test_wrong_parameters_are_named():
 def test_wrong_scores_and_inputs_are_named():
     es = make(population=8)
     state = es.init(make_params(), 0)
-    with pytest.raises(ValueError, match=r"scores of the shape \[12, 5\]; \[\] or \[tasks\]"):
+    with pytest.raises(
+        ValueError, match=r"expected scores of the shape \[\] or \[tasks\], got \[12, 5\]"
+    ):
         es.step(state, lambda p, k: predict(p, X))
-    with pytest.raises(ValueError, match=r"scores of the shape \[0\]"):
+    with pytest.raises(ValueError, match=r"scores of the shape .* got \[0\]"):
         es.evaluate(state, lambda p, k: jnp.zeros(0))
-    with pytest.raises(ValueError, match="the fitness returned .*; a score"):
+    with pytest.raises(ValueError, match="fitness: expected a score .*, got PyTreeDef"):
         es.evaluate(state, lambda p, k: {"score": fitness(p, k, X, Y)})
-    with pytest.raises(ValueError, match="scores of the type complex64"):
+    with pytest.raises(ValueError, match="expected scores that are real numbers, got complex64"):
         es.evaluate(state, lambda p, k: fitness(p, k, X, Y) * 1j)
-    with pytest.raises(ValueError, match=r"values have the shape \[7\].*population=8"):
+    with pytest.raises(ValueError, match=r"values: expected the shape .*population=8, got \[7\]"):
         es.update(state, np.zeros(7))
-    with pytest.raises(ValueError, match=r"values have the shape \[8, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"values: expected the shape .* got \[8, 2, 2\]"):
         es.update(state, np.zeros((8, 2, 2)))
     with pytest.raises(ValueError, match=r"lengths \[1, 2\]"):
         es.update(state, [[1.0, 2.0]] * 7 + [[1.0]])
-    with pytest.raises(ValueError, match=r"values have the shape \[\]"):
+    with pytest.raises(ValueError, match=r"values: expected the shape .* got \[\]"):
         es.update(state, None)
-    with pytest.raises(ValueError, match="values hold 'good'; a number, or None"):
+    with pytest.raises(ValueError, match="values: expected numbers, or None .*, got 'good'"):
         es.update(state, [1.0] * 7 + ["good"])
-    with pytest.raises(ValueError, match="values have the type complex64"):
+    with pytest.raises(ValueError, match="values: expected real numbers, got complex64"):
         es.update(state, np.ones(8, np.complex64))
-    with pytest.raises(ValueError, match=r"members.*\[7, 6\].*population=8"):
+    with pytest.raises(ValueError, match=r"members\['x'\]: .*population=8, got the shape \[7, 6\]"):
         es.map(state, lambda p, k, m: m, members={"x": jnp.zeros((7, 6))})
-    with pytest.raises(ValueError, match=r"groups have the shape \[3\].*\[8\], is right"):
+    with pytest.raises(
+        ValueError, match=r"groups: expected integers of the shape \[8\], got int32 .* \[3\]"
+    ):
         es.update(state, np.zeros(8), groups=jnp.zeros(3, jnp.int32))
-    with pytest.raises(ValueError, match="groups have .* the type float32; a whole number"):
+    with pytest.raises(ValueError, match="groups: expected integers .*, got float32"):
         es.update(state, np.zeros(8), groups=jnp.zeros(8))
-    with pytest.raises(ValueError, match=r"shaping returned weights of the shape \[8\].*\[8, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"shaping: expected weights of the shape \[8, 1\].* got \[8\]"
+    ):
         make(population=8, shaping=lambda v, valid, groups: v[:, 0]).update(state, np.zeros(8))
-    with pytest.raises(ValueError, match=r"sigma's schedule gives the shape \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"sigma: expected one number from the schedule, got the shape \[2\]"
+    ):
         make(population=8, sigma=lambda generation: jnp.ones(2)).update(state, np.zeros(8))
     with pytest.raises(ValueError, match="generations=-1"):
         es.optimize(state, fitness, -1, X, Y)
-    with pytest.raises(ValueError, match="member 8 of a population of 8: 0 to 7"):
+    with pytest.raises(ValueError, match="member 8: must be from 0 to 7 in a population of 8"):
         es.member(state, 8)
-    with pytest.raises(ValueError, match="member 0.5 of a population of 8: a whole number"):
+    with pytest.raises(ValueError, match="member 0.5: must be an integer from 0 to 7"):
         es.member(state, 0.5)
-    with pytest.raises(ValueError, match="member -1 of a population of 8"):
+    with pytest.raises(ValueError, match="member -1: must be from 0 to 7"):
         es.ask(state, [0, -1])
     with pytest.raises(ValueError, match="structure"):
         es.apply_gradient(state, {"w": jnp.zeros(3)})

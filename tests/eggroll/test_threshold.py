@@ -151,17 +151,21 @@ def test_they_chain_and_carry_integers_alone():
 
 @pytest.mark.parametrize("alpha", [0.0, -0.1, 1.5, float("nan"), lambda t: 1 - t])
 def test_an_alpha_that_is_no_fraction_is_named(alpha):
-    with pytest.raises(ValueError, match="threshold: alpha=.* above 0 and up to 1 is right"):
+    with pytest.raises(
+        ValueError, match="threshold: alpha=.* must be a fraction of weights above 0 and up to 1"
+    ):
         integer.threshold(alpha)
 
 
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="momentum: shift=0"):
         integer.momentum(0)
-    with pytest.raises(ValueError, match="momentum: dtype=int32; int16 or int8"):
+    with pytest.raises(ValueError, match="momentum: dtype=int32: must be int16 or int8"):
         integer.momentum(dtype=jnp.int32)
     with pytest.raises(ValueError, match="error_feedback: dtype=float32"):
         integer.error_feedback(integer.threshold(0.1), jnp.float32)
     rule, params = integer.threshold(0.1), jnp.zeros(2, jnp.int8)
-    with pytest.raises(ValueError, match="wants params and pairs"):
+    with pytest.raises(
+        ValueError, match="expected the parameters and the number of pairs without a tie"
+    ):
         rule.update(jnp.zeros(2, jnp.int32), rule.init(params), params)

@@ -197,3 +197,19 @@ def test_choice(fn, makers):
 def test_a_choice_by_each_member_is_built():
     fn = lambda w, v, x: x @ jnp.where((x @ w).sum() > 0, w, v)
     assert run_case(fn, (W, V, X), on_dense="ignore") == {"w": ["select_n"], "v": ["select_n"]}
+
+
+@pytest.mark.parametrize(
+    "mode", [jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")]
+)
+def test_writes_choices_and_experts_add_no_promotion_of_their_own(mode):
+    def fn(w, s, x):
+        sizes = jnp.array([2, 0, 1, 0], jnp.int32)
+        row = jnp.sin(x[0] @ w)
+        written = w.at[1].set(row).at[2:4, 1:3].set(0.5).at[:, 1].multiply(x[1])
+        chosen = jnp.where(x.sum() > 0, written, w)
+        return x @ chosen, lax.ragged_dot(x, s, sizes)
+
+    args = [v.replace(scale=v.scale.astype(jnp.float64)) for v in (W(), STACK())]
+    with mode:
+        jax.eval_shape(lambda x: interpret(fn, Context("error"))(*args, x), jnp.asarray(X()))

@@ -182,7 +182,7 @@ LAYERS = {"layers": {"w": optax.contrib.MuonDimensionNumbers(1, 2), "norm": None
             optim.frugal(0.1, 0.25, optim.projector.rows(), split=HEAD_TOO, dimension_numbers=LAYERS),
         ),
         # A rank of 4 in a width of 16, one layer of two; by FRUGAL's choice of what is split.
-        (dict(optimizer="optim.galore", density=0.25, scale=0.5), optim.galore(0.1, 4, scale=0.5, split=LINEAR, dimension_numbers=LAYERS)),
+        (dict(optimizer="optim.galore", density=0.25, scale=0.5), optim.galore(0.1, 4, scale=0.5, split=LINEAR, weight_dimension_numbers=LAYERS)),
         (dict(optimizer="optim.badam", density=0.5, gap=7), optim.badam(0.1, 7, split=LINEAR, active=1, dimension_numbers=LAYERS)),
     ],
 )  # fmt: skip
@@ -200,7 +200,7 @@ def test_settings_reach_the_optimizer(
     ("words", "message"),
     [
         (["--optimizer", "optim.lyon"], "optim has no such optimizer; did you mean 'lion'"),
-        (["--optimizer", "optim.frugal", "--density", "2"], "--optimizer optim.frugal: density=2.0: a number from 0 to 1"),
+        (["--optimizer", "optim.frugal", "--density", "2"], "--optimizer optim.frugal: density must be a number from 0 to 1, got 2.0"),
         (["--density", "0.5"], "--density 0.5: adamw has no such setting"),
         (["--optimizer", "sgd", "--weight-decay", "0.1"], "--weight-decay 0.1: sgd has no weight decay"),
         (["--optimizer", "optim.lion_k", "--kappa", "l3"], "--kappa l3: there is no such function; did you mean"),

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from eggroll import integer
 from eggroll.plan import by_shape
+from eggroll.shaping import rules
 from experiments.models import transformer as llama
 from experiments.pretrain.anchors import Anchors
 from experiments.pretrain.backprop import Backprop
@@ -29,7 +30,7 @@ from experiments.run.samples import add_sample
 TINY = PRESETS["tiny"]
 MODELS = ("egg", "float-egg", "gru", "transformer")
 # A source of this project: real text, and soon read.
-SOURCE = str(Path(integer.__file__))
+SOURCE = str(Path(rules.__file__))
 PROVERB = b"a stitch in time saves nine; "
 
 
@@ -148,7 +149,9 @@ def test_members_of_a_group_read_the_same_stream() -> None:
 
 def test_floats_in_an_integer_model_are_refused() -> None:
     method = Evolution(settings(), a_model(jnp.float32))
-    with pytest.raises(ValueError, match="parameter 'w' is float32 in an integer model; int8"):
+    with pytest.raises(
+        ValueError, match="parameter 'w' is float32 in an integer model: must be int8"
+    ):
         method.start(jnp.int32(0))
 
 

@@ -63,6 +63,12 @@ def test_it_goes_down_also_in_a_chain(name: str) -> None:
 def test_masked_and_partitioned(name: str) -> None:
     mask = {"kernel": True, "stack": False, "scale": True}
     params, _ = train(optax.masked(make(name), mask), steps=2)
+    # What is masked gets the gradients themselves, twice; the rest is trained as if it were alone.
+    np.testing.assert_allclose(params["stack"]["bias"] - 1, 9 * (PARAMS["stack"]["bias"] - 1))
+    alone, _ = train(make(name), {k: PARAMS[k] for k in ("kernel", "scale")}, steps=2)
+    assert any((alone[k] != PARAMS[k]).any() for k in alone)
+    for k in alone:
+        np.testing.assert_allclose(params[k], alone[k], rtol=1e-6)
     labels = {"kernel": "ours", "stack": "sgd", "scale": "frozen"}
     parts = {"ours": make(name), "sgd": optax.sgd(0.1), "frozen": optax.set_to_zero()}
     params, _ = train(optax.partition(parts, labels), steps=10)
@@ -88,17 +94,49 @@ def test_wrappers_of_optax(name: str) -> None:
     assert any((u != 0).any() for u in jax.tree.leaves(updates))
     free = optax.contrib.schedule_free(make(name), learning_rate=1e-2, b1=0.9)
     params, _ = train(free, steps=5)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+    assert loss(params) < loss(PARAMS)
+
+
+@each
+def test_lookahead_and_flatten(name: str) -> None:
+    ahead = optax.lookahead(make(name), sync_period=2, slow_step_size=0.5)
+    start = optax.LookaheadParams.init_synced(PARAMS)
+
+    @jax.jit
+    def two_steps(params: Any, solver: optax.GradientTransformation, fast: Any) -> Any:
+        state = solver.init(params)
+        for _ in range(2):
+            updates, state = solver.update(jax.grad(loss)(fast(params)), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    run = lambda solver, params, fast=lambda x: x: jax.jit(
+        lambda x: two_steps.__wrapped__(x, solver, fast)
+    )(params)
+    found, plain = run(ahead, start, lambda x: x.fast), run(make(name), PARAMS)
+    # At the second step both are set half of the way from the start to where the steps have led.
+    half = jax.tree.map(lambda a, b: (a + b) / 2, PARAMS, plain)
+    for tree in found:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), tree, half)
+    # A single vector is the same to a transform as its flat form.
+    vector = jnp.array([3.0, -2.0, 0.5])
+    flat, direct = run(optax.flatten(make(name)), vector), run(make(name), vector)
+    np.testing.assert_allclose(flat, direct, rtol=1e-6)
+    assert (flat != vector).all()
 
 
 @each
 def test_hyperparameters_are_injected(name: str) -> None:
+    """Every rate, as a schedule: each is an array at the update then."""
     factory, settings = TRANSFORMS[name]
-    rates = {k: v for k, v in settings.items() if isinstance(v, float)}
-    static = {k for k in settings if k not in rates or k in STATIC}
-    static |= set(STATIC) & set(inspect.signature(factory).parameters)
-    injected = optax.inject_hyperparams(factory, static_args=tuple(static))(**settings)
-    a, b = train(injected, steps=5)[0], train(make(name), steps=5)[0]
+    defaults = {k: p.default for k, p in inspect.signature(factory).parameters.items()}
+    rates = {k: v for k, v in (defaults | settings).items() if type(v) is float and k not in STATIC}
+    assert "learning_rate" in rates
+    static = tuple(defaults.keys() - rates.keys())
+    schedules = {k: optax.constant_schedule(v) for k, v in rates.items()}
+    injected = optax.inject_hyperparams(factory, static_args=static)(**{**settings, **schedules})
+    (a, state), (b, _) = train(injected, steps=5), train(make(name), steps=5)
+    assert state.hyperparams.keys() == rates.keys()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), a, b)
     scheduled = make(name, learning_rate=optax.linear_schedule(0.0, 0.0, 1))
     still, _ = train(scheduled, steps=3)
@@ -128,7 +166,14 @@ def test_empty_trees_and_extra_arguments(name: str) -> None:
     updates, _ = solver.update({}, solver.init({}), {})
     assert updates == {}
     extra = optax.with_extra_args_support(solver)
-    extra.update(PARAMS, extra.init(PARAMS), PARAMS, value=1.0, unknown="thing")
+    state = extra.init(PARAMS)
+    told, plain = jax.jit(
+        lambda state: (
+            extra.update(PARAMS, state, PARAMS, value=1.0, unknown="thing")[0],
+            solver.update(PARAMS, state, PARAMS)[0],
+        )
+    )(state)
+    chex.assert_trees_all_equal(told, plain)
 
 
 @each
@@ -173,11 +218,17 @@ def test_vmap_is_one_by_one(name: str) -> None:
 
 
 @each
-def test_map_params_reaches_the_state(name: str) -> None:
+def test_map_params_reaches_every_moment_and_nothing_else(name: str) -> None:
     solver = make(name)
     state = solver.init(PARAMS)
-    same = optax.tree.map_params(solver, lambda x: x, state)
-    chex.assert_trees_all_equal(same, state)
+    found = optax.tree.map_params(solver, lambda x: x + 1, state)
+    moments = 0
+    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(state), strict=True):
+        names = {getattr(key, "name", None) for key in path}
+        is_moment = bool(names & {"mu", "nu", "momentum"})
+        moments += is_moment
+        np.testing.assert_array_equal(a, b + 1 if is_moment else b, err_msg=str(path))
+    assert moments > 0
 
 
 @each
@@ -195,6 +246,7 @@ def test_orbax_round_trip(name: str, tmp_path: Path) -> None:
 
 
 @each
+@pytest.mark.filterwarnings("ignore:w .*left whole")
 def test_shardings_stay_on_eight_devices(name: str) -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):

@@ -29,6 +29,8 @@ PARAMS = {
     "stack": normal(2, 4, 6, seed=3),
     "nothing": None,
 }
+# Of the stack nothing says which axis numbers layers, and it is left whole with a warning.
+pytestmark = pytest.mark.filterwarnings("ignore:stack .*left whole")
 # The leading axis of the stack numbers layers.
 STACKED = {**dict.fromkeys(PARAMS), "stack": MuonDimensionNumbers(1, 2)}
 
@@ -88,7 +90,7 @@ def test_density_zero_is_sign_descent_on_linear_weights() -> None:
 
 def test_without_the_rest_it_is_adam_on_the_columns_kept() -> None:
     params = {"w": PARAMS["block"]["kernel"]}
-    solver = optim.frugal(0.01, 0.5, update_gap=100, state_free=None, weight_decay=0.1)
+    solver = optim.frugal(0.01, 0.5, projector.columns(), 100, state_free=None, weight_decay=0.1)
     *_, (found, state) = train(solver, 5, params)
     kept = np.asarray(split_state(state).projection["w"].kept)
     mask = np.isin(np.arange(8), kept)
@@ -215,7 +217,7 @@ def test_the_key_decides_and_nothing_else() -> None:
 
 def test_reprojected_moments_stay_where_columns_do() -> None:
     params = {"w": normal(5, 12)}
-    solver = optim.frugal(0.0, 0.5, update_gap=4, on_refresh="reproject")
+    solver = optim.frugal(0.0, 0.5, projector.columns(), 4, on_refresh="reproject")
     states = [split_state(s) for _, s in train(solver, 5, params)]
     old, new = (s.projection["w"].kept for s in states[3:])
     stay = np.intersect1d(old, new)
@@ -279,7 +281,7 @@ def test_any_stateless_transform_for_the_rest() -> None:
     named = last(optim.frugal(0.01, state_free="sgd", inactive_lr_scale=0.5), 3, params)
     given = last(optim.frugal(0.01, state_free=optax.scale(0.5)), 3, params)
     chex.assert_trees_all_close(named, given, rtol=1e-6)
-    with pytest.raises(ValueError, match="state_free=.*: a transform without state is right"):
+    with pytest.raises(ValueError, match="state_free must be a transform without state, got"):
         optim.frugal(0.01, state_free=optax.trace(0.9)).init(params)
 
 
@@ -296,18 +298,21 @@ def test_what_is_split_can_be_told() -> None:
     }
     assert count(shape(split=which)) == 3
     assert count(shape(split=lambda tree: jax.tree.map(lambda x: x.ndim == 2, tree))) == 2
-    with pytest.raises(ValueError, match=r"block/bias has the shape \(8,\): a matrix is right"):
+    with pytest.raises(ValueError, match=r"block/bias: expected a matrix .* got the shape \(8,\)"):
         shape(split=True)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"density": 1.5}, "density=1.5: a number from 0 to 1 is right"),
-        ({"density": jnp.float32(0.5)}, "density=0.5: a plain number is right.*static_args"),
-        ({"update_gap": 0}, "update_gap=0: a whole number from 1 on is right, or None"),
-        ({"on_refresh": "drop"}, "on_refresh='drop': 'reset', 'keep' or 'reproject' is right"),
-        ({"state_free": "lion"}, "state_free='lion': 'sign', 'sgd', None or an optax transform"),
+        ({"density": 1.5}, "density must be a number from 0 to 1, got 1.5"),
+        ({"density": jnp.float32(0.5)}, "density must be a plain number, .*got .*0.5.*static_args"),
+        ({"update_gap": 0}, "update_gap must be an int of at least 1, or None .*, got 0"),
+        ({"on_refresh": "drop"}, "on_refresh must be 'reset', 'keep' or 'reproject', got 'drop'"),
+        (
+            {"state_free": "lion"},
+            "state_free must be 'sign', 'sgd', None or an optax transform, got 'lion'",
+        ),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, Any], message: str) -> None:

@@ -1,5 +1,6 @@
 """GaLore against pytorch-optimizer and against optax's own, where their mathematics agree."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ def test_against_pytorch_optimizer(side: Any, shape: tuple[int, int]) -> None:
         solver.step()
     # It counts from 1, so that its refreshes are those of steps 0, 2, 5.
     base = optax.scale_by_adam(eps=1e-12)
-    found = ours(optim.galore(0.1, rank, None, base=base, side=side), shape, 7, {0, 2, 5})
+    found = ours(optim.galore(0.1, rank, None, base_optimizer=base, side=side), shape, 7, {0, 2, 5})
     np.testing.assert_allclose(found, x.detach().numpy(), rtol=1e-3, atol=1e-4)
 
 
@@ -87,7 +88,7 @@ def test_axes_of_attention_weights_are_those_of_optax() -> None:
     """(embedding, heads, head size) as a matrix, with optax's own dimension numbers."""
     x = jnp.asarray(separated((6, 8), 0)).reshape(6, 2, 4)
     spec = optax.contrib.MuonDimensionNumbers(0, (1, 2))
-    mine = optim.galore(0.1, 2, scale=1.0, side="reverse_std", dimension_numbers=spec)
+    mine = optim.galore(0.1, 2, scale=1.0, side="reverse_std", weight_dimension_numbers=spec)
     flat = optim.galore(0.1, 2, scale=1.0, side="reverse_std")
     found, state = mine.update(x, mine.init(x), x)
     right, _ = flat.update(x.reshape(6, 8), flat.init(x.reshape(6, 8)), x.reshape(6, 8))
@@ -107,3 +108,40 @@ def test_bytes_of_the_state(side: Any, floats: int) -> None:
 def test_the_rank_is_at_most_that_of_the_matrix() -> None:
     state = optim.galore(0.1).init({"w": jnp.ones((3, 7)), "b": jnp.ones(3)})[0]
     assert state.part.mu["w"].shape == (3, 7) and state.whole.mu["b"].shape == (3,)
+
+
+def test_square_matrices_are_projected_on_the_side_of_their_inputs() -> None:
+    """As in the authors' program, whose matrices are the transposes of ours."""
+    g = jnp.asarray(separated((6, 6), 0))
+    state = optim.galore(0.1, 2, scale=1.0).init(g)[0]
+    assert state.projection.left.shape == (6, 2) and state.projection.right is None
+    assert state.part.mu.shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"update_gap": None}, {"update_proj_gap": None}),
+        ({"base": optax.scale_by_sign()}, {"base_optimizer": optax.scale_by_sign()}),
+        (
+            {"dimension_numbers": optax.contrib.MuonDimensionNumbers(1, 0)},
+            {"weight_dimension_numbers": optax.contrib.MuonDimensionNumbers(1, 0)},
+        ),
+    ],
+)
+def test_old_names_are_taken_with_a_warning(old: dict[str, Any], new: dict[str, Any]) -> None:
+    (before,), (after,) = old, new
+    with pytest.warns(DeprecationWarning, match=f"^{before} is deprecated: use {after}$"):
+        solver = optim.galore(0.1, 2, **old)
+    x = jnp.asarray(separated((8, 5), 0))
+    found, _ = solver.update(x, solver.init(x), x)
+    renamed = optim.galore(0.1, 2, **new)
+    right, _ = renamed.update(x, renamed.init(x), x)
+    np.testing.assert_array_equal(found, right)
+
+
+def test_positions_are_those_of_optax() -> None:
+    """The same call, as far as optax's goes."""
+    names = lambda make: list(inspect.signature(make).parameters)
+    theirs = names(optax.contrib.galore)
+    assert names(optim.galore)[: len(theirs)] == theirs

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from optax.contrib import GaLoreDimensionNumbers, MuonDimensionNumbers
 
-from optim.matrices import cut, linear_weights, view, views
+from optim import linear_weights
+from optim._cut import cut
+from optim._matrices import view
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_rows_are_the_reduction_and_stacks_what_is_left() -> None:
 )
 def test_wrong_axes_are_named(spec: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        views({"w": jnp.ones((3, 4))}, spec)
+        cut({"w": jnp.ones((3, 4))}, True, spec)
 
 
 def test_linear_weights_of_a_transformer() -> None:
@@ -73,3 +75,12 @@ def test_a_cut_tree_is_joined_again() -> None:
         parts = cut(tree, which)
         chex.assert_trees_all_equal(parts.join(parts.split(tree), parts.whole(tree), tree), tree)
     assert len(jax.tree.leaves(cut(tree).split(tree))) == 2
+
+
+def test_the_old_place_of_linear_weights() -> None:
+    from optim import matrices
+
+    with pytest.warns(DeprecationWarning, match="use optim.linear_weights"):
+        assert matrices.linear_weights is linear_weights
+    with pytest.raises(AttributeError, match="no attribute 'views'"):
+        _ = matrices.views

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optim import coordinates, projector
-from optim.blockwise import Blocks
-from optim.splits import Projector
+from optim import projector
+from optim.projector import _coordinates
+from optim.projector._blocks import Blocks
+from optim.projector._interface import Projector
 
 PROJECTORS = {
     "columns": projector.columns(),
@@ -148,7 +149,7 @@ def test_least_bits_are_a_set_of_their_size_ties_or_not(seed: int, number: int) 
         np.testing.assert_array_equal(places, right)
 
 
-least = jax.jit(coordinates.least, static_argnums=1)
+least = jax.jit(_coordinates.least, static_argnums=1)
 
 
 def test_columns_are_taken_alike_on_one_cpu_and_on_many(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,14 +231,29 @@ def test_a_layer_is_what_its_numbered_name_holds() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: unchecked(projector.svd)(0), "rank=0: a whole number from 1 on"),
-        (lambda: unchecked(projector.svd)(side="top"), "side='top': std, reverse_std"),
-        (lambda: unchecked(projector.blockwise)("up"), "order='up': random, shuffled"),
-        (lambda: unchecked(projector.blockwise)(unit="net"), "unit='net': leaf or layer"),
-        (lambda: unchecked(projector.blockwise)(active=0), "active=0: a whole number from 1 on"),
+        (
+            lambda: unchecked(projector.svd)(0),
+            "rank must be an int of at least 1, or None for the density, got 0",
+        ),
+        (
+            lambda: unchecked(projector.svd)(side="top"),
+            "side must be std, reverse_std, left, right or full, got 'top'",
+        ),
+        (
+            lambda: unchecked(projector.blockwise)("up"),
+            "order must be random, shuffled, ascending, descending or mirror, got 'up'",
+        ),
+        (
+            lambda: unchecked(projector.blockwise)(unit="net"),
+            "unit must be leaf or layer, got 'net'",
+        ),
+        (
+            lambda: unchecked(projector.blockwise)(active=0),
+            "active must be an int of at least 1, or None for the density, got 0",
+        ),
         (
             lambda: projector.columns().init({"b": jnp.ones(3)}, 0.5),
-            "b has the shape (3,): a matrix",
+            "b: expected a matrix or a stack of matrices, got the shape (3,)",
         ),
     ],
 )

@@ -17,7 +17,7 @@ TRANSFORMS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "frugal": (optim.frugal, {"learning_rate": 1e-3, "density": 0.5, "update_gap": 20}),
     "galore": (
         optim.galore,
-        {"learning_rate": 1e-2, "rank": 2, "update_gap": 20, "scale": 1.0},
+        {"learning_rate": 1e-2, "rank": 2, "update_proj_gap": 20, "scale": 1.0},
     ),
     "lion": (optim.lion, {"learning_rate": 1e-3, "weight_decay": 0.0}),
     "lion-cautious": (
@@ -40,4 +40,9 @@ TRANSFORMS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 
 # Numbers that fix a shape or a branch: a user of optax.inject_hyperparams names them as static.
-STATIC: tuple[str, ...] = ("active", "density", "rank", "update_gap")
+STATIC: tuple[str, ...] = ("active", "density", "rank", "update_gap", "update_proj_gap")
+
+# Those that work on whole leaves; the others on a part of every matrix, drawn or decomposed.
+WHOLE: tuple[str, ...] = tuple(
+    name for name in TRANSFORMS if name not in ("badam", "frugal", "galore")
+)

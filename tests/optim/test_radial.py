@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optim
-from optim import projection
+from optim import _radial
 
 
 def arrays(*shape: int, count: int = 4, dtype: Any = jnp.float32) -> list[jax.Array]:
@@ -24,7 +24,7 @@ def arrays(*shape: int, count: int = 4, dtype: Any = jnp.float32) -> list[jax.Ar
 def test_sums_by_rows_are_the_sums(shape: tuple[int, ...]) -> None:
     step = lambda g, m, v: m / (jnp.abs(v) + 0.1)
     g, x, m, v = arrays(*shape)
-    _, found = jax.jit(lambda *a: projection._sums_by_rows(step, None, *a))(g, x, m, v)
+    _, found = jax.jit(lambda *a: _radial._sums_by_rows(step, None, *a))(g, x, m, v)
     products = (g * x, g * g, x * x, x * step(g, m, v))
     for a, product in zip(found, products, strict=True):
         right = np.asarray(product, np.float64).reshape(-1, shape[-1]).sum(0)
@@ -48,7 +48,7 @@ SOLVERS = {
 def test_both_ways_give_one_step(
     solver: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(projection, "BLOCK", 3 * shape[-1])
+    monkeypatch.setattr(_radial, "BLOCK", 3 * shape[-1])
     w, g = arrays(*shape, count=2)
     # Orthogonal column by column, so that something is taken out.
     rows = tuple(range(len(shape) - 1))
@@ -64,7 +64,7 @@ def test_both_ways_give_one_step(
 
     right = after_two()
     faster = mock.Mock(return_value=True)
-    monkeypatch.setattr(projection, "_rows_are_faster", faster)
+    monkeypatch.setattr(_radial, "_rows_are_faster", faster)
     found = after_two()
     assert faster.call_count == 2  # of the matrix at each step; the vector has no sums
     chex.assert_trees_all_equal_structs(found, right)
@@ -75,7 +75,7 @@ def test_both_ways_give_one_step(
 
 
 def test_moments_are_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "_rows_are_faster", lambda *_: True)
+    monkeypatch.setattr(_radial, "_rows_are_faster", lambda *_: True)
     x = jnp.zeros((600, 1000))  # with rows left over
     solver = optim.adamp(0.1)
 
@@ -91,7 +91,7 @@ def test_moments_are_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_are_for_large_matrices_on_one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = (jnp.zeros(s) for s in ((1024, 1024), (8, 8)))
-    faster = lambda x, axis=1, batch=0: projection._rows_are_faster(x, axis, batch)
+    faster = lambda x, axis=1, batch=0: _radial._rows_are_faster(x, axis, batch)
     assert jax.device_count() > 1 and not faster(large)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert faster(large)

@@ -2,14 +2,15 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
-from optim.matrices import paths
-from optim.splits import Projector
+from optim._trees import paths
+from optim.projector._interface import Projector
 
 Order = Literal["random", "shuffled", "ascending", "descending", "mirror"]
 Unit = Literal["leaf", "layer"]
@@ -19,8 +20,8 @@ class Blocks(NamedTuple):
     """Which blocks are active.
 
     Attributes:
-      active: their numbers, in the order that they have in the compact vector.
-      offset: for every block where it begins in that vector; -1 for those that are not in it.
+      active: the numbers of the active blocks, in their order in the compact vector.
+      offset: for every block where it begins in that vector; -1 for blocks that are not in it.
     """
 
     active: Int[Array, " active"]
@@ -28,7 +29,7 @@ class Blocks(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A leaf, or one layer of a stack: its number of entries, its block and where it begins there."""
+    """A leaf, or one layer of a stack: its size, its block, and where it begins in the block."""
 
     size: int
     block: int
@@ -36,14 +37,14 @@ class _Piece(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """The pieces of every leaf, and the sizes of the blocks that they make up."""
+    """The pieces of every leaf, and the sizes of the blocks that they form."""
 
     pieces: list[list[_Piece]]
     sizes: list[int]
 
 
 def natural(name: str) -> list[Any]:
-    """A key to sort names by, in which numbers count as numbers.
+    """A key to sort names by, in which digits count as numbers.
 
     Example:
       >>> sorted(["layer_10", "layer_9", "head"], key=natural)
@@ -56,8 +57,8 @@ def block_names(path: str, layers: int | None, unit: Unit) -> list[str]:
     """The block of a leaf, or of each layer of a stack.
 
     Example:
-      >>> block_names("params/layers_3/mlp/kernel", None, "layer"), block_names("embed", None, "layer")
-      (['params/layers_3'], ['embed'])
+      >>> block_names("params/layers_3/mlp/kernel", None, "layer")
+      ['params/layers_3']
       >>> block_names("mlp", 2, "layer"), block_names("mlp", 2, "leaf")
       (['of 2 layers, 0', 'of 2 layers, 1'], ['mlp 0', 'mlp 1'])
     """
@@ -72,7 +73,7 @@ def block_names(path: str, layers: int | None, unit: Unit) -> list[str]:
     return [path]
 
 
-def _layout(matrices: Any, unit: Unit) -> _Layout:
+def _layout(matrices: PyTree, unit: Unit) -> _Layout:
     leaves = jax.tree.leaves(matrices)
     names = [
         block_names(path, x.shape[0] if len(x.shape) == 3 else None, unit)
@@ -93,15 +94,23 @@ def _layout(matrices: Any, unit: Unit) -> _Layout:
 
 
 def _sequence(order: Order, blocks: int) -> list[int]:
-    """The blocks in the order that they take turns in, where that is not random."""
+    """The order in which the blocks take turns, where it is not random."""
     ascending = list(range(blocks))
     if order == "mirror":
         return [i for pair in zip(ascending, ascending[::-1], strict=True) for i in pair][:blocks]
     return ascending[::-1] if order == "descending" else ascending
 
 
-def _capacity(sizes: list[int], order: Order, number: int) -> int:
-    """Entries of the largest set of blocks that is ever active."""
+def _capacity(sizes: Sequence[int], order: Order, number: int) -> int:
+    """Entries of the compact vector: those of the largest set of blocks that is ever active.
+
+    A long vector is rounded up to a multiple of 1024, so that it can be spread evenly over devices.
+    """
+    room = _largest(sizes, order, number)
+    return room if room < 2**16 else -(-room // 1024) * 1024
+
+
+def _largest(sizes: Sequence[int], order: Order, number: int) -> int:
     if order in ("random", "shuffled"):
         return sum(sorted(sizes)[len(sizes) - number :])
     ordered = [sizes[i] for i in _sequence(order, len(sizes))]
@@ -134,62 +143,76 @@ def _placed(chosen: Array, sizes: list[int]) -> Blocks:
     return Blocks(chosen, none.at[chosen].set(ends - lengths))
 
 
+def active_entries(matrices: PyTree, blocks: Blocks, unit: Unit) -> PyTree:
+    """Which entries of the matrices are in an active block: a tree of booleans of their shapes."""
+    layout = _layout(matrices, unit)
+    structure: Any = jax.tree.structure(matrices)
+    found: list[Bool[Array, ...]] = []
+    for x, pieces in zip(jax.tree.leaves(matrices), layout.pieces, strict=True):
+        flags = blocks.offset[jnp.array([p.block for p in pieces])] >= 0
+        is_stack = len(x.shape) == 3
+        found.append(jnp.broadcast_to(flags[:, None, None] if is_stack else flags[0], x.shape))
+    return structure.unflatten(found)
+
+
 def blockwise(
     order: Order = "random", unit: Unit = "layer", active: int | None = None
 ) -> Projector:
-    """Whole blocks: the full optimizer works on some layers at a time, the other on the rest.
+    """Whole blocks: the full optimizer works on some layers at a time, the other one on the rest.
 
-    The active blocks lie one after the other in one vector, which is all that the full optimizer sees: so it
-    has to work entry by entry, as Adam, Lion and SGD do. The vector has room for the largest set of blocks
-    that is ever active; where blocks are of one size, none of it is wasted. Use it with
-    ``on_refresh="reset"``: with ``"keep"`` a block would inherit the moments of another.
+    The active blocks lie one after the other in one vector, which is all that the full optimizer
+    sees: it must work entry by entry, as Adam, Lion and SGD do. The vector has room for the largest
+    set of blocks that is ever active; where all blocks have one size, none of it is wasted. Use
+    this projector with ``on_refresh="reset"``: with ``"keep"`` a block would inherit the moments of
+    another.
 
     Args:
-      order: ``"random"``, drawn anew each time (FRUGAL); ``"shuffled"``, all in turn in a random order, and
-        then in another (BAdam); ``"ascending"``, ``"descending"``, all in turn by the numbers in their names;
-        ``"mirror"``, first, last, second, last but one, and so on.
-      unit: ``"leaf"``: every leaf is a block; ``"layer"``: all leaves whose path begins alike up to its first
-        name that ends in a number (``layers_3``, ``layers/3``); a leaf without one is a block of its own. The
-        layers of a stack (leaves whose dimension numbers leave an axis) are as many blocks, of a leaf or of
-        all such leaves.
-      active: how many are active at a time; by default ``round(density * blocks)``, at least one.
+      order: ``"random"``: drawn anew at each refresh (FRUGAL); ``"shuffled"``: all blocks in a
+        random order, then all in another one (BAdam); ``"ascending"``, ``"descending"``: all blocks
+        by the numbers in their names; ``"mirror"``: first, last, second, last but one, and so on.
+      unit: ``"leaf"``: every leaf is a block. ``"layer"``: leaves form a block where their paths
+        agree up to the first name that ends in a number (``layers_3``, ``layers/3``); a leaf without
+        such a name is a block of its own. The layers of a stack (leaves whose dimension numbers leave
+        an axis) are as many blocks, each of one leaf or of all such leaves.
+      active: how many blocks are active at a time; by default ``round(density * blocks)``, at least
+        one.
 
-    State: 4 bytes a block, and 4 for each that is active.
+    State: 4 bytes a block, and 4 for each block that is active.
     """
     if order not in ("random", "shuffled", "ascending", "descending", "mirror"):
         raise ValueError(
-            f"order={order!r}: random, shuffled, ascending, descending or mirror is right"
+            f"order must be random, shuffled, ascending, descending or mirror, got {order!r}"
         )
     if unit not in ("leaf", "layer"):
-        raise ValueError(f"unit={unit!r}: leaf or layer is right")
+        raise ValueError(f"unit must be leaf or layer, got {unit!r}")
     if active is not None and (not isinstance(active, int) or active < 1):
         raise ValueError(
-            f"active={active}: a whole number from 1 on is right, or None for the density"
+            f"active must be an int of at least 1, or None for the density, got {active!r}"
         )
 
     def number_of(blocks: int, density: float) -> int:
         number = max(round(density * blocks), 1 if density > 0 else 0) if active is None else active
         return min(number, blocks)
 
-    def init(matrices: Any, density: float) -> Blocks:
+    def init(matrices: PyTree, density: float) -> Blocks:
         sizes = _layout(matrices, unit).sizes
         number = number_of(len(sizes), density)
         room = _capacity(sizes, order, number)
         if room >= 2**31:
-            raise ValueError(f"the active blocks have {room} entries: fewer than 2**31 is right")
+            raise ValueError(f"the active blocks must have fewer than 2**31 entries, got {room}")
         return _placed(jnp.asarray(_sequence(order, len(sizes))[:number], jnp.int32), sizes)
 
-    def refresh(key: Array, turn: Array, grads: Any, blocks: Blocks) -> Blocks:
+    def refresh(key: Array, turn: Array, grads: PyTree, blocks: Blocks) -> Blocks:
         sizes, number = _layout(grads, unit).sizes, blocks.active.size
         return _placed(_chosen(order, key, turn, len(sizes), number), sizes) if number else blocks
 
-    def down(grads: Any, blocks: Blocks) -> tuple[Array, Any]:
+    def down(grads: PyTree, blocks: Blocks) -> tuple[Array, PyTree]:
         layout = _layout(grads, unit)
         leaves = jax.tree.leaves(grads)
         structure: Any = jax.tree.structure(grads)
         room = _capacity(layout.sizes, order, blocks.active.size)
-        # What is not active is written behind what is, each over the other: without a condition, which would
-        # copy the vector.
+        # Pieces that are not active are written behind the active ones, one over the other: a
+        # condition would copy the vector.
         largest = max((p.size for of in layout.pieces for p in of), default=0)
         pool = jnp.zeros(room + largest, jnp.result_type(*leaves) if leaves else jnp.float32)
         rest = []
@@ -202,7 +225,7 @@ def blockwise(
             rest.append(jnp.where((offsets < 0)[:, None], parts, 0).reshape(g.shape))
         return pool[:room], structure.unflatten(rest)
 
-    def up(compact: Array, blocks: Blocks, grads: Any) -> Any:
+    def up(compact: Array, blocks: Blocks, grads: PyTree) -> PyTree:
         layout = _layout(grads, unit)
         leaves = jax.tree.leaves(grads)
         structure: Any = jax.tree.structure(grads)
