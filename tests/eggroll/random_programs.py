@@ -79,6 +79,15 @@ class Program:
     def __repr__(self) -> str:
         return "\n" + self.source
 
+    def up_to(self, name: str) -> "Program":
+        """The lines that one name needs, with that name as the output."""
+        needed, lines = {name}, []
+        for own, expression in reversed(self.lines):
+            if own in needed:
+                needed |= words(expression)
+                lines.append((own, expression))
+        return Program(tuple(reversed(lines)), (name,))
+
     def run(self, values: dict[str, Any], everything: bool = False) -> list[Any]:
         """The outputs for the values of all parameters and data, or the values of all lines."""
         env = dict(NAMESPACE, **values)
@@ -88,8 +97,42 @@ class Program:
         return [env[name] for name in names]
 
 
+def words(expression: str) -> set[str]:
+    """The names in an expression, and other words."""
+    return set("".join(c if c.isalnum() else " " for c in expression).split())
+
+
 def compiled(expression: str) -> CodeType:
     return compile(expression, "<program>", "eval")
+
+
+def program_of(*expressions: str) -> Program:
+    """The program of some expressions in parameters and data, all of which are outputs."""
+    names = tuple(f"a{i}" for i in range(len(expressions)))
+    return Program(tuple(zip(names, expressions, strict=True)), names)
+
+
+# What random choices reach seldom, of parameters themselves: each rule of the interpreter is met.
+SELDOM = tuple(
+    program_of(*expressions)
+    for expressions in (
+        ("own_jvp(w)", "own_vjp(w)", "own_vmap(w)", "jax.checkpoint(lambda t: t * 0.5)(w) @ z"),
+        ("w.at[0].set(0.0) @ z", "w.at[0].add(c)", "w.at[0].subtract(0.5)", "w.at[0].multiply(2.0)"),
+        ("lax.dynamic_update_slice(w, y[:2], (1, 0)) @ z", "lax.dynamic_slice(w, (1, 0), (2, 6))"),
+        ("jnp.concatenate([w, 2.0 * w]) @ z", "jnp.stack([w, w]) @ z", "jnp.pad(w, 1) @ jnp.ones(8)"),
+        ("jnp.tile(w, 2)", "lax.rev(w, (0,))", "lax.split(w, (1, 3))[1] @ z", "jnp.unstack(v)[0]"),
+        ("lax.ragged_dot(x, s, jnp.array([2, 3]))", "lax.reduce_precision(w, 11, 52) @ z"),
+        ("jax.grad(lambda t: (jnp.sin(x @ t) @ t).sum())(v)", "lax.optimization_barrier(w) @ z"),
+        ("checkpoint_name(w, 'a') @ z", "jnp.array(w) @ z", "lax.stop_gradient(w) @ z", "-w @ z"),
+        ("lax.custom_linear_solve(lambda t: v @ t, b, lambda f, r: r + 0.1 * f(r))", "jnp.squeeze(w[:1])"),
+        ("jnp.where(x.sum() > 0, w, y) @ z", "(w + y) @ z", "(w - y) @ z", "(w / 2.0) @ z", "w ** 2"),
+        ("lax.while_loop(lambda t: t[1] < 2, lambda t: (t[0] @ v, t[1] + 1), (x, 0))[0]", "w.sum(0)"),
+        ("lax.cond(x.sum() > 0, lambda: x @ v, lambda: x)", "lax.scan(lambda t, m: (t @ m, None), x, s)[0]"),
+        ("jax.grad(lambda t: (t * v + t * s[0]).sum())(v) @ z", "jnp.power(w, 2.0).sum(0)", "(w * w).sum(1)"),
+        ("(w.astype(jnp.float32) @ z.astype(jnp.float32)).astype(jnp.float64)", "s.reshape(12, 6) @ z", "jnp.square(w).mean()"),
+        ("w[jnp.array([0, 2])] @ z", "lax.conv_general_dilated(x[None], k, (1,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC'))"),
+    )
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- drawing
@@ -177,12 +220,7 @@ def programs(draw: Callable[..., Any], operations: Any = None, most: int = 6) ->
     if not lines:
         maker.add("jnp.tanh(w)")
         lines.append(("a0", "jnp.tanh(w)"))
-    # A name is used where it stands as a whole word.
-    used = {
-        word
-        for _, expression in lines
-        for word in "".join(c if c.isalnum() else " " for c in expression).split()
-    }
+    used = set().union(*(words(expression) for _, expression in lines))
     return Program(tuple(lines), tuple(name for name, _ in lines if name not in used))
 
 
