@@ -9,7 +9,7 @@ import inspect
 import math
 import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -103,7 +103,7 @@ def quantised(plan: Plan, master_weights: bool) -> None:
 
 
 def _count_unfit(
-    known: dict[str, Array], unfit: dict[str, Callable[[Array], Array]]
+    known: Mapping[str, Any], unfit: Mapping[str, Callable[[Any], Any]]
 ) -> dict[str, Array]:
     """How many entries of each array are unfit to start from."""
     count = lambda known: {path: jnp.sum(unfit[path](value)) for path, value in known.items()}
