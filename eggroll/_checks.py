@@ -9,6 +9,7 @@ import inspect
 import math
 import numbers
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -101,6 +102,14 @@ def quantised(plan: Plan, master_weights: bool) -> None:
             )
 
 
+def _count_unfit(
+    known: Mapping[str, Any], unfit: Mapping[str, Callable[[Any], Any]]
+) -> dict[str, Array]:
+    """How many entries of each array are unfit to start from."""
+    count = lambda known: {path: jnp.sum(unfit[path](value)) for path, value in known.items()}
+    return jax.jit(count)(known)
+
+
 def parameters(plan: Plan, params: PyTree) -> None:
     """Checks that training can start from the values of the parameters, unless they are traced."""
     leaves = {
@@ -111,13 +120,10 @@ def parameters(plan: Plan, params: PyTree) -> None:
     }
     unfit = {path: leaf.arithmetic.unfit for path, (leaf, _) in leaves.items()}
 
-    @jax.jit
-    def count(known: dict[str, Array]) -> dict[str, Array]:
-        return {path: jnp.sum(unfit[path](value)) for path, value in known.items()}
-
     # If init is traced, constants among the parameters are still checked.
     with jax.ensure_compile_time_eval():
-        counts = count({path: value for path, (_, value) in leaves.items()})
+        known = {path: value for path, (_, value) in leaves.items()}
+        counts = _count_unfit(known, unfit)
     for path, found in jax.device_get(counts).items():
         if found:
             leaf, value = leaves[path]

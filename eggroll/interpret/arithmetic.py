@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from eggroll.interpret.context import Context, Origin
+from eggroll.interpret.context import SPLIT, Context, Origin
 from eggroll.interpret.equations import bind, type_of
 from eggroll.interpret.joins import aligned, combined
-from eggroll.interpret.registry import UNHANDLED, Rounding, rule
+from eggroll.interpret.registry import UNHANDLED, Rounding, Unhandled, rule
 from eggroll.interpret.structure import Result
 from eggroll.interpret.upcasting import as_data
 from eggroll.values.deferred import Deferred, as_term
@@ -206,7 +206,7 @@ def add(ctx: Context, eqn: core.JaxprEqn, left: Value, right: Value) -> Result:
         parts[1] = parts[1].arithmetic.negate(parts[1])
         w = w if lazy[0] else -w
     same_form = aligned(parts)
-    return UNHANDLED if same_form is None else combined(same_form, w, 0)
+    return Unhandled(SPLIT) if same_form is None else combined(same_form, w, 0)
 
 
 def add_shared(

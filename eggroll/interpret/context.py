@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from eggroll import _compat as compat
+from eggroll.interpret.registry import entry
 from eggroll.values.deferred import Deferred
 from eggroll.values.lowrank import (
     LateBroadcast,
@@ -181,6 +182,11 @@ def advice_for(name: str) -> str:
         return (
             "return what is computed from the matrix, such as a product or a norm, and not the "
             "matrix itself"
+        )
+    if entry(name).enters:
+        return (
+            f"the body of {name!r} must hand the matrix on in the form that it came in: hand it on "
+            "unchanged, or close over it"
         )
     return (
         f"no plan makes a low-rank form of {name!r}: apply it to the product with the matrix "

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from eggroll.interpret.context import Context
 from eggroll.interpret.equations import bind, type_of
 from eggroll.interpret.products import in_one_type
-from eggroll.interpret.registry import UNHANDLED, Rounding, rule
+from eggroll.interpret.registry import UNHANDLED, Rounding, Unhandled, rule
 from eggroll.interpret.structure import Result, dims
 from eggroll.values.contraction import Labelled, align, chain, terms
 from eggroll.values.dtypes import accumulator
@@ -37,7 +37,7 @@ def conv_general_dilated(ctx: Context, eqn: core.JaxprEqn, lhs: Value, rhs: Valu
     numbers = params["dimension_numbers"]
     out_axis, *inner_axes = numbers.rhs_spec
     if any(gain.size > gain.shape[out_axis] for gain in rhs.gains):
-        return UNHANDLED
+        return Unhandled("multiply the channels of the input instead of those of the kernel")
     rhs, lhs = in_one_type(ctx, eqn, rhs, lhs)
     ctx.record("free", rhs, out_axis)
     for axis in inner_axes:

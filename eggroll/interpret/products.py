@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
-from eggroll.interpret.context import Context
+from eggroll.interpret.context import SPLIT, Context
 from eggroll.interpret.equations import bind, type_of
-from eggroll.interpret.registry import UNHANDLED, Rounding, rule
+from eggroll.interpret.registry import UNHANDLED, Rounding, Unhandled, rule
 from eggroll.interpret.structure import Result, on_each
 from eggroll.interpret.upcasting import held
 from eggroll.values.contraction import Labelled, align, contract, labelled
@@ -51,7 +51,7 @@ def dot_general(ctx: Context, eqn: core.JaxprEqn, lhs: Value, rhs: Value) -> Res
         value = value.replace(gains=(), shared=())
     sides = sides_of_gains(value, labels, x_labels, out)
     if sides is None:
-        return UNHANDLED
+        return Unhandled(SPLIT)
     value, x = in_one_type(ctx, eqn, value, x)
     for gain in sides[0]:
         x = (x.astype(acc) * align(gain, x_labels)).astype(x.dtype)

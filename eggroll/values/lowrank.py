@@ -13,6 +13,7 @@ carried out, so that a matrix can be multiplied by a row or a column without bei
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -145,7 +146,8 @@ class LowRank(Lazy):
     @property
     def thin(self) -> bool:
         """Whether the built array is no larger than a factor of one rank."""
-        return self.w.size <= max(factor[0].size for factor in self.factors)
+        # By shapes: a slice would add equations to the program.
+        return self.w.size <= max(math.prod(factor.shape[1:]) for factor in self.factors)
 
     def replace(self, **changes: Any) -> "LowRank":
         return dataclasses.replace(self, **changes)

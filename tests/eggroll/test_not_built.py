@@ -43,6 +43,29 @@ def layers_until(params, key, x):
     return jax.lax.while_loop(lambda c: jnp.abs(c[1]).max() > 0.1, body, carry)[1].sum()
 
 
+def layers_normed(params, key, x):
+    """Weight normalisation: a gain that is made of sums of squares of the matrix."""
+    for w in params["layers"]:
+        norm = jnp.linalg.norm(w, axis=0, keepdims=True)
+        x = jnp.tanh(x @ (w / norm * params["bias"]))
+    return x.sum()
+
+
+def layers_standardised(params, key, x):
+    """Matrices less their own means, over their own deviations."""
+    for w in params["layers"]:
+        w = (w - w.mean(0)) / (w.std(0) + 1e-5)
+        x = jnp.tanh(x @ w)
+    return x.sum()
+
+
+def layers_masked(params, key, x):
+    """Matrices times an array, and plus rows of a member's own."""
+    for w in params["layers"]:
+        x = jnp.tanh(x @ (jnp.tril(w) + params["bias"]))
+    return x.sum()
+
+
 def shapes(fitness, size):
     matrix = jax.ShapeDtypeStruct((size, size), jnp.float32)
     stack = jax.ShapeDtypeStruct((LAYERS, size, size), jnp.float32)
@@ -89,6 +112,9 @@ def largest_array(program):
         (layers_scanned, "step"),
         (layers_with_gains, "evaluate"),
         (layers_until, "evaluate"),
+        (layers_normed, "evaluate"),
+        (layers_standardised, "evaluate"),
+        (layers_masked, "evaluate"),
     ],
 )
 def test_no_matrix_is_built_for_a_member(fitness, call):

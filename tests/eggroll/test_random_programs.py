@@ -11,7 +11,8 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_programs import DATA, PARAMS, SELDOM, programs
+from program import DATA, PARAMS, SELDOM
+from random_programs import programs
 from support import normal
 
 from eggroll import EvolutionStrategy, Matrix, plan

@@ -110,7 +110,9 @@ def test_what_is_read_stays_on_the_host(
 
     # Where a state is only described, nothing goes to a device, and nothing is checked there.
     monkeypatch.setattr(jax, "make_array_from_callback", None)
-    monkeypatch.setattr(checks, "_count_unfit", lambda known: {} if not known else pytest.fail())
+    monkeypatch.setattr(
+        checks, "_count_unfit", lambda known, unfit: {} if not known else pytest.fail()
+    )
     shared = dataclasses.replace(tiny, model=str(qwen), devices=4, tensor_parallel=2)
     for config in (shared, dataclasses.replace(shared, devices=1, tensor_parallel=1)):
         course = Course(config)
