@@ -47,7 +47,7 @@ def bind(eqn: Any, values: Sequence[Any], changes: Mapping[str, Any]) -> Any:
 
 
 def solve_parts(eqn: Any, values: list[Any]) -> tuple[core.Jaxpr, list[Any], list[Any]]:
-    """The body of ``lax.custom_linear_solve`` that solves, its constants and its operands."""
+    """The solver's body in a ``lax.custom_linear_solve`` equation, its constants and its operands."""
     lengths, bodies = eqn.params["const_lengths"], eqn.params["jaxprs"]
     start = lengths.matvec + lengths.vecmat
     operands = values[start + lengths.solve + lengths.transpose_solve :]
@@ -119,7 +119,7 @@ def is_batched(x: Any) -> bool:
 
 
 def has_batching_rule(primitive: core.Primitive) -> bool:
-    """Whether JAX has a rule to vmap a primitive."""
+    """Whether JAX has a batching rule for a primitive."""
     rules = batching.fancy_primitive_batchers
     table = getattr(batching, "primitive_batchers", {})
     return primitive in rules or (isinstance(table, Mapping) and primitive in table)

@@ -39,7 +39,8 @@ def strategy(
       >>> import jax.numpy as jnp
       >>> from eggroll.integer import threshold
       >>> def fitness(params, key, x, y):
-      ...     return -jnp.abs((jax.lax.dot(x, params["w"], preferred_element_type=jnp.int32) >> 4) - y).sum()
+      ...     sums = jax.lax.dot(x, params["w"], preferred_element_type=jnp.int32) >> 4
+      ...     return -jnp.abs(sums - y).sum()
       >>> x = jax.random.randint(jax.random.key(0), (32, 16), -64, 65, jnp.int8)
       >>> y = x[:, :8].astype(jnp.int32) @ jnp.ones((8, 4), jnp.int32)
       >>> es = strategy(population=64, optimizer=threshold(0.3))
