@@ -34,7 +34,7 @@ class Floats(Arithmetic):
     sign_type = jnp.float32
     exact_sums = False
     metrics_inside = True
-    of_values: values.Arithmetic = values.FLOATS
+    of_values: values.ValueArithmetic = values.FLOATS
 
     def factor_type(self, dtype: DTypeLike) -> DTypeLike:
         return dtype

@@ -10,7 +10,7 @@ import enum
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from eggroll.values.arithmetic import Arithmetic
+from eggroll.values.arithmetic import ValueArithmetic
 from eggroll.values.lowrank import LowRank, Upcast
 
 
@@ -89,7 +89,7 @@ class Entry:
         """Whether an int8 parameter with float noise may enter the equation as it is."""
         return self.enters or self.rounding is Rounding.MOVES
 
-    def admits(self, arithmetic: Arithmetic) -> bool:
+    def admits(self, arithmetic: ValueArithmetic) -> bool:
         """Whether the rule holds for values of this arithmetic."""
         return arithmetic.linear or self.integers
 

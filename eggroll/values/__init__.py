@@ -2,10 +2,10 @@
 
 from eggroll.values.arithmetic import FLOATS as FLOATS
 from eggroll.values.arithmetic import QUANTISED as QUANTISED
-from eggroll.values.arithmetic import Arithmetic as Arithmetic
 from eggroll.values.arithmetic import FixedPoint as FixedPoint
 from eggroll.values.arithmetic import Floats as Floats
 from eggroll.values.arithmetic import Quantised as Quantised
+from eggroll.values.arithmetic import ValueArithmetic as ValueArithmetic
 from eggroll.values.dtypes import accumulator as accumulator
 from eggroll.values.dtypes import is_integer as is_integer
 from eggroll.values.dtypes import is_narrow as is_narrow

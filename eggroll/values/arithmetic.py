@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from eggroll.values.lowrank import LowRank
 
 
-class Arithmetic(abc.ABC):
+class ValueArithmetic(abc.ABC):
     """What a low-rank value needs of its numbers. Implementations are hashable: they are static.
 
     Attributes:
@@ -104,7 +104,7 @@ class Arithmetic(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Floats(Arithmetic):
+class Floats(ValueArithmetic):
     """Float weights and float noise."""
 
     def build(self, value: "LowRank") -> Array:
@@ -143,7 +143,7 @@ class Quantised(Floats):
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedPoint(Arithmetic):
+class FixedPoint(ValueArithmetic):
     """int8 weights and int8 noise: ``W + sign * (sum_r A_r B_r >> shift)``.
 
     The scale of the value is the sign of the member in its pair and nothing else. A sign that comes

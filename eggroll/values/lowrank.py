@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from eggroll.values.arithmetic import FLOATS, QUANTISED, Arithmetic
+from eggroll.values.arithmetic import FLOATS, QUANTISED, ValueArithmetic
 from eggroll.values.dtypes import accumulator as accumulator
 from eggroll.values.dtypes import is_integer
 from eggroll.values.dtypes import is_narrow as is_narrow
@@ -68,7 +68,7 @@ class LowRank(Lazy):
     tags: tuple[frozenset[tuple[str, int]], ...] = dataclasses.field(
         default=(), metadata={"static": True}
     )
-    arithmetic: Arithmetic = dataclasses.field(default=FLOATS, metadata={"static": True})
+    arithmetic: ValueArithmetic = dataclasses.field(default=FLOATS, metadata={"static": True})
     shared: tuple[bool, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
@@ -175,7 +175,7 @@ class Upcast(Lazy):
         return self.value.ndim
 
     @property
-    def arithmetic(self) -> Arithmetic:
+    def arithmetic(self) -> ValueArithmetic:
         return QUANTISED if is_integer(self.dtype) else FLOATS
 
 
@@ -204,7 +204,7 @@ def is_lazy(value: Value) -> bool:
     return isinstance(value, Lazy)
 
 
-def arithmetic_of(value: Value) -> Arithmetic | None:
+def arithmetic_of(value: Value) -> ValueArithmetic | None:
     """The arithmetic of a perturbed value; None for an array."""
     if isinstance(value, LateBroadcast):
         return arithmetic_of(value.value)
