@@ -14,7 +14,7 @@ help:
 	@echo "make setup   fill $(VENV) with the project and all that it needs"
 	@echo "make demo    train a CartPole policy without backpropagation; about a minute, most of it setup"
 	@echo "make test    all tests, doctests and notebooks (ARGS='-k noise' to choose)"
-	@echo "make quick   the same without those that take more than a few seconds each"
+	@echo "make quick   the same without those that take longest (tests/slow.txt)"
 	@echo "make oracles packages that some tests need (torch, its optimizers and models, wandb) and are skipped without"
 	@echo "make lint    ruff            make types   mypy"
 	@echo "make bench   ratios of speed, in one run on this machine"

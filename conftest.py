@@ -42,6 +42,20 @@ def _forget_programs() -> Iterator[None]:
     jax.clear_caches()
 
 
+SLOW = {
+    line
+    for line in (Path(__file__).parent / "tests" / "slow.txt").read_text().splitlines()
+    if not line.startswith("#")
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests of tests/slow.txt as slow, beside those that say so themselves."""
+    for item in items:
+        if item.nodeid.split("[")[0] in SLOW:
+            item.add_marker("slow")
+
+
 ORACLES = ("adamp", "lion_pytorch", "pytorch_optimizer", "rwkv", "torch", "transformers")
 
 
