@@ -1,5 +1,6 @@
 """Low-rank evolution strategies (EGGROLL, arXiv 2511.16652) for any JAX model, unchanged."""
 
+from eggroll import credit as credit
 from eggroll import estimator as estimator
 from eggroll import exchange as exchange
 from eggroll import integer as integer
@@ -9,9 +10,11 @@ from eggroll import shaping as shaping
 from eggroll.interpret import DenseBuildError as DenseBuildError
 from eggroll.interpret import DenseBuildWarning as DenseBuildWarning
 from eggroll.interpret import MemberLoopWarning as MemberLoopWarning
+from eggroll.interpret.node_pass import Rows as Rows
 from eggroll.plan import Dense as Dense
 from eggroll.plan import Frozen as Frozen
 from eggroll.plan import Matrix as Matrix
+from eggroll.plan import Nodes as Nodes
 from eggroll.state import Metrics as Metrics
 from eggroll.state import State as State
 from eggroll.strategy import EvolutionStrategy as EvolutionStrategy
@@ -24,8 +27,11 @@ __all__ = [
     "Frozen",
     "Matrix",
     "MemberLoopWarning",
+    "Nodes",
+    "Rows",
     "Metrics",
     "State",
+    "credit",
     "estimator",
     "exchange",
     "integer",

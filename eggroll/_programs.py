@@ -17,6 +17,7 @@ from eggroll._calling import Function
 from eggroll._checks import gradients as check_gradients
 from eggroll._settings import Settings
 from eggroll.arithmetic import Outcome
+from eggroll.generation import Task
 from eggroll.perturbation import built_member, draw
 from eggroll.population.placement import tracing
 from eggroll.population.schedule import EXACT
@@ -51,7 +52,7 @@ def _program(*static: int) -> Callable[[Callable[..., Any]], _Program]:
 @_program(0, 2)
 def map(settings: Settings, state: State, fn: Function, args: tuple, members: PyTree) -> PyTree:
     g = generation.begin(settings, state)
-    return generation.map_members(g, state.params, fn, args, members, None)
+    return generation.map_members(g, state.params, Task(fn, args, members), None)
 
 
 @_program(0, 2)
@@ -59,7 +60,7 @@ def evaluate(
     settings: Settings, state: State, fitness: Function, args: tuple, members: PyTree
 ) -> PyTree:
     g = generation.begin(settings, state)
-    out = generation.map_members(g, state.params, fitness, args, members, None)
+    out = generation.map_members(g, state.params, Task(fitness, args, members), None)
     scores = generation.scores_of(g, out)
     return tuple(scores) if generation.has_aux(out) else scores.values
 
@@ -76,11 +77,23 @@ def step(
     return generation.step(settings, state, fitness, args, members, groups)
 
 
-@_program(0)
+@_program(0, 4)
 def update(
-    settings: Settings, state: State, values: Num[Array, "..."], groups: Groups
+    settings: Settings,
+    state: State,
+    values: Num[Array, "..."],
+    groups: Groups,
+    fitness: Function | None,
+    args: tuple,
+    members: PyTree,
 ) -> tuple[State, Outcome | Metrics]:
-    return generation.finish(generation.begin(settings, state), state, values, groups, None)
+    g, task = generation.begin(settings, state), task_of(fitness, args, members)
+    return generation.finish(g, state, values, groups, None, task)
+
+
+def task_of(fitness: Function | None, args: tuple, members: PyTree) -> Task | None:
+    """The task of a second pass; None where there is none."""
+    return None if fitness is None else Task(fitness, args, members)
 
 
 @_program(0)
@@ -88,10 +101,19 @@ def metrics(settings: Settings, outcome: Outcome) -> Metrics:
     return generation.metrics(settings, outcome)
 
 
-@_program(0)
-def gradient(settings: Settings, state: State, values: Num[Array, "..."], groups: Groups) -> PyTree:
-    g = generation.begin(settings, state)
-    grads, _ = generation.estimate(g, generation.weigh(g, values, groups), None)
+@_program(0, 4)
+def gradient(
+    settings: Settings,
+    state: State,
+    values: Num[Array, "..."],
+    groups: Groups,
+    fitness: Function | None,
+    args: tuple,
+    members: PyTree,
+) -> PyTree:
+    g, task = generation.begin(settings, state), task_of(fitness, args, members)
+    weighed = generation.weigh(g, values, groups)
+    grads, _ = generation.estimate(g, state.params, weighed, None, task)
     return jax.tree.unflatten(jax.tree.structure(state.params), grads)
 
 

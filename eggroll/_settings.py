@@ -12,8 +12,10 @@ from eggroll import plan as plans
 from eggroll import shaping as shapings
 from eggroll._checks import is_even, is_number, is_positive, is_whole
 from eggroll.arithmetic import FLOATS, INTEGERS, Arithmetic
+from eggroll.credit import Credit
 from eggroll.exchange import Auto, costs
 from eggroll.interpret import OnDense
+from eggroll.interpret.node_pass import Rows
 from eggroll.plan.leaf import Plan
 from eggroll.population.placement import Specs, check_mesh
 from eggroll.population.schedule import Schedule
@@ -31,7 +33,10 @@ class Settings:
     population: int
     sigma: float | optax.Schedule
     rank: Any = 1
-    shaping: shapings.Shaping | None = dataclasses.field(default_factory=shapings.zscore)
+    perturb: str = "weights"
+    rows: int | Rows | None = None
+    credit: Credit | None = None
+    shaping: shapings.Shaping | str | None = "default"
     plan: plans.Planner = dataclasses.field(default_factory=plans.by_shape)
     noise: Any = dataclasses.field(default_factory=noises.counter)
     chunk: int | None = None
@@ -47,6 +52,10 @@ class Settings:
     specs: Specs | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.shaping, str) and self.shaping == "default":
+            # Differences of the two members of a pair are credit as they are.
+            default = None if self.perturb == "nodes" else shapings.zscore()
+            object.__setattr__(self, "shaping", default)
         check(self)
 
     @property
@@ -98,6 +107,18 @@ def check(given: Settings) -> None:
         "rank",
         given.rank == "full" or (is_whole(given.rank) and given.rank >= 1),
         "an integer of at least 1, or 'full' for dense noise",
+    )
+    require("perturb", given.perturb in ("weights", "nodes"), "'weights' or 'nodes'")
+    length = given.rows.length if isinstance(given.rows, Rows) else given.rows
+    require(
+        "rows",
+        length is None or (is_whole(length) and length >= 1),
+        "the number of scores of a member, an integer of at least 1, or eggroll.Rows(...)",
+    )
+    require(
+        "credit",
+        given.credit is None or isinstance(given.credit, Credit),
+        "eggroll.credit.own(), causal(gamma) or episode()",
     )
     require(
         "chunk",

@@ -20,7 +20,7 @@ from eggroll.arithmetic import Sigma
 from eggroll.noise import Noise
 from eggroll.perturbation import Draw, draw_pairs
 from eggroll.plan.leaf import Leaf, Plan
-from eggroll.plan.treatments import Matrix
+from eggroll.plan.treatments import Matrix, Nodes
 from eggroll.population.pairs import by_chunk, split_pairs
 from eggroll.population.placement import AXIS, constrain, devices, member_axis
 from eggroll.population.schedule import FAST, Schedule, isolated
@@ -137,7 +137,7 @@ def _sum_of_pairs(
         return jax.tree.map(jnp.add, total, sums), None
 
     zero: Parts = [
-        follow(leaf, jnp.zeros(leaf.shape, leaf.sum_type)) if leaf.trainable else None
+        follow(leaf, jnp.zeros(leaf.shape, leaf.sum_type)) if leaf.noise_shapes() else None
         for leaf in plan.leaves
     ]
     zero = fixed_point.to_limbs(zero) if limbs else zero
@@ -200,6 +200,8 @@ def gradient(plan: Plan, sums: Sums, sigma: Sigma, members: Int[AnyArray, ""]) -
     def of(leaf: Leaf, total: Array | None) -> Array | None:
         if total is None:
             return None
-        return leaf.arithmetic.gradient(total, leaf.sigma, leaf.root_rank, sigma, members)
+        # Sums of node noise contain the factor of the parameter.
+        own = 1.0 if isinstance(leaf.treatment, Nodes) else leaf.sigma
+        return leaf.arithmetic.gradient(total, own, leaf.root_rank, sigma, members)
 
     return [of(leaf, total) for leaf, total in zip(plan.leaves, sums, strict=True)]

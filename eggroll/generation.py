@@ -26,16 +26,46 @@ from eggroll._calling import Function, call
 from eggroll._checks import is_real, member_data
 from eggroll._settings import Settings
 from eggroll.arithmetic import Arithmetic, Outcome, Sigma, Weighed
+from eggroll.credit import causal, episode
 from eggroll.interpret import Context, interpret
+from eggroll.interpret.node_pass import NodeArithmetic, NodePass, Rows
+from eggroll.nodes import FloatNodes, IntegerNodes, node_pass
 from eggroll.noise import Noise, Role, stream
 from eggroll.perturbation import Draw, draw_pairs, perturb
 from eggroll.plan.leaf import Plan
-from eggroll.population.pairs import map_pairs, split_pairs
+from eggroll.plan.treatments import Nodes
+from eggroll.population.pairs import map_pairs, split_pairs, sum_pairs
 from eggroll.population.placement import AXIS, constrain_all, devices, replicated, specs_of
 from eggroll.state import Metrics, State, trainable_of
 
 Out = TypeVar("Out", bound=PyTree)
 Draws = list[Draw]
+
+
+class Task(NamedTuple):
+    """What the members of a generation do.
+
+    Attributes:
+      fn: ``fn(params, key, [member,] *args)``.
+      args: the trees that every member receives.
+      members: a tree with leading axis [population], or None.
+    """
+
+    fn: Function
+    args: tuple = ()
+    members: PyTree = None
+
+
+class RowCredit(NamedTuple):
+    """The credit of one pair, or of all pairs with a leading axis.
+
+    Attributes:
+      rows: of every row.
+      whole: of what belongs to no row.
+    """
+
+    rows: Num[Array, "*pairs rows"]
+    whole: Num[Array, "*pairs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +91,12 @@ class Generation:
     epoch: Int[Array, ""]
     sigma: Float[Array, ""]
     noise_sigma: Sigma
+
+    @property
+    def node_arithmetic(self) -> NodeArithmetic:
+        """How node noise is added and weighed."""
+        exact = self.arithmetic.exact_sums
+        return IntegerNodes(float(self.noise_sigma)) if exact else FloatNodes(self.sigma)
 
     @property
     def pairs(self) -> int:
@@ -102,6 +138,7 @@ def plan_of(settings: Settings, params: PyTree) -> Plan:
       ValueError: the arithmetic of the strategy cannot train a leaf.
     """
     plan = settings.plan(params, settings.rank)
+    plan = plan.with_nodes() if settings.perturb == "nodes" else plan
     for leaf in plan.leaves:
         trained_by = leaf.arithmetic if leaf.trainable else None
         settings.arithmetic.check_leaf(leaf.path, leaf.dtype, trained_by)
@@ -138,8 +175,9 @@ def step(
     """Evaluates the population and updates the parameters."""
     g = begin(settings, state)
     draws = all_draws(g) if _keeps_noise(g) else None
-    values, _ = evaluate(g, state.params, fitness, args, members, draws)
-    return finish(g, state, values, groups, draws)
+    task = Task(fitness, args, members)
+    values, _ = evaluate(g, state.params, task, draws)
+    return finish(g, state, values, groups, draws, task)
 
 
 def finish(
@@ -148,10 +186,11 @@ def finish(
     values: Num[Array, "..."],
     groups: Int[Array, "population"] | None,
     draws: Draws | None,
+    task: Task | None = None,
 ) -> tuple[State, Outcome | Metrics]:
-    """Computes the next state from the scores of a population."""
+    """Computes the next state from the scores of a population; node noise runs the task again."""
     weighed = weigh(g, values, groups)
-    grads, agreement = estimate(g, weighed, draws)
+    grads, agreement = estimate(g, state.params, weighed, draws, task)
     value = g.arithmetic.value(weighed)
     new, change = apply(g, state, grads, weighed.moves, weighed.members, value)
     return told(g, new, Outcome(g.number, weighed.report, weighed.moves, change, agreement))
@@ -160,56 +199,31 @@ def finish(
 # ---------------------------------------------------------------- evaluate
 
 
-def evaluate(
-    g: Generation,
-    params: PyTree,
-    fitness: Function,
-    args: tuple,
-    members: PyTree,
-    draws: Draws | None,
-) -> "Scores":
+def evaluate(g: Generation, params: PyTree, task: Task, draws: Draws | None) -> "Scores":
     """Scores of all members, ``[population]`` or ``[population, tasks]``, and aux."""
-    return scores_of(g, map_members(g, params, fitness, args, members, draws))
+    return scores_of(g, map_members(g, params, task, draws))
 
 
-def map_members(
-    g: Generation,
-    params: PyTree,
-    fn: Function,
-    args: tuple,
-    members: PyTree,
-    draws: Draws | None,
-) -> PyTree:
-    """Maps ``fn`` over all members.
+def map_members(g: Generation, params: PyTree, task: Task, draws: Draws | None) -> PyTree:
+    """Maps the function of a task over all members.
 
     Args:
       g: the generation.
       params: the mean.
-      fn: ``fn(params, key, [member,] *args)``.
-      args: the trees that every member receives.
-      members: a tree with leading axis [population], or None.
+      task: what is mapped.
       draws: the noise of all pairs, or None to draw it a chunk at a time.
 
     Returns:
-      The outputs of ``fn``, each leaf with a leading axis [population].
+      The outputs of the function, each leaf with a leading axis [population].
     """
-    member_data(members, g.settings.population)
-    by_pair = jax.tree.map(lambda x: x.reshape(g.pairs, 2, *x.shape[1:]), members)
-    # One interpretation for all traces, so that a built matrix is reported once.
-    traced = interpret(fn, Context(on_dense=g.settings.dense_report))
+    member_data(task.members, g.settings.population)
+    by_pair = _by_pair(g, task)
+    # One context for all traces, so that a built matrix is reported once.
+    context = Context(on_dense=g.settings.dense_report)
 
     def of_pair(params: PyTree, pair: Array, drawn: Draws, own: PyTree) -> PyTree:
-        words = stream(g.seed, "", g.number, pair, Role.FITNESS_KEY)
-
-        def of_member(sign: Array, which: Array, own: PyTree) -> PyTree:
-            key = typed_key(words)
-            if not g.settings.shared_keys:
-                key = jax.random.fold_in(key, which)
-            perturbed = perturb(g.plan, params, drawn, g.noise_sigma, sign)
-            return call(traced, perturbed, key, own, args)
-
-        signs = jnp.array([1, -1], g.arithmetic.sign_type)
-        return jax.vmap(of_member)(signs, jnp.arange(2), own)
+        run = functools.partial(_member, g, context, task, params, pair, drawn)
+        return _both_members(g, lambda *each: run(*each, None)[0], own, 0)
 
     def of_chunk(ids: Array, data: tuple[Draws | None, PyTree]) -> PyTree:
         drawn, own = data
@@ -222,6 +236,79 @@ def map_members(
     return map_pairs(
         of_chunk, g.pairs, (draws, by_pair), g.settings.schedule, g.settings.mesh, always
     )
+
+
+def _by_pair(g: Generation, task: Task) -> PyTree:
+    """The data of members, leaves ``[pairs, 2, ...]``."""
+    return jax.tree.map(lambda x: x.reshape(g.pairs, 2, *x.shape[1:]), task.members)
+
+
+def _both_members(g: Generation, of_member: Callable[..., PyTree], own: PyTree, out: Any) -> PyTree:
+    """Maps a function over the two members of a pair; ``out`` is the axis of the outputs."""
+    signs = jnp.array([1, -1], g.arithmetic.sign_type)
+    return jax.vmap(of_member, out_axes=out)(signs, jnp.arange(2), own)
+
+
+def _member(
+    g: Generation,
+    context: Context,
+    task: Task,
+    params: PyTree,
+    pair: Array,
+    drawn: Draws,
+    sign: Array,
+    which: Array,
+    own: PyTree,
+    credit: RowCredit | None,
+) -> tuple[PyTree, list[Array]]:
+    """Runs one member: the outputs of the function, and with credit the sums of node noise."""
+    words = stream(g.seed, "", g.number, pair, Role.FITNESS_KEY)
+    key = typed_key(words)
+    if not g.settings.shared_keys:
+        key = jax.random.fold_in(key, which)
+    nodes = None
+    if g.plan.has_nodes:
+        rows, given = None, ()
+        if credit is not None:
+            rows, given = rows_of(g.settings, credit.rows.shape[0]), credit
+        nodes = node_pass(
+            g.node_arithmetic, g.noise, g.seed, g.epoch, pair, sign, rows, *given
+        )
+        context = dataclasses.replace(context, nodes=nodes)
+    perturbed = perturb(g.plan, params, drawn, g.noise_sigma, sign, nodes)
+    out = call(interpret(task.fn, context), perturbed, key, own, task.args)
+    if credit is None:
+        return out, []
+    assert nodes is not None
+    _check_rows(nodes)
+    return out, nodes.region.sums()
+
+
+def rows_of(settings: Settings, scores: int) -> Rows:
+    """The rows that the scores of a member belong to.
+
+    Raises:
+      ValueError: the number of scores is not that of the rows in the settings.
+    """
+    rows = settings.rows
+    rows = Rows(scores) if rows is None else Rows(rows) if isinstance(rows, int) else rows
+    if scores not in (1, rows.length):
+        raise ValueError(
+            f"rows={rows.length}: must be the number of scores that the fitness returns, {scores}"
+        )
+    return dataclasses.replace(rows, length=scores)
+
+
+def _check_rows(nodes: NodePass) -> None:
+    """Raises ValueError if the scores have rows and no product does."""
+    assert nodes.rows is not None
+    if nodes.rows.length > 1 and not any(site.in_row for site in nodes.sites):
+        shapes = sorted({site.paths[0] for site in nodes.sites})
+        raise ValueError(
+            f"rows={nodes.rows.length}: must be the length of a loop or of an axis of the activations; "
+            f"no product with the parameters {shapes} has one (for one score of a member, return a number "
+            "or use credit=eggroll.credit.episode())"
+        )
 
 
 def typed_key(words: UInt32[Array, "2"]) -> Array:
@@ -285,6 +372,46 @@ def _keeps_noise(g: Generation) -> bool:
     return g.plan.noise_bytes * -(-g.pairs // devices(s.mesh)) <= s.factor_memory
 
 
+def node_sums(
+    g: Generation, params: PyTree, task: Task, credit: RowCredit, draws: Draws | None
+) -> estimator.Sums:
+    """The second pass: what every product received, times credit, summed over rows and members."""
+    context = Context(on_dense="ignore")
+
+    def of_pair(
+        params: PyTree, pair: Array, drawn: Draws, own: PyTree, credit: RowCredit
+    ) -> list[Array]:
+        run = functools.partial(_member, g, context, task, params, pair, drawn)
+        return _both_members(g, lambda *each: run(*each, credit)[1], own, None)
+
+    def of_chunk(ids: Array, data: tuple[Draws | None, PyTree], credit: RowCredit) -> list[Array]:
+        drawn, own = data
+        if drawn is None:
+            drawn = draw_pairs(g.plan, g.noise, g.seed, g.epoch, ids)
+        here = constrain_all(params, g.plan.specs)
+        # Every operation that sums over members does so by itself: nothing is mapped out.
+        return jax.vmap(lambda *each: of_pair(here, *each), out_axes=None)(ids, drawn, own, credit)
+
+    totals = iter(
+        sum_pairs(
+            of_chunk,
+            g.pairs,
+            (draws, _by_pair(g, task)),
+            credit,
+            g.settings.schedule,
+            g.settings.mesh,
+            g.arithmetic.exact_sums,
+            g.number >= 0,
+        )
+    )
+    return [
+        estimator.follow(leaf, next(totals), g.settings.mesh)
+        if isinstance(leaf.treatment, Nodes)
+        else None
+        for leaf in g.plan.leaves
+    ]
+
+
 # ---------------------------------------------------------------- weigh
 
 
@@ -295,7 +422,8 @@ def weigh(
     table = values if values.ndim == 2 else values[:, None]
 
     def of(table: Array, groups: Array | None, sigma: Array) -> Weighed:
-        return g.arithmetic.weigh(table, groups, g.settings.shaping, sigma)
+        weighed = g.arithmetic.weigh(table, groups, g.settings.shaping, sigma)
+        return weighed._replace(moves=weighed.rows_move) if g.plan.has_nodes else weighed
 
     if g.arithmetic.exact_sums or not g.settings.schedule.is_reproducible:
         return of(table, groups, g.sigma)
@@ -307,19 +435,54 @@ def weigh(
 
 
 def estimate(
-    g: Generation, weighed: Weighed, draws: Draws | None
+    g: Generation, params: PyTree, weighed: Weighed, draws: Draws | None, task: Task | None
 ) -> tuple[estimator.Sums, Float[Array, ""] | None]:
-    """The gradient estimate of every leaf, and the cosine between two halves of the pairs."""
-    weights = weighed.weights
+    """The gradient estimate of every leaf, and the cosine between two halves of the pairs.
+
+    Args:
+      g: the generation.
+      params: the mean.
+      weighed: the weight of each pair, and of each row.
+      draws: the noise of all pairs, or None to draw it again.
+      task: what was evaluated, for the second pass of node noise; None without node noise.
+    """
     if not g.settings.agreement:
-        total = _weighted_noise(g, weights, draws)
+        total = _sums(g, params, weighed, draws, task)
         gradient = functools.partial(estimator.gradient, g.plan)
         return g.isolate(gradient, total, g.noise_sigma, weighed.members), None
     first = jnp.arange(g.pairs) < g.pairs // 2
-    halves = [_weighted_noise(g, jnp.where(h, weights, 0), draws) for h in (first, ~first)]
+    halves = []
+    for half in (first, ~first):
+        of_half = weighed._replace(
+            weights=jnp.where(half, weighed.weights, 0),
+            differences=jnp.where(half[:, None], weighed.differences, 0),
+        )
+        halves.append(_sums(g, params, of_half, draws, task))
     return g.isolate(
         lambda *args: _joined_halves(g, *args), *halves, g.noise_sigma, weighed.members
     )
+
+
+def _sums(
+    g: Generation, params: PyTree, weighed: Weighed, draws: Draws | None, task: Task | None
+) -> estimator.Sums:
+    """The sums of noise by weights, and for node noise those of the second pass."""
+    total = _weighted_noise(g, weighed.weights, draws)
+    if not g.plan.has_nodes:
+        return total
+    if task is None:
+        raise ValueError(
+            "perturb='nodes': update and gradient need the fitness and its arguments for the second pass, "
+            "as in es.update(state, values, fitness, *args)"
+        )
+    sums = node_sums(g, params, task, credit_of(g, weighed.differences), draws)
+    return [a if b is None else b for a, b in zip(total, sums, strict=True)]
+
+
+def credit_of(g: Generation, differences: Num[Array, "pairs rows"]) -> RowCredit:
+    """The credit of the rows of every pair, from the differences of its two members' scores."""
+    how = g.settings.credit or (causal() if differences.shape[1] > 1 else episode())
+    return RowCredit(*g.arithmetic.credit(how, differences))
 
 
 def _weighted_noise(

@@ -38,6 +38,7 @@ class Role(enum.IntEnum):
     B = 1
     DENSE = 2
     FITNESS_KEY = 3
+    NODE = 4
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,23 @@ def stream(
     words = _permute(seed ^ jnp.array(path_words(path), jnp.uint32))
     words = _permute(words ^ _words(epoch, int(role)))
     return _permute(words ^ _words(pair, 0))
+
+
+def looped(words: UInt32[Array, "2"], loops: tuple[Index, ...]) -> UInt32[Array, "2"]:
+    """The key of one step of nested loops, from the key of an array that is drawn in them.
+
+    Args:
+        words: from :func:`stream`.
+        loops: the step of each loop, from the outside in; may be traced.
+
+    Example:
+        >>> words = jnp.array([1, 2], jnp.uint32)
+        >>> bool((looped(words, ()) == words).all()), bool((looped(words, (0,)) == words).all())
+        (True, False)
+    """
+    for depth, step in enumerate(loops):
+        words = _permute(words ^ _words(step, depth + 1))
+    return words
 
 
 def bits_at(

@@ -7,12 +7,14 @@ from jaxtyping import Array as AnyArray
 from jaxtyping import Int, Num, PyTree, UInt32
 
 from eggroll.arithmetic import Sigma
+from eggroll.interpret.node_pass import NodePass
 from eggroll.noise import Noise, Role, stream
 from eggroll.plan.leaf import Leaf, Plan
-from eggroll.plan.treatments import Matrix
+from eggroll.plan.treatments import Matrix, Nodes
 from eggroll.population.placement import constrain
 from eggroll.population.schedule import isolated
 from eggroll.values import LowRank, Upcast, build
+from eggroll.values.node import Node, root
 
 # The noise of one pair for one leaf: the factors (A, B), dense noise (E,), or () if frozen.
 Draw = tuple[Array, ...]
@@ -81,7 +83,12 @@ def follow(leaf: Leaf, drawn: Draw) -> Draw:
 
 
 def perturb(
-    plan: Plan, params: PyTree, draws: list[Draw], sigma: Sigma, sign: Num[AnyArray, ""]
+    plan: Plan,
+    params: PyTree,
+    draws: list[Draw],
+    sigma: Sigma,
+    sign: Num[AnyArray, ""],
+    nodes: NodePass | None = None,
 ) -> PyTree:
     """The parameters of a member; low-rank leaves are LowRank values, which are not built.
 
@@ -91,11 +98,15 @@ def perturb(
       draws: the noise of the member's pair.
       sigma: sigma in the form that the arithmetic takes.
       sign: 1 or -1, of the dtype ``sign_type`` of the arithmetic.
+      nodes: the pass of the member, where parameters have node noise.
     """
     leaves, tree = jax.tree.flatten(params)
 
-    def of(leaf: Leaf, w: Array, drawn: Draw) -> Array | LowRank | Upcast:
+    def of(leaf: Leaf, w: Array, drawn: Draw) -> Array | LowRank | Upcast | Node:
         how = leaf.arithmetic
+        if isinstance(leaf.treatment, Nodes):
+            assert nodes is not None
+            return nodes.region.adopt(root(w, 0, (leaf.path,), leaf.sigma))
         if not drawn:
             return w
         if isinstance(leaf.treatment, Matrix):

@@ -220,7 +220,15 @@ class EvolutionStrategy(Settings):
         checks.fitness(self._seen, fn)
         return programs.map(self.placed(state), state, fn, args, members)
 
-    def update(self, state: State, values: Values, groups: Groups = None) -> tuple[State, Metrics]:
+    def update(
+        self,
+        state: State,
+        values: Values,
+        fitness: Function | Groups = None,
+        *args: PyTree,
+        members: PyTree = None,
+        groups: Groups = None,
+    ) -> tuple[State, Metrics]:
         """Updates the parameters from scores: the second half of a generation.
 
         Args:
@@ -228,6 +236,10 @@ class EvolutionStrategy(Settings):
           values: scores ``[population]`` or ``[population, tasks]`` from any source; a list may
             hold None. A score that is None or not finite drops its pair for that task, and is
             counted.
+          fitness: the function that was evaluated, for the second pass of node noise; weight noise
+            needs none.
+          *args: its arguments, as in :meth:`evaluate`.
+          members: the data of members, as in :meth:`evaluate`.
           groups: as in :meth:`step`.
 
         Returns:
@@ -236,21 +248,32 @@ class EvolutionStrategy(Settings):
         Raises:
           ValueError: ``values`` or ``groups`` has a wrong shape or dtype.
         """
+        fitness, groups = _fitness_and_groups(fitness, groups)
         es, groups = self.placed(state), checks.groups(groups, self.population)
         values = checks.scores(values, self.population, self.noise.integer)
-        return self._with_metrics(programs.update(es, state, values, groups))
+        done = programs.update(es, state, values, groups, fitness, args, members)
+        return self._with_metrics(done)
 
     tell = update
 
-    def gradient(self, state: State, values: Values, groups: Groups = None) -> PyTree:
+    def gradient(
+        self,
+        state: State,
+        values: Values,
+        fitness: Function | Groups = None,
+        *args: PyTree,
+        members: PyTree = None,
+        groups: Groups = None,
+    ) -> PyTree:
         """The gradient estimate alone: the tree of the parameters, with None for frozen leaves.
 
         Leaves are float32 (float64 for float64 parameters), or int32 for integer noise. Arguments
         as in :meth:`update`.
         """
+        fitness, groups = _fitness_and_groups(fitness, groups)
         es, groups = self.placed(state), checks.groups(groups, self.population)
         values = checks.scores(values, self.population, self.noise.integer)
-        return programs.gradient(es, state, values, groups)
+        return programs.gradient(es, state, values, groups, fitness, args, members)
 
     def apply_gradient(
         self,
@@ -402,6 +425,13 @@ class EvolutionStrategy(Settings):
         """Adds metrics to a state if the program of the update returned an outcome instead."""
         state, result = done
         return state, programs.metrics(self, result) if isinstance(result, Outcome) else result
+
+
+def _fitness_and_groups(fitness: Any, groups: Groups) -> tuple[Function | None, Groups]:
+    """Groups may stand in the place of the fitness, where they stood in version 0.1."""
+    if fitness is None or callable(fitness):
+        return fitness, groups
+    return None, fitness
 
 
 def _deprecated(old: str, new: str) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Array as AnyArray
 from jaxtyping import Bool, Float, Int, Num, PyTree
 
 from eggroll._types import DType
+from eggroll.credit import Credit
 from eggroll.shaping import Shaping
 from eggroll.values import LowRank, Upcast
 
@@ -49,12 +50,17 @@ class Weighed(NamedTuple):
         (integers).
       moves: whether any pair contributes; if False, nothing is updated.
       report: the scores or their statistics, for metrics; None if scores are unknown.
+      differences: of the weights (floats) or scores (integers) of a pair's two members, for every task
+        or row, ``[pairs, tasks]``; 0 where a score is invalid.
+      rows_move: whether any of them is not 0; as ``moves``, for node noise.
     """
 
     weights: Num[AnyArray, "pairs"]
     members: Int[AnyArray, ""]
     moves: Bool[AnyArray, ""]
     report: Statistics | Num[AnyArray, "population _"] | None
+    differences: Num[AnyArray, "pairs _"]
+    rows_move: Bool[AnyArray, ""]
 
 
 class Outcome(NamedTuple):
@@ -238,6 +244,12 @@ class Arithmetic(abc.ABC):
         sigma: Sigma,
     ) -> Weighed:
         """The weights of the pairs, from scores ``[population, tasks]``."""
+
+    @abc.abstractmethod
+    def credit(
+        self, how: Credit, differences: Num[AnyArray, "pairs rows"]
+    ) -> tuple[Num[AnyArray, "pairs rows"], Num[AnyArray, "pairs"]]:
+        """The credit of every row of a pair, and that of what belongs to no row."""
 
     @abc.abstractmethod
     def value(self, weighed: Weighed) -> Float[AnyArray, ""] | None:

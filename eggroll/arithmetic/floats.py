@@ -21,6 +21,7 @@ from eggroll.arithmetic._interface import (
     step_optimizer,
 )
 from eggroll.arithmetic._statistics import statistics, valid_pairs
+from eggroll.credit import Credit
 from eggroll.shaping import Shaping
 from eggroll.values import LowRank, Upcast, accumulator, is_integer, is_narrow
 
@@ -154,13 +155,24 @@ class Floats(Arithmetic):
         says = paired & (values[0::2] != values[1::2])
         if groups is not None:
             says |= paired & (groups[0::2] != groups[1::2])[:, None]
-        weights = jnp.where(says, shaped[0::2] - shaped[1::2], 0).mean(1)
+        differences = jnp.where(says, shaped[0::2] - shaped[1::2], 0)
+        weights = differences.mean(1)
         # Nothing moves if sums would overflow: raw scores near the largest float, or a sigma
         # schedule that reached zero. A NaN size compares False.
-        size = jnp.abs(weights.astype(jnp.float32)).sum() / jnp.abs(sigma)
-        moves = jnp.any(weights != 0) & (size < LARGEST_SUM)
+        def move(x: Array, size: Array) -> Array:
+            bound = jnp.abs(x.astype(jnp.float32)).sum() / (size * jnp.abs(sigma))
+            return jnp.any(x != 0) & (bound < LARGEST_SUM)
+
+        moves, rows_move = move(weights, 1), move(differences, differences.shape[1])
         members = 2 * paired.any(1).sum(dtype=jnp.int32)
-        return Weighed(weights, members, moves, statistics(values))
+        return Weighed(weights, members, moves, statistics(values), differences, rows_move)
+
+    def credit(
+        self, how: Credit, differences: Num[AnyArray, "pairs rows"]
+    ) -> tuple[Num[AnyArray, "pairs rows"], Num[AnyArray, "pairs"]]:
+        # The objective is the mean over rows.
+        differences = differences / differences.shape[1]
+        return how(differences), differences.sum(1)
 
     def move(
         self,

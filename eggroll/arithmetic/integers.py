@@ -12,7 +12,7 @@ import optax
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Array as AnyArray
-from jaxtyping import Bool, Float, Int, Int8, Num, PyTree
+from jaxtyping import Bool, Float, Int, Int8, Int32, Num, PyTree
 
 from eggroll._types import DType
 from eggroll.arithmetic._interface import (
@@ -26,6 +26,7 @@ from eggroll.arithmetic._interface import (
     step_optimizer,
 )
 from eggroll.arithmetic._statistics import statistics
+from eggroll.credit import Credit
 from eggroll.shaping import Shaping, pair_sign
 from eggroll.values import FixedPoint, LowRank, build, fixed_point
 from eggroll.values.fixed_point import LARGEST
@@ -157,7 +158,17 @@ class Integers(Arithmetic):
     ) -> Weighed:
         signs = pair_signs(values)
         decided = jnp.sum(signs != 0, dtype=jnp.int32)
-        return Weighed(signs, decided, decided > 0, values)
+        differences = pair_differences(values)
+        return Weighed(
+            signs, decided, decided > 0, values, differences, jnp.any(differences != 0)
+        )
+
+    def credit(
+        self, how: Credit, differences: Num[AnyArray, "pairs rows"]
+    ) -> tuple[Num[AnyArray, "pairs rows"], Num[AnyArray, "pairs"]]:
+        how.check_integers()
+        cut = lambda c: jnp.clip(c, -LARGEST_CREDIT, LARGEST_CREDIT).astype(jnp.int8)
+        return cut(how(differences)), cut(differences.sum(1, dtype=jnp.int32))
 
     def move(
         self,
@@ -194,6 +205,24 @@ class Integers(Arithmetic):
             assert not isinstance(outcome.report, Statistics)
             report = statistics(outcome.report.astype(jnp.float32))
         return report, jnp.sqrt(outcome.change.astype(jnp.float32))
+
+
+# The largest credit of a row: its product with noise is cut to int8 (:mod:`eggroll.nodes`).
+LARGEST_CREDIT = 16
+
+# Differences of integer scores are cut here, so that sums over rows stay in int32.
+LARGEST_DIFFERENCE = 2**16
+
+
+def pair_differences(values: Num[AnyArray, "population rows"]) -> Int32[AnyArray, "pairs rows"]:
+    """How far the first member of each pair is ahead, for each row; of float scores the sign alone."""
+    first, second = values[0::2], values[1::2]
+    if jnp.issubdtype(values.dtype, jnp.floating):
+        ahead = (first > second).astype(jnp.int32) - (first < second).astype(jnp.int32)
+        return jnp.where(jnp.isfinite(first) & jnp.isfinite(second), ahead, 0)
+    wide = lambda x: jnp.clip(x, -(2**30), 2**30 - 1).astype(jnp.int32)
+    difference = wide(first) - wide(second)
+    return jnp.clip(difference, -LARGEST_DIFFERENCE, LARGEST_DIFFERENCE)
 
 
 def pair_signs(values: Num[AnyArray, "population tasks"]) -> Int8[AnyArray, "pairs"]:

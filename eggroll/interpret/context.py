@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from eggroll import _compat as compat
+from eggroll.interpret.node_pass import Loop, NodePass
 from eggroll.interpret.registry import entry
 from eggroll.values.deferred import Deferred
 from eggroll.values.lowrank import (
@@ -24,6 +25,7 @@ from eggroll.values.lowrank import (
     materialize,
     narrow,
 )
+from eggroll.values.node import Node
 
 OnDense = Literal["error", "warn", "ignore"]
 # An equation, or what stands in its place in messages.
@@ -67,12 +69,16 @@ class Context:
       built: for each parameter path the primitives that it was built for.
       recorder: called with (use, path, axis of the parameter) where plan inference listens.
       origins: of the variables of the jaxpr that is being evaluated.
+      nodes: the pass of a member under node noise; None if no parameter has node noise.
+      site: the equation that is being evaluated, as its place in the program.
     """
 
     on_dense: OnDense = "warn"
     built: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     recorder: Callable[[str, str, int], None] | None = None
     origins: dict[core.Var, Origin] = dataclasses.field(default_factory=dict)
+    nodes: NodePass | None = None
+    site: str = ""
     # Built arrays by the identity of their value, so that several uses share one. The value is
     # kept beside it because an identity is only good while its object lives.
     _memo: dict[int, tuple[Value, Value]] = dataclasses.field(default_factory=dict)
@@ -83,6 +89,44 @@ class Context:
         if quiet:
             inner = dataclasses.replace(inner, on_dense="ignore", built={})
         return inner
+
+    # ------------------------------------------------------------ node noise
+
+    @property
+    def summing(self) -> bool:
+        """Whether parameters under node noise get sums in this pass."""
+        return self.nodes is not None and self.nodes.sums
+
+    def enter_loop(self, loop: Loop, on: Any = None) -> None:
+        """Makes this, the context of a loop's body, one with parameters of its own."""
+        if self.nodes is not None:
+            self.nodes = self.nodes.inside(loop, on)
+
+    def enter_branch(self, on: Any = None) -> None:
+        """Makes this, the context of a branch, one with parameters of its own."""
+        if self.nodes is not None:
+            self.nodes = self.nodes.inside(None, on)
+
+    def adopt(self, value: Value, w: Any = None) -> Value:
+        """A parameter under node noise as one of this body's own; other values as they are."""
+        if not isinstance(value, Node):
+            return value
+        assert self.nodes is not None
+        return self.nodes.region.adopt(value, w)
+
+    def sums(self) -> list[Any]:
+        """The sums of this body's parameters; none in the first pass."""
+        return self.nodes.region.sums() if self.nodes is not None and self.nodes.sums else []
+
+    def take(self, given: Sequence[Node], totals: Sequence[Any]) -> None:
+        """Adds what a body summed for the parameters that it was given."""
+        if not self.summing:
+            return
+        assert self.nodes is not None
+        for node, total in zip(given, totals, strict=True):
+            self.nodes.region.add_total(node, total)
+
+    # ------------------------------------------------------------ origins and uses of axes
 
     def origin(self, atom: core.Var | core.Literal) -> Origin:
         """What an operand of the equation at hand was computed from."""

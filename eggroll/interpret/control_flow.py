@@ -12,17 +12,21 @@ from jax.extend import core
 from eggroll import _compat as compat
 from eggroll.interpret.context import Context, Origin
 from eggroll.interpret.interpreter import evaluate
+from eggroll.interpret.node_pass import Loop
+from eggroll.interpret.nodes import realise
 from eggroll.interpret.registry import RuleFn, rule
 from eggroll.interpret.structure import dims
 from eggroll.values.deferred import Deferred
 from eggroll.values.lowrank import LowRank, Upcast, Value, is_lazy, materialize
+from eggroll.values.node import Node
+from eggroll.values.pullback import for_any_member, sum_type
 
 # What is carried from step to step may come to depend on anything in the loop.
 CARRIED = Origin.OWN | Origin.DATA
 
 
 def control_flow(
-    *primitives: str, keeps: str, takes: tuple[type, ...] = (LowRank, Upcast)
+    *primitives: str, keeps: str, takes: tuple[type, ...] = (LowRank, Upcast, Node)
 ) -> Callable[[RuleFn], RuleFn]:
     """Registers a rule that enters the body of an equation; it takes Upcast operands too."""
     return rule(*primitives, keeps=keeps, takes=takes, integers=True)
@@ -32,7 +36,7 @@ def control_flow(
     "jit", "pjit", "call", "closed_call", "core_call", "eval_jaxpr", "remat2", "checkpoint", "remat",
     "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call", "remat_opt",
     "linear_call", "composite", "custom_partitioning", "compute_on",
-    keeps="what the called function keeps", takes=(LowRank, Upcast, Deferred),
+    keeps="what the called function keeps", takes=(LowRank, Upcast, Deferred, Node),
 )  # fmt: skip
 def inline(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     """Enters a call. Custom derivatives are done with: a gradient inside is already equations.
@@ -88,42 +92,77 @@ def hand_on(
 def scan(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     parts = compat.scan_parts(eqn, list(values))
     n = len(parts.carry)
+    first = [entering(context, v) for v in parts.carry]
     xs = [context.upcast(x, eqn) if isinstance(x, LowRank) and x.gains else x for x in parts.xs]
+    consts, xs = [handed(context, v) for v in parts.consts], [handed(context, x) for x in xs]
+    of_consts = [v for v in consts if isinstance(v, Node)]
+    of_xs = [v for v in xs if isinstance(v, Node)]
     pieces = [sliced(context, x) for x in xs]
     slices = jnp.arange(parts.length, dtype=jnp.int32), [x for x, _ in pieces]
     origins = context.origins_of(eqn)
-    first = len(parts.consts)
-    origins[first : first + n] = [CARRIED] * n
+    start = len(parts.consts)
+    origins[start : start + n] = [CARRIED] * n
 
     def run(ctx: Context, carry: list[Value], slices: Any) -> tuple[list[Value], list[Value]]:
         i, own = slices
-        xs = [whole(piece, i) for (_, whole), piece in zip(pieces, own, strict=True)]
-        args = [*parts.consts, *carry, *xs]
+        ctx.enter_loop(Loop(i, parts.length, bool(of_xs)))
+        args = [ctx.adopt(v) for v in consts]
+        args += carry
+        args += [
+            ctx.adopt(x, piece) if isinstance(x, Node) else whole(piece, i)
+            for x, (_, whole), piece in zip(xs, pieces, own, strict=True)
+        ]
         outs = evaluate(ctx, parts.jaxpr, parts.jaxpr_consts, args, origins)
         return outs[:n], outs[n:]
 
     def trial(carry: list[Value]) -> list[Value]:
         # For the form alone: nothing that is built here is reported.
-        return run(context.inner(quiet=True), carry, jax.tree.map(lambda x: x[0], slices))[0]
+        ctx = context.inner(quiet=True)
+        outs, _ = run(ctx, carry, jax.tree.map(lambda x: x[0], slices))
+        return [v for v in plain(ctx, outs)]
 
-    def body(carry: list[Value], slices: Any) -> tuple[list[Value], list[Value]]:
-        ctx = context.inner()
+    def body(carry: Any, slices: Any) -> tuple[Any, Any]:
+        ctx, (carry, totals) = context.inner(), carry
         outs, ys = run(ctx, carry, slices)
-        return hand_on(ctx, eqn, outs, carry), [ctx.dense(y, eqn) for y in ys]
+        outs = hand_on(ctx, eqn, plain(ctx, outs), carry)
+        ys = [ctx.dense(y, eqn) for y in plain(ctx, ys)]
+        sums = ctx.sums()
+        totals = jax.tree.map(jnp.add, totals, sums[: len(totals)])
+        return (outs, totals), (ys, sums[len(totals) :])
 
-    carry, ys = lax.scan(
+    totals = [jnp.zeros(v.shape, sum_type(v.dtype)) for v in of_consts] if context.summing else []
+    (carry, totals), (ys, stacks) = lax.scan(
         body,
-        settle(context, eqn, parts.carry, trial),
+        (settle(context, eqn, first, trial), totals),
         slices,
         parts.length,
         reverse=parts.reverse,
         unroll=parts.unroll,
     )
+    context.take(of_consts, totals)
+    context.take(of_xs, stacks)
     return [*carry, *ys]
+
+
+def entering(context: Context, value: Value) -> Value:
+    """A parameter under node noise that becomes data: a carry, or rows that were looked up."""
+    return realise(context, value) if isinstance(value, Node) else value
+
+
+def handed(context: Context, value: Value) -> Value:
+    """What a body is handed: rows that were looked up as data, parameters as they are."""
+    return entering(context, value) if isinstance(value, Node) and value.looked_up else value
+
+
+def plain(context: Context, values: list[Value]) -> list[Value]:
+    """What a body returns: parameters under node noise as data."""
+    return [entering(context, v) for v in values]
 
 
 def sliced(context: Context, x: Value) -> tuple[Any, Callable[[Any, Array], Value]]:
     """What a scan slices of a scanned input, and how step ``i``'s input comes of a slice."""
+    if isinstance(x, Node):
+        return x.w, lambda piece, i: piece
     if not isinstance(x, LowRank):
         return x, lambda piece, i: piece
     context.record("scanned", x, 0)
@@ -147,19 +186,31 @@ def while_(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     params = eqn.params
     n, m = params["cond_nconsts"], params["body_nconsts"]
     test, body = params["cond_jaxpr"], params["body_jaxpr"]
-    test_consts, body_consts, carry = values[:n], values[n : n + m], list(values[n + m :])
+    test_consts = [entering(context, v) for v in values[:n]]
+    body_consts = [handed(context, v) for v in values[n : n + m]]
+    carry = [entering(context, v) for v in values[n + m :]]
+    of_consts = [v for v in body_consts if isinstance(v, Node)]
 
     origins = context.origins_of(eqn)
     body_origins = [*origins[n : n + m], *(CARRIED for _ in carry)]
     test_origins = [*origins[:n], *(CARRIED for _ in carry)]
 
-    def run(ctx: Context, carry: list[Value]) -> list[Value]:
-        return evaluate(ctx, body.jaxpr, body.consts, [*body_consts, *carry], body_origins)
+    def run(ctx: Context, i: Array, carry: list[Value], on: Array | None = None) -> list[Value]:
+        ctx.enter_loop(Loop(i, None, False), on)
+        args = [*(ctx.adopt(v) for v in body_consts), *carry]
+        return plain(ctx, evaluate(ctx, body.jaxpr, body.consts, args, body_origins))
 
     # A vmap around the loop leaves one condition for each of its elements: the loop goes on until
-    # none holds, and elements whose own does not hold any more stay as they are.
+    # none holds, and elements whose own does not hold any more stay as they are. Sums over members
+    # ask for the same: the loop is one for all members.
+    summing = context.summing and bool(of_consts)
     batched = bool(test.out_avals[0].shape)
-    if batched:
+    if batched and summing:
+        raise ValueError(
+            f"parameter {of_consts[0].paths[0]!r} has node noise and is used in a while loop under "
+            "vmap: must be a loop of a fixed number of steps (lax.scan, or fori_loop with constants)"
+        )
+    if batched or summing:
         carry = [context.dense(v, eqn) for v in carry]
 
     def holds(ctx: Context, carry: list[Value]) -> Array:
@@ -167,55 +218,82 @@ def while_(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
         (out,) = evaluate(ctx, test.jaxpr, test.consts, args, test_origins)
         return ctx.dense(out, eqn)
 
-    def cond_fun(carry: list[Value]) -> Array:
-        return jnp.any(holds(context.inner(), carry))
+    def cond_fun(state: Any) -> Array:
+        on = jnp.any(holds(context.inner(), state[1]))
+        return for_any_member(on) if summing else on
 
-    def body_fun(carry: list[Value]) -> list[Value]:
+    def body_fun(state: Any) -> Any:
+        i, carry, totals = state
         ctx = context.inner()
-        outs = hand_on(ctx, eqn, run(ctx, carry), carry)
-        if not batched:
-            return outs
-        on = holds(ctx, carry)
+        on = holds(ctx, carry) if batched or summing else None
+        outs = hand_on(ctx, eqn, run(ctx, i, carry, on if summing else None), carry)
+        totals = jax.tree.map(jnp.add, totals, ctx.sums()) if summing else []
+        if on is None:
+            return i + 1, outs, totals
 
         def chosen(new: Any, old: Any) -> Array:
             mask = on.reshape(*on.shape, *(1,) * (new.ndim - on.ndim))
             return jnp.where(mask, new, old)
 
-        return [chosen(new, old) for new, old in zip(outs, carry, strict=True)]
+        return i + 1, [chosen(new, old) for new, old in zip(outs, carry, strict=True)], totals
 
     def trial(carry: list[Value]) -> list[Value]:
-        return run(context.inner(quiet=True), carry)
+        return run(context.inner(quiet=True), jnp.int32(0), carry)
 
-    return lax.while_loop(cond_fun, body_fun, settle(context, eqn, carry, trial))
+    totals = [jnp.zeros(v.shape, sum_type(v.dtype)) for v in of_consts] if summing else []
+    start = jnp.int32(0), settle(context, eqn, carry, trial), totals
+    _, carry, totals = lax.while_loop(cond_fun, body_fun, start)
+    context.take(of_consts, totals)
+    return carry
 
 
 @control_flow("cond", keeps="operands, and results of one form in all branches")
 def cond(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     index, *operands = values
+    index = entering(context, index)
+    operands = [handed(context, v) for v in operands]
+    of_parameters = [v for v in operands if isinstance(v, Node)]
     branches = eqn.params["branches"]
 
-    origins = context.origins_of(eqn)[1:]
+    of_index, *origins = context.origins_of(eqn)
+    # Where members may take different branches, sums over members need all of them.
+    all_of_them = context.summing and bool(of_parameters) and of_index is not Origin.SHARED
 
-    def run(ctx: Context, branch: Any) -> list[Value]:
-        outs = evaluate(ctx, branch.jaxpr, branch.consts, operands, origins)
-        return [materialize(v) for v in outs]
+    def run(ctx: Context, k: int, on: Array | None = None) -> list[Value]:
+        ctx.site += f"?{k}"
+        ctx.enter_branch(on)
+        branch = branches[k]
+        args = [ctx.adopt(v) for v in operands]
+        outs = evaluate(ctx, branch.jaxpr, branch.consts, args, origins)
+        return [materialize(v) for v in plain(ctx, outs)]
 
-    def trial(branch: Any) -> list[Value]:
-        return run(context.inner(quiet=True), branch)
+    def trial(k: int) -> list[Value]:
+        return run(context.inner(quiet=True), k)
 
-    forms = [jax.eval_shape(functools.partial(trial, branch)) for branch in branches]
+    count = range(len(branches))
+    forms = [jax.eval_shape(functools.partial(trial, k)) for k in count]
     keep = [
-        is_lazy(first) and all(same_kind(first, other) for other in rest)
+        not all_of_them and is_lazy(first) and all(same_kind(first, other) for other in rest)
         for first, *rest in zip(*forms, strict=True)
     ]
 
-    def branch_fn(branch: Any) -> list[Value]:
+    def branch_fn(k: int, on: Array | None = None) -> tuple[list[Value], list[Array]]:
         ctx = context.inner()
-        outs = run(ctx, branch)
-        return [o if k else ctx.dense(o, eqn) for o, k in zip(outs, keep, strict=True)]
+        outs = run(ctx, k, on)
+        dense = [o if k else ctx.dense(o, eqn) for o, k in zip(outs, keep, strict=True)]
+        return dense, ctx.sums()
 
+    if all_of_them:
+        at = jnp.clip(index.astype(jnp.int32), 0, len(branches) - 1)
+        done = [branch_fn(k, at == k) for k in count]
+        outs = [lax.select_n(at, *each) for each in zip(*(o for o, _ in done), strict=True)]
+        for _, sums in done:
+            context.take(of_parameters, sums)
+        return outs
     # The operands are closed over: being the same objects, they are not built a second time.
-    return lax.switch(index, [functools.partial(branch_fn, branch) for branch in branches])
+    outs, sums = lax.switch(index, [functools.partial(branch_fn, k) for k in count])
+    context.take(of_parameters, sums)
+    return outs
 
 
 @control_flow("shard_map", keeps="operands")

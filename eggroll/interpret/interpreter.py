@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from eggroll import _compat as compat
+from eggroll.interpret import nodes
 from eggroll.interpret.context import Context as Context
 from eggroll.interpret.context import DenseBuildError as DenseBuildError
 from eggroll.interpret.context import DenseBuildWarning as DenseBuildWarning
@@ -34,6 +35,7 @@ from eggroll.values.lowrank import (
     materialize,
     narrow,
 )
+from eggroll.values.node import Node
 
 
 def interpret(fn: Callable[..., Any], context: Context | None = None) -> Callable[..., Any]:
@@ -65,15 +67,30 @@ def interpret(fn: Callable[..., Any], context: Context | None = None) -> Callabl
             for leaf in leaves
         ]
         outs = evaluate(ctx, closed.jaxpr, closed.consts, values, origins)
-        outs = [ctx.dense(v, "output") for v in outs]
+        outs = [output(ctx, v) for v in outs]
         return jax.tree.unflatten(jax.tree.structure(shapes), outs)
 
     return interpreted
 
 
+def output(context: Context, value: Value) -> Any:
+    """What a function returns, as an array.
+
+    Raises:
+      ValueError: it was computed from parameters under node noise alone, and so carries no noise.
+    """
+    if isinstance(value, Node) and not value.looked_up:
+        raise ValueError(
+            f"parameter {value.paths[0]!r} has node noise and reaches an output through no product or "
+            "sum with data, so no noise reaches it: must have eggroll.Dense() or Frozen() in the plan's "
+            "overrides"
+        )
+    return nodes.realise(context, value) if isinstance(value, Node) else context.dense(value, "output")
+
+
 def stand_in(value: Value) -> Any:
     """What the function is traced with in a value's place: an array of its shape and type."""
-    return compat.inside_mesh(value.w if isinstance(value, LowRank) else narrow(value))
+    return compat.inside_mesh(value.w if isinstance(value, LowRank | Node) else narrow(value))
 
 
 def evaluate(
@@ -104,10 +121,14 @@ def evaluate(
     env.update(zip(jaxpr.invars, args, strict=True))
     context.origins.update(zip(jaxpr.constvars, map(origin_of, consts), strict=True))
     context.origins.update(zip(jaxpr.invars, origins, strict=True))
-    for eqn in jaxpr.eqns:
+    place = context.site
+    for i, eqn in enumerate(jaxpr.eqns):
         values = [read(atom) for atom in eqn.invars]
+        context.site = f"{place}/{i}"
         with eqn.ctx.manager:
             outs = step(context, eqn, values)
+        if context.nodes is not None:
+            context.nodes.hand_on(eqn, values, outs)
         env.update(zip(eqn.outvars, outs, strict=True))
         origin = union([*context.origins_of(eqn), *map(origin_of, values)])
         context.origins.update(dict.fromkeys(eqn.outvars, origin))
@@ -117,6 +138,8 @@ def evaluate(
 def step(context: Context, eqn: core.JaxprEqn, values: list[Value]) -> list[Value]:
     """Evaluates one equation."""
     known = entry(eqn.primitive.name)
+    if not known.enters and any(isinstance(v, Node) for v in values):
+        return nodes.step(context, known, eqn, values, step)
     check_operands(known, eqn, values)
     low_rank = any(isinstance(v, LowRank) for v in values)
     deferred = any(isinstance(v, Deferred) for v in values)

@@ -18,4 +18,5 @@ from eggroll.plan.treatments import Axes as Axes
 from eggroll.plan.treatments import Dense as Dense
 from eggroll.plan.treatments import Frozen as Frozen
 from eggroll.plan.treatments import Matrix as Matrix
+from eggroll.plan.treatments import Nodes as Nodes
 from eggroll.plan.treatments import Treatment as Treatment

@@ -62,7 +62,7 @@ def settle(params: PyTree, rank: Rank, propose: Propose, overrides: Overrides) -
         if isinstance(treatment, Matrix):
             treatment, reason = _settle_matrix(path, shape, treatment, rank, reason)
         arithmetic = _arithmetic_of(leaf, trained, treatment)
-        plan.append(Leaf(path, shape, leaf.dtype, treatment, reason, arithmetic))
+        plan.append(Leaf(path, shape, leaf.dtype, treatment, reason, arithmetic, named is not None))
     if not any(leaf.trainable for leaf in plan):
         kinds = {leaf.path: str(leaf.dtype) for leaf in plan}
         raise ValueError(
@@ -91,7 +91,7 @@ def _check_overrides(overrides: Overrides, paths: Sequence[str]) -> None:
             raise ValueError(f"override {pattern!r}: must match a parameter, one of {list(paths)}")
         if not isinstance(chosen, Treatment):
             raise ValueError(
-                f"override {pattern!r}={chosen!r}: must be an eggroll.Matrix, Dense or Frozen"
+                f"override {pattern!r}={chosen!r}: must be an eggroll.Matrix, Dense, Nodes or Frozen"
             )
         if not isinstance(chosen, Frozen) and not (
             math.isfinite(chosen.sigma) and chosen.sigma > 0

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from eggroll._types import DType
 from eggroll.arithmetic import FLOATS, INTEGERS, Arithmetic
-from eggroll.plan.treatments import Dense, Frozen, Matrix, Treatment
+from eggroll.plan.treatments import Dense, Frozen, Matrix, Nodes, Treatment
 
 Shape = tuple[int, ...]
 
@@ -26,6 +26,7 @@ class Leaf:
       treatment: the noise of the parameter.
       reason: the reason for the treatment, for :meth:`eggroll.EvolutionStrategy.describe`.
       arithmetic: the arithmetic that perturbs, sums and updates the parameter.
+      named: whether an override of the plan names the treatment.
       spec: the sharding of the parameter on the mesh; None if it is unknown.
     """
 
@@ -35,6 +36,7 @@ class Leaf:
     treatment: Treatment
     reason: str
     arithmetic: Arithmetic
+    named: bool = False
     spec: jax.sharding.PartitionSpec | None = None
 
     @property
@@ -72,10 +74,10 @@ class Leaf:
 
         Low-rank noise has two factors ``[rank, *axes]``, with size 1 along the axes over which a
         factor does not vary. The arithmetic determines the shapes of dense noise. A frozen leaf has
-        none.
+        none, and neither has node noise, which is drawn where products are formed.
         """
         t = self.treatment
-        if isinstance(t, Frozen):
+        if isinstance(t, Frozen | Nodes):
             return ()
         if isinstance(t, Dense):
             return self.arithmetic.dense_shapes(self.shape)
@@ -134,6 +136,21 @@ class Plan:
     def noise_bytes(self) -> int:
         """The bytes of noise that a pair draws for all parameters."""
         return sum(leaf.noise_bytes for leaf in self.leaves)
+
+    @property
+    def has_nodes(self) -> bool:
+        """Whether a parameter has node noise."""
+        return any(isinstance(leaf.treatment, Nodes) for leaf in self.leaves)
+
+    def with_nodes(self) -> "Plan":
+        """The plan with node noise in place of every treatment that no override names."""
+
+        def of(leaf: Leaf) -> Leaf:
+            if leaf.named or not leaf.trainable:
+                return leaf
+            return dataclasses.replace(leaf, treatment=Nodes(), reason="perturb='nodes'")
+
+        return Plan(tuple(map(of, self.leaves)))
 
     @property
     def specs(self) -> tuple[jax.sharding.PartitionSpec | None, ...]:

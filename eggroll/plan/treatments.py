@@ -1,4 +1,4 @@
-"""The treatments of a parameter: low-rank noise, dense noise, frozen."""
+"""The treatments of a parameter: low-rank noise, dense noise, node noise, frozen."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -59,4 +59,15 @@ class Frozen:
     """No noise and no update."""
 
 
-Treatment = Matrix | Dense | Frozen
+@dataclasses.dataclass(frozen=True)
+class Nodes:
+    """Noise on what comes out of the products with the parameter, anew for every row.
+
+    Attributes:
+      sigma: factor on the strategy's sigma for the outputs of this parameter's products.
+    """
+
+    sigma: float = 1.0
+
+
+Treatment = Matrix | Dense | Nodes | Frozen

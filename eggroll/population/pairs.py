@@ -6,6 +6,7 @@ divides the pairs among devices. Chunks and devices change the results of a pair
 and under a reproducible :class:`~eggroll.population.schedule.Schedule` not at all.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -75,6 +76,73 @@ def split_pairs(
         axis_names={AXIS},
         check_vma=False,
     )(ids, valid, data)
+
+
+def sum_pairs(
+    fn: Callable[[Array, PyTree, PyTree], PyTree],
+    pairs: int,
+    data: PyTree,
+    weights: PyTree,
+    schedule: Schedule = FAST,
+    mesh: Mesh | None = None,
+    exact: bool = False,
+    always: Bool[Array, ""] | bool = True,
+) -> PyTree:
+    """The sum of ``fn`` over all pairs, a chunk at a time.
+
+    Args:
+      fn: ``fn(pairs [n], data [n, ...], weights [n, ...])`` returns sums over these pairs, to which a
+        pair whose weights are 0 adds nothing.
+      pairs: number of pairs.
+      data: a tree with the data of each pair, leaves ``[pairs, ...]``.
+      weights: a tree with the weights of each pair, leaves ``[pairs, ...]``.
+      schedule: determines the chunks. A reproducible schedule sums fixed parts of the population one
+        by one, and adds their sums in order.
+      mesh: divides pairs over its axis "population".
+      exact: whether sums have the same bits in any order.
+      always: a true value, as for :func:`~eggroll.population.schedule.isolated`.
+
+    Example:
+      >>> fn = lambda pairs, data, weights: (data * weights).sum()
+      >>> chunks = Schedule.fast(chunk=4)
+      >>> sum_pairs(fn, 3, jnp.array([1, 10, 100]), jnp.array([1, 2, 3]), chunks).tolist()
+      321
+    """
+    at_once = schedule.pairs_at_once(pairs, mesh)
+    in_order = schedule.is_reproducible and not exact
+    part = schedule.part(pairs) if in_order else share(pairs, mesh)
+
+    def of_chunk(chunk: tuple[Array, Array, PyTree, PyTree]) -> PyTree:
+        ids, counts, data, weights = chunk
+        along = lambda x: counts.reshape(-1, *(1,) * (x.ndim - 1))
+        weights = jax.tree.map(lambda x: jnp.where(along(x), x, 0), weights)
+        return schedule.isolate(fn, jnp.asarray(always), ids, data, weights)
+
+    def of_part(given: tuple[Array, Array, PyTree, PyTree]) -> PyTree:
+        n = given[0].shape[0]
+        ids, valid, data, weights = by_chunk(given, at_once)
+        fresh = jnp.arange(valid.size) < n
+        chunks = ids, valid & fresh.reshape(valid.shape), data, weights
+        first, rest = jax.tree.map(lambda x: x[0], chunks), jax.tree.map(lambda x: x[1:], chunks)
+        total = of_chunk(first)
+        if ids.shape[0] == 1:
+            return total
+        add = lambda total, chunk: (jax.tree.map(jnp.add, total, of_chunk(chunk)), None)
+        return lax.scan(add, total, rest)[0]
+
+    def on_device(ids: Array, valid: Array, given: tuple[PyTree, PyTree]) -> PyTree:
+        everything = ids, valid, *given
+        if not in_order:
+            total = of_part(everything)
+            return total if devices(mesh) == 1 else lax.psum(total, AXIS)
+        sums = lax.map(of_part, by_chunk(everything, part))
+        sums = sums if devices(mesh) == 1 else lax.all_gather(sums, AXIS, tiled=True)
+        parts = -(-pairs // part)
+        ordered = lambda x: functools.reduce(jnp.add, [x[i] for i in range(parts)])
+        return jax.tree.map(ordered, sums)
+
+    block = part if in_order else 1
+    return split_pairs(on_device, pairs, (data, weights), mesh, jax.P(), block)
 
 
 def map_pairs(

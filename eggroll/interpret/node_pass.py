@@ -1,0 +1,344 @@
+"""One pass of a member under node noise: what is added to products, and what is summed for them.
+
+There are two passes over the same equations with the same noise. The first has no credit: noise is
+added to what comes out of every product with a parameter. The second has the credit of every row, and
+adds up for every parameter what its products received (:mod:`eggroll.values.pullback`).
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend import core
+from jax.typing import DTypeLike
+
+from eggroll.values.lowrank import LateBroadcast
+from eggroll.values.node import Node, Operation, root
+from eggroll.values.pullback import sum_type, summed, transposed
+
+# Noise of a site: (name, indices of the loops around it, shape, type) -> samples.
+Draw = Callable[[str, tuple[Array, ...], tuple[int, ...], DTypeLike], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which rows the scores of a member belong to.
+
+    Attributes:
+      length: the number of rows: the length of a loop or of an axis of the activations.
+      pick: which of them, where several loops and axes have this length: the loops come first, from
+        the outside in, then the axes from left to right. None refuses that.
+
+    Example:
+      >>> Rows(16, pick=0)
+      Rows(length=16, pick=0)
+    """
+
+    length: int
+    pick: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A loop around a site.
+
+    Attributes:
+      index: the iteration; int32 ``[]``.
+      length: the number of iterations; None if it is not known before the run.
+      over_parameters: whether parameters are scanned, such as those of stacked layers.
+    """
+
+    index: Array
+    length: int | None
+    over_parameters: bool
+
+
+class NodeArithmetic(abc.ABC):
+    """How noise is added to numbers and weighed by credit, in floats or in integers."""
+
+    @abc.abstractmethod
+    def noise_type(self, dtype: DTypeLike) -> DTypeLike | None:
+        """The type of the noise of an output of ``dtype``; None where noise has no meaning."""
+
+    @abc.abstractmethod
+    def add(self, y: Array, noise: Array, sign: Array, sigma: float, fan_in: int) -> Array:
+        """``y + sign sigma noise`` in the type of ``y``; ``sigma`` is the factor of the parameter."""
+
+    @abc.abstractmethod
+    def weigh(self, credit: Array, noise: Array) -> Array:
+        """Credit times noise."""
+
+    @abc.abstractmethod
+    def cotangent(self, parts: Sequence[tuple[Array, float]]) -> Array:
+        """What a sum gets for noise of (credit times noise, amplitude), over independent sources."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Noise that an array carries, of one site.
+
+    Attributes:
+      site: its name.
+      amplitude: the factor that it comes with, beside the strategy's sigma.
+      weighed: credit times noise, with the axes of the array; None in the first pass.
+    """
+
+    site: str
+    amplitude: float
+    weighed: Array | None
+
+
+class Region:
+    """The parameters that a body of equations was given, and their sums."""
+
+    def __init__(self) -> None:
+        self._arrays: list[Array] = []
+        self._sums: list[Array | None] = []
+        # By the identity of an array, which is kept beside it: an identity is only good while its
+        # object lives.
+        self.noise: dict[int, tuple[Array, tuple[Part, ...]]] = {}
+        self.realised: dict[int, tuple[Node, Array]] = {}
+
+    def adopt(self, node: Node, w: Array | None = None) -> Node:
+        """A root for a parameter, or for a slice of it."""
+        w = node.w if w is None else w
+        self._arrays.append(w)
+        self._sums.append(None)
+        return root(w, len(self._arrays) - 1, node.paths, node.sigma)
+
+    def add(
+        self, roots: Sequence[int], fn: Operation, captured: Any, cotangent: Array, sign: Array
+    ) -> None:
+        """Adds what the roots get of a cotangent."""
+        arrays = tuple(self._arrays[i] for i in roots)
+        for i, x in zip(roots, summed(fn, arrays, captured, cotangent, sign), strict=True):
+            total = self._sums[i]
+            self._sums[i] = x if total is None else total + x
+
+    def add_total(self, node: Node, total: Array) -> None:
+        """Adds a sum over members that a node got as a whole, in a loop or a branch."""
+        arrays = tuple(self._arrays[i] for i in node.roots)
+        back = transposed(node.fn, arrays, node.captured, total)
+        for i, x in zip(node.roots, back, strict=True):
+            so_far = self._sums[i]
+            self._sums[i] = x if so_far is None else so_far + x
+
+    def sums(self) -> list[Array]:
+        """The sums of all roots, in the order of their adoption."""
+        return [
+            jnp.zeros(w.shape, sum_type(w.dtype)) if total is None else total
+            for w, total in zip(self._arrays, self._sums, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place where noise is added, for tables and messages.
+
+    Attributes:
+      paths: the parameters of the product.
+      outputs: number of outputs.
+      in_row: whether it is in a row: of a loop or of an axis that the scores belong to.
+    """
+
+    paths: tuple[str, ...]
+    outputs: int
+    in_row: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class NodePass:
+    """One pass of a member.
+
+    Attributes:
+      draw: the source of noise.
+      arithmetic: floats or integers.
+      sign: of the member in its pair.
+      rows: which rows the scores belong to; None if every site has the whole score.
+      credit: of every row, ``[rows]``; None in the first pass.
+      whole: the credit of what belongs to no row; None in the first pass.
+      region: the parameters of the equations at hand.
+      loops: around the equations at hand, from the outside in.
+      on: whether the equations at hand are run by this member: a factor on credit; None for always.
+      sites: every site that was met, for tables and messages.
+    """
+
+    draw: Draw
+    arithmetic: NodeArithmetic
+    sign: Array
+    rows: Rows | None = None
+    credit: Array | None = None
+    whole: Array | None = None
+    region: Region = dataclasses.field(default_factory=Region)
+    loops: tuple[Loop, ...] = ()
+    on: Array | None = None
+    sites: list[Site] = dataclasses.field(default_factory=list)
+
+    @property
+    def sums(self) -> bool:
+        """Whether this is the pass that sums."""
+        return self.credit is not None
+
+    def inside(self, loop: Loop | None = None, on: Array | None = None) -> "NodePass":
+        """The pass within a loop's or a branch's body, whose parameters are roots of its own."""
+        loops = self.loops if loop is None else (*self.loops, loop)
+        if on is not None and self.on is not None:
+            on = on & self.on
+        return dataclasses.replace(
+            self, region=Region(), loops=loops, on=self.on if on is None else on
+        )
+
+    def site(
+        self,
+        name: str,
+        y: Array,
+        node: tuple[Sequence[int], Operation, Any],
+        paths: tuple[str, ...],
+        sigma: float,
+        fan_in: int,
+        certain: Sequence[int],
+        possible: Sequence[int],
+    ) -> Array:
+        """Adds noise to what came out of a product, and sums for its parameters.
+
+        Args:
+          name: of the site in the program.
+          y: what came out.
+          node: roots, operation and captured operands that it is computed by.
+          paths: the parameters.
+          sigma: their factor on the strategy's sigma.
+          fan_in: number of products in every output.
+          certain: axes of ``y`` that come from the data.
+          possible: axes that may.
+        """
+        dtype = self.arithmetic.noise_type(y.dtype)
+        if dtype is None:
+            return y
+        name = f"{'+'.join(paths)}@{name}"
+        noise = self.draw(name, tuple(loop.index for loop in self.loops), y.shape, dtype)
+        out = self.arithmetic.add(y, noise, self.sign, sigma, fan_in)
+        weighed = None
+        at = self._row_of(y.shape, certain, possible, paths) if self.rows else None
+        self.sites.append(Site(paths, y.size, at is not None))
+        if self.sums:
+            weighed = self.arithmetic.weigh(self._credit(at, y.ndim), noise)
+            cotangent = self.arithmetic.cotangent([(weighed, sigma)])
+            self.region.add(*node, cotangent, self.sign)
+        self.region.noise[id(out)] = (out, (Part(name, sigma, weighed),))
+        return out
+
+    def _credit(self, at: "int | Loop | None", ndim: int) -> Array:
+        assert self.credit is not None and self.whole is not None
+        if isinstance(at, Loop):
+            c = self.credit[at.index]
+        elif at is None:
+            c = self.whole
+        else:
+            c = self.credit.reshape(-1, *(1,) * (ndim - at - 1))
+        return c if self.on is None else jnp.where(self.on, c, jnp.zeros_like(c))
+
+    def _row_of(
+        self,
+        shape: tuple[int, ...],
+        certain: Sequence[int],
+        possible: Sequence[int],
+        paths: tuple[str, ...],
+    ) -> "int | Loop | None":
+        """The loop or the axis that the scores belong to; None if this site has none."""
+        assert self.rows is not None
+        n = self.rows.length
+        if n == 1:
+            return None
+        found: list[int | Loop] = [
+            loop for loop in self.loops if loop.length == n and not loop.over_parameters
+        ]
+        found += [a for a in sorted(certain) if shape[a] == n]
+        if not found:
+            found = [a for a in sorted(possible) if shape[a] == n][:1]
+        if len(found) < 2:
+            return found[0] if found else None
+        if self.rows.pick is not None and -len(found) <= self.rows.pick < len(found):
+            return found[self.rows.pick]
+        names = ["a loop" if isinstance(x, Loop) else f"axis {x}" for x in found]
+        raise ValueError(
+            f"rows={n}: at a product with parameter {paths[0]!r}, whose outputs are {list(shape)}, "
+            f"{' and '.join(names)} have this length: must be one, named by "
+            f"eggroll.Rows({n}, pick=k) with k from 0 to {len(found) - 1}"
+        )
+
+    # ------------------------------------------------------------ noise that arrays carry
+
+    def carried(self, x: Any) -> tuple[Part, ...]:
+        """The noise that an array carries."""
+        return self.region.noise.get(id(x), (None, ()))[1]
+
+    def share(self, y: Array, out: Array, node: tuple[Sequence[int], Operation, Any]) -> bool:
+        """Whether a parameter that is added to ``y`` shares the noise that ``y`` carries."""
+        parts = self.carried(y)
+        if not parts:
+            return False
+        if self.sums:
+            weighed = [(p.weighed, p.amplitude) for p in parts if p.weighed is not None]
+            self.region.add(*node, self.arithmetic.cotangent(weighed), self.sign)
+        self.region.noise[id(out)] = (out, parts)
+        return True
+
+    def hand_on(self, eqn: core.JaxprEqn, values: Sequence[Any], outs: Sequence[Any]) -> None:
+        """Notes which noise the outputs of an equation carry."""
+        noise = [self.carried(v) for v in values]
+        if not any(noise) or len(outs) != 1 or id(outs[0]) in self.region.noise:
+            return
+        parts = _moved(eqn, values, noise)
+        if parts:
+            self.region.noise[id(outs[0])] = (outs[0], parts)
+
+
+def _moved(
+    eqn: core.JaxprEqn, values: Sequence[Any], noise: Sequence[tuple[Part, ...]]
+) -> tuple[Part, ...]:
+    """The noise of an output, from that of the operands, where it stays a known multiple of it."""
+    name = eqn.primitive.name
+    if name in ("convert_element_type", "copy", "reduce_precision"):
+        return noise[0]
+    if name in ("max", "min", "clamp"):
+        some = [n for n in noise if n]
+        bounds = [v for v, n in zip(values, noise, strict=True) if not n]
+        return some[0] if len(some) == 1 and all(_number(v) is not None for v in bounds) else ()
+    if name == "neg":
+        return _times(noise[0], -1.0)
+    if name in ("add", "sub"):
+        second = _times(noise[1], -1.0) if name == "sub" else noise[1]
+        return (*noise[0], *second)
+    if name in ("mul", "div", "shift_right_arithmetic"):
+        by = _number(values[1]) if noise[0] else _number(values[0])
+        if by is None or not by or (name != "mul" and not noise[0]):
+            return ()
+        factor = {"mul": by, "div": 1 / by, "shift_right_arithmetic": 0.5**by}[name]
+        return _times(noise[0] or noise[1], factor)
+    if name == "select_n":
+        first, *rest = noise[1:]
+        same = all([(p.site, p.amplitude) for p in n] == [(p.site, p.amplitude) for p in first] for n in rest)
+        return first if same else ()
+    if name in ("transpose", "reshape", "squeeze", "expand_dims"):
+        op: Callable[..., Array] = lambda x: eqn.primitive.bind(x, **eqn.params)
+        return tuple(
+            dataclasses.replace(p, weighed=None if p.weighed is None else op(p.weighed))
+            for p in noise[0]
+        )
+    return ()
+
+
+def _times(parts: tuple[Part, ...], factor: float) -> tuple[Part, ...]:
+    return tuple(dataclasses.replace(p, amplitude=p.amplitude * factor) for p in parts)
+
+
+def _number(x: Any) -> float | None:
+    """The one number of a constant."""
+    x = x.value if isinstance(x, LateBroadcast) else x
+    if isinstance(x, jax.core.Tracer) or jnp.size(x) != 1:
+        return None
+    return float(jnp.asarray(x).reshape(()))
