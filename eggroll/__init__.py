@@ -13,6 +13,7 @@ from eggroll.interpret import MemberLoopWarning as MemberLoopWarning
 from eggroll.interpret.node_pass import Rows as Rows
 from eggroll.plan import Dense as Dense
 from eggroll.plan import Frozen as Frozen
+from eggroll.plan import Given as Given
 from eggroll.plan import Matrix as Matrix
 from eggroll.plan import Nodes as Nodes
 from eggroll.state import Metrics as Metrics
@@ -25,11 +26,12 @@ __all__ = [
     "DenseBuildWarning",
     "EvolutionStrategy",
     "Frozen",
+    "Given",
     "Matrix",
     "MemberLoopWarning",
+    "Metrics",
     "Nodes",
     "Rows",
-    "Metrics",
     "State",
     "credit",
     "estimator",

@@ -83,9 +83,9 @@ def update(
     state: State,
     values: Num[Array, "..."],
     groups: Groups,
-    fitness: Function | None,
-    args: tuple,
-    members: PyTree,
+    fitness: Function | None = None,
+    args: tuple = (),
+    members: PyTree = None,
 ) -> tuple[State, Outcome | Metrics]:
     g, task = generation.begin(settings, state), task_of(fitness, args, members)
     return generation.finish(g, state, values, groups, None, task)
@@ -107,9 +107,9 @@ def gradient(
     state: State,
     values: Num[Array, "..."],
     groups: Groups,
-    fitness: Function | None,
-    args: tuple,
-    members: PyTree,
+    fitness: Function | None = None,
+    args: tuple = (),
+    members: PyTree = None,
 ) -> PyTree:
     g, task = generation.begin(settings, state), task_of(fitness, args, members)
     weighed = generation.weigh(g, values, groups)

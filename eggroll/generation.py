@@ -33,7 +33,7 @@ from eggroll.nodes import FloatNodes, IntegerNodes, node_pass
 from eggroll.noise import Noise, Role, stream
 from eggroll.perturbation import Draw, draw_pairs, perturb
 from eggroll.plan.leaf import Plan
-from eggroll.plan.treatments import Nodes
+from eggroll.plan.treatments import Given, Nodes
 from eggroll.population.pairs import map_pairs, split_pairs, sum_pairs
 from eggroll.population.placement import AXIS, constrain_all, devices, replicated, specs_of
 from eggroll.state import Metrics, State, trainable_of
@@ -189,6 +189,12 @@ def finish(
     task: Task | None = None,
 ) -> tuple[State, Outcome | Metrics]:
     """Computes the next state from the scores of a population; node noise runs the task again."""
+    given = [leaf.path for leaf in g.plan.leaves if isinstance(leaf.treatment, Given)]
+    if given:
+        raise ValueError(
+            f"parameter {given[0]!r} is eggroll.Given(): must get its gradient from the caller, by "
+            "es.evaluate, es.gradient and es.apply_gradient instead of es.step or es.update"
+        )
     weighed = weigh(g, values, groups)
     grads, agreement = estimate(g, state.params, weighed, draws, task)
     value = g.arithmetic.value(weighed)
@@ -271,9 +277,7 @@ def _member(
         rows, given = None, ()
         if credit is not None:
             rows, given = rows_of(g.settings, credit.rows.shape[0]), credit
-        nodes = node_pass(
-            g.node_arithmetic, g.noise, g.seed, g.epoch, pair, sign, rows, *given
-        )
+        nodes = node_pass(g.node_arithmetic, g.noise, g.seed, g.epoch, pair, sign, rows, *given)
         context = dataclasses.replace(context, nodes=nodes)
     perturbed = perturb(g.plan, params, drawn, g.noise_sigma, sign, nodes)
     out = call(interpret(task.fn, context), perturbed, key, own, task.args)

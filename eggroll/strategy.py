@@ -21,7 +21,7 @@ from eggroll._settings import Settings
 from eggroll.arithmetic import Outcome
 from eggroll.interpret import Context, interpret
 from eggroll.perturbation import draw, perturb
-from eggroll.plan import Plan, table
+from eggroll.plan import Nodes, Plan, table
 from eggroll.population.placement import Specs, specs_of, spread
 from eggroll.state import Metrics, State, trainable_of
 
@@ -45,7 +45,15 @@ class EvolutionStrategy(Settings):
       population: number of members; even.
       sigma: standard deviation of the noise, or an optax schedule over generations.
       rank: rank of the noise of matrices, or "full" for dense ES (OpenES, arXiv 1703.03864).
-      shaping: maps scores to weights (:mod:`eggroll.shaping`); None uses the scores as weights.
+      perturb: "weights": a member is a set of parameters. "nodes": noise is added to what comes out of
+        every product with a parameter, anew for every row (a token, an example, a step), and every row
+        is a member of its own; overrides of the plan mix both. The fitness returns scores ``[rows]``.
+      rows: the number of scores of a member, which is the length of the loop or the axis that they belong
+        to, or :class:`eggroll.Rows`; None takes the number that the fitness returns.
+      credit: what a row is given of the scores of later rows (:mod:`eggroll.credit`); None is
+        ``causal(1)``, which is unbiased whatever rows do to each other.
+      shaping: maps scores to weights (:mod:`eggroll.shaping`); None uses the scores as weights. The default
+        is :func:`eggroll.shaping.zscore`, and None for node noise.
       plan: chooses the treatment of every parameter (:mod:`eggroll.plan`).
       noise: the source of samples (:mod:`eggroll.noise`).
       chunk: number of members that a device evaluates at a time; None for all of its members. A
@@ -148,8 +156,9 @@ class EvolutionStrategy(Settings):
           since rounding would lose the noise.
 
         Raises:
-          ValueError: ``i`` is not an integer or is out of range.
+          ValueError: ``i`` is not an integer or is out of range, or a parameter has node noise.
         """
+        self._check_members(state)
         members = checks.members(i, self.population, axes=0)
         return programs.member(self, checks.state(state), members)
 
@@ -163,8 +172,18 @@ class EvolutionStrategy(Settings):
         Raises:
           ValueError: ``indices`` is not a list of integers in range.
         """
+        self._check_members(state)
         members = checks.members(indices, self.population, axes=1)
         return programs.ask(self, checks.state(state), members)
+
+    def _check_members(self, state: State) -> None:
+        """Raises ValueError if a parameter has node noise."""
+        for leaf in self.plan_of(checks.state(state).params).leaves:
+            if isinstance(leaf.treatment, Nodes):
+                raise ValueError(
+                    f"parameter {leaf.path!r} has node noise, which is added to the outputs of its "
+                    "products, so there is no member to build: must be run by es.map(state, fn, ...)"
+                )
 
     # ------------------------------------------------------------ a generation
 

@@ -157,13 +157,14 @@ class Floats(Arithmetic):
             says |= paired & (groups[0::2] != groups[1::2])[:, None]
         differences = jnp.where(says, shaped[0::2] - shaped[1::2], 0)
         weights = differences.mean(1)
+
         # Nothing moves if sums would overflow: raw scores near the largest float, or a sigma
         # schedule that reached zero. A NaN size compares False.
-        def move(x: Array, size: Array) -> Array:
-            bound = jnp.abs(x.astype(jnp.float32)).sum() / (size * jnp.abs(sigma))
-            return jnp.any(x != 0) & (bound < LARGEST_SUM)
+        def moving(x: Array, rows: int) -> Array:
+            size = jnp.abs(x.astype(jnp.float32)).sum() / (rows * jnp.abs(sigma))
+            return jnp.any(x != 0) & (size < LARGEST_SUM)
 
-        moves, rows_move = move(weights, 1), move(differences, differences.shape[1])
+        moves, rows_move = moving(weights, 1), moving(differences, differences.shape[1])
         members = 2 * paired.any(1).sum(dtype=jnp.int32)
         return Weighed(weights, members, moves, statistics(values), differences, rows_move)
 

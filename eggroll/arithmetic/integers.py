@@ -159,9 +159,7 @@ class Integers(Arithmetic):
         signs = pair_signs(values)
         decided = jnp.sum(signs != 0, dtype=jnp.int32)
         differences = pair_differences(values)
-        return Weighed(
-            signs, decided, decided > 0, values, differences, jnp.any(differences != 0)
-        )
+        return Weighed(signs, decided, decided > 0, values, differences, jnp.any(differences != 0))
 
     def credit(
         self, how: Credit, differences: Num[AnyArray, "pairs rows"]

@@ -13,6 +13,7 @@ from eggroll.integer.strategies import strategy as strategy
 from eggroll.integer.threshold import FeedbackState as FeedbackState
 from eggroll.integer.threshold import ThresholdState as ThresholdState
 from eggroll.integer.threshold import TraceState as TraceState
+from eggroll.integer.threshold import by_rows as by_rows
 from eggroll.integer.threshold import error_feedback as error_feedback
 from eggroll.integer.threshold import inverse_decay as inverse_decay
 from eggroll.integer.threshold import momentum as momentum

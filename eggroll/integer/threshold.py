@@ -118,6 +118,49 @@ def threshold(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def by_rows() -> optax.GradientTransformationExtraArgs:
+    """Scales every row of ``Z``, along its last axis, to the deviation that the other transforms expect.
+
+    Under node noise an entry of ``Z`` is a sum of credit, inputs and noise, whose deviation differs from
+    input to input: a byte that is seldom read has a small one. Every row is therefore divided by its own
+    root mean square. Rows that are zero stay zero.
+
+    Returns:
+      An optax transform from int32 to int32, for ``optax.chain(by_rows(), threshold(...))``. Its ``update``
+      requires ``params`` and ``pairs``.
+
+    Example:
+      >>> rule = by_rows()
+      >>> params = jnp.zeros((3, 2), jnp.int8)
+      >>> z = jnp.array([[3, -4], [3000, -4000], [0, 0]])
+      >>> rule.update(z, rule.init(params), params, pairs=1)[0].tolist()
+      [[217, -289], [217, -289], [0, 0]]
+    """
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, *, pairs: Any = None, **extra: Any
+    ) -> tuple[Any, Any]:
+        root = 16 * _root(pairs, params)
+        return jax.tree.map(lambda z: _in_units_of_rms(z, root), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+
+
+def _in_units_of_rms(z: Int32[Array, "*shape"], unit: Array) -> Int32[Array, "*shape"]:
+    """``z unit / rms(z)`` along the last axis, rounded towards zero; ``unit`` is at most 2^19.5."""
+    n = z.shape[-1] if z.ndim else 1
+    axis = -1 if z.ndim else None
+    # So many bits that n squares fit int32, and at most 11 for the product with the unit.
+    bits = min(11, (30 - (n - 1).bit_length()) // 2)
+    largest = jnp.max(jnp.abs(z), axis=axis, keepdims=True)
+    over = jnp.maximum(32 - lax.clz(largest) - bits, 0)
+    under = jnp.maximum(lax.clz(largest) - (32 - bits), 0)
+    small = jnp.where(over > 0, jnp.sign(z) * (jnp.abs(z) >> over), z << under)
+    mean = jnp.sum(small * small, axis=axis, keepdims=True, dtype=jnp.int32) // n
+    rms = isqrt(mean)
+    return lax.div(small * unit, jnp.broadcast_to(jnp.maximum(rms, 1), z.shape))
+
+
 def error_feedback(
     rule: optax.GradientTransformation, dtype: DTypeLike = jnp.int16
 ) -> optax.GradientTransformationExtraArgs:

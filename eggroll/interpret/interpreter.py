@@ -85,7 +85,9 @@ def output(context: Context, value: Value) -> Any:
             "sum with data, so no noise reaches it: must have eggroll.Dense() or Frozen() in the plan's "
             "overrides"
         )
-    return nodes.realise(context, value) if isinstance(value, Node) else context.dense(value, "output")
+    return (
+        nodes.realise(context, value) if isinstance(value, Node) else context.dense(value, "output")
+    )
 
 
 def stand_in(value: Value) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.extend import core
 from jax.typing import DTypeLike
@@ -321,7 +322,10 @@ def _moved(
         return _times(noise[0] or noise[1], factor)
     if name == "select_n":
         first, *rest = noise[1:]
-        same = all([(p.site, p.amplitude) for p in n] == [(p.site, p.amplitude) for p in first] for n in rest)
+        same = all(
+            [(p.site, p.amplitude) for p in n] == [(p.site, p.amplitude) for p in first]
+            for n in rest
+        )
         return first if same else ()
     if name in ("transpose", "reshape", "squeeze", "expand_dims"):
         op: Callable[..., Array] = lambda x: eqn.primitive.bind(x, **eqn.params)
@@ -341,4 +345,4 @@ def _number(x: Any) -> float | None:
     x = x.value if isinstance(x, LateBroadcast) else x
     if isinstance(x, jax.core.Tracer) or jnp.size(x) != 1:
         return None
-    return float(jnp.asarray(x).reshape(()))
+    return float(np.asarray(x).reshape(()))

@@ -13,13 +13,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 
 from eggroll.interpret.context import Context, Origin
-from eggroll.interpret.equations import bind, results, type_of
+from eggroll.interpret.equations import bind, results
 from eggroll.interpret.registry import Entry, Rounding
 from eggroll.values.lowrank import is_lazy, materialize
 from eggroll.values.node import Node, merged
@@ -57,9 +56,7 @@ def step(
     if any(v.looked_up for v in values if isinstance(v, Node)):
         moves = known.rounding is Rounding.MOVES or name in SCALES
         if not (shared and moves):
-            values = [
-                realise(ctx, v) if isinstance(v, Node) and v.looked_up else v for v in values
-            ]
+            values = [realise(ctx, v) if isinstance(v, Node) and v.looked_up else v for v in values]
             return again(ctx, eqn, values)
     if shared:
         return _of_parameters(eqn, values)

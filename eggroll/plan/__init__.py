@@ -17,6 +17,7 @@ from eggroll.plan.parameters import trained_type as trained_type
 from eggroll.plan.treatments import Axes as Axes
 from eggroll.plan.treatments import Dense as Dense
 from eggroll.plan.treatments import Frozen as Frozen
+from eggroll.plan.treatments import Given as Given
 from eggroll.plan.treatments import Matrix as Matrix
 from eggroll.plan.treatments import Nodes as Nodes
 from eggroll.plan.treatments import Treatment as Treatment

@@ -12,7 +12,7 @@ from eggroll._types import IsArray
 from eggroll.arithmetic import FLOATS, INTEGERS, QUANTISED, Arithmetic
 from eggroll.plan.leaf import Leaf, Plan, Shape
 from eggroll.plan.parameters import is_complex, leaf_paths, matches, trained_type
-from eggroll.plan.treatments import Dense, Frozen, Matrix, Treatment
+from eggroll.plan.treatments import Dense, Frozen, Given, Matrix, Treatment
 
 Rank = int | Literal["full"]
 
@@ -91,9 +91,9 @@ def _check_overrides(overrides: Overrides, paths: Sequence[str]) -> None:
             raise ValueError(f"override {pattern!r}: must match a parameter, one of {list(paths)}")
         if not isinstance(chosen, Treatment):
             raise ValueError(
-                f"override {pattern!r}={chosen!r}: must be an eggroll.Matrix, Dense, Nodes or Frozen"
+                f"override {pattern!r}={chosen!r}: must be an eggroll.Matrix, Dense, Nodes, Given or Frozen"
             )
-        if not isinstance(chosen, Frozen) and not (
+        if not isinstance(chosen, Frozen | Given) and not (
             math.isfinite(chosen.sigma) and chosen.sigma > 0
         ):
             raise ValueError(

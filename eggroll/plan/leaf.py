@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from eggroll._types import DType
 from eggroll.arithmetic import FLOATS, INTEGERS, Arithmetic
-from eggroll.plan.treatments import Dense, Frozen, Matrix, Nodes, Treatment
+from eggroll.plan.treatments import Dense, Frozen, Given, Matrix, Nodes, Treatment
 
 Shape = tuple[int, ...]
 
@@ -41,7 +41,7 @@ class Leaf:
 
     @property
     def trainable(self) -> bool:
-        """Whether the parameter gets noise and updates."""
+        """Whether the parameter gets updates."""
         return not isinstance(self.treatment, Frozen)
 
     @property
@@ -56,8 +56,8 @@ class Leaf:
 
     @property
     def sigma(self) -> float:
-        """The factor on the strategy's sigma; 0 if frozen."""
-        return 0.0 if isinstance(self.treatment, Frozen) else self.treatment.sigma
+        """The factor on the strategy's sigma; 0 without noise."""
+        return 0.0 if isinstance(self.treatment, Frozen | Given) else self.treatment.sigma
 
     @property
     def rank(self) -> int:
@@ -77,7 +77,7 @@ class Leaf:
         none, and neither has node noise, which is drawn where products are formed.
         """
         t = self.treatment
-        if isinstance(t, Frozen | Nodes):
+        if isinstance(t, Frozen | Given | Nodes):
             return ()
         if isinstance(t, Dense):
             return self.arithmetic.dense_shapes(self.shape)

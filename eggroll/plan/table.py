@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 
 from eggroll.plan.leaf import Plan
-from eggroll.plan.treatments import Dense, Frozen, Matrix
+from eggroll.plan.treatments import Dense, Frozen, Given, Matrix, Nodes
+
+_KINDS = {Dense: "dense", Nodes: "nodes", Given: "given", Frozen: "frozen"}
 
 
 def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:
@@ -26,8 +28,8 @@ def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:
             if t.sigma != 1:
                 kind += f", sigma x{t.sigma:g}"
         else:
-            kind = "frozen" if isinstance(t, Frozen) else "dense"
-            kind += f", sigma x{t.sigma:g}" if isinstance(t, Dense) and t.sigma != 1 else ""
+            kind = _KINDS[type(t)]
+            kind += f", sigma x{leaf.sigma:g}" if leaf.sigma not in (0, 1) else ""
         why = leaf.reason
         if leaf.path in built:
             why += f"; BUILT for every member by {', '.join(built[leaf.path])}"

@@ -1,4 +1,4 @@
-"""The treatments of a parameter: low-rank noise, dense noise, node noise, frozen."""
+"""The treatments of a parameter: low-rank noise, dense noise, node noise, given, frozen."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -70,4 +70,13 @@ class Nodes:
     sigma: float = 1.0
 
 
-Treatment = Matrix | Dense | Nodes | Frozen
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """No noise; the caller has the gradient, as for a layer whose error is known.
+
+    ``es.gradient`` returns None for the parameter. The caller puts its own gradient there and passes the
+    tree to ``es.apply_gradient``.
+    """
+
+
+Treatment = Matrix | Dense | Nodes | Given | Frozen

@@ -61,7 +61,9 @@ def root(w: Array, index: int, paths: tuple[str, ...], sigma: float) -> Node:
     return Node(w, (index,), lambda roots, captured: roots[0], (), False, paths, sigma)
 
 
-def merged(bind: Callable[..., Array], operands: list[Any]) -> tuple[tuple[int, ...], Operation, tuple[Any, ...]]:
+def merged(
+    bind: Callable[..., Array], operands: list[Any]
+) -> tuple[tuple[int, ...], Operation, tuple[Any, ...]]:
     """The operation ``bind(*operands)`` as one of the roots of its Node operands.
 
     Returns:

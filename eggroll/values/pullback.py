@@ -64,7 +64,9 @@ def _over_members(op: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:
         return transposed(op, roots, captured, cotangent)
 
     @total.def_vmap
-    def rule(size: int, batched: Any, roots: Any, captured: Any, cotangent: Array, sign: Array) -> Any:
+    def rule(
+        size: int, batched: Any, roots: Any, captured: Any, cotangent: Array, sign: Array
+    ) -> Any:
         of_roots, of_captured, of_cotangent, of_sign = batched
         if any(of_roots):
             raise ValueError(
@@ -289,7 +291,9 @@ def _slice(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
     p = eqn.params
     strides = p["strides"] or (1,) * ct.ndim
     config = []
-    for n, start, out, step in zip(_shape(eqn, 0), p["start_indices"], ct.shape, strides, strict=True):
+    for n, start, out, step in zip(
+        _shape(eqn, 0), p["start_indices"], ct.shape, strides, strict=True
+    ):
         end = start + (out - 1) * step + 1 if out else start
         config.append((start, n - end, step - 1))
     return lax.pad(ct, jnp.zeros((), ct.dtype), config)
@@ -321,7 +325,10 @@ def _unbroadcast(ct: Array, shape: tuple[int, ...]) -> Array:
     if ct.shape == shape:
         return ct
     lead = ct.ndim - len(shape)
-    axes = [*range(lead), *(lead + a for a, n in enumerate(shape) if n == 1 and ct.shape[lead + a] != 1)]
+    axes = [
+        *range(lead),
+        *(lead + a for a, n in enumerate(shape) if n == 1 and ct.shape[lead + a] != 1),
+    ]
     wide = _wide(ct)
     return jnp.sum(wide, axes, dtype=wide.dtype).reshape(shape)
 
