@@ -300,6 +300,12 @@ def cond(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
 def shard_map(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     """Enters a shard_map; factors are sharded as the axes that they vary along are."""
     params = eqn.params
+    for v in values:
+        if isinstance(v, Node):
+            raise ValueError(
+                f"parameter {v.paths[0]!r} has node noise and enters a shard_map: must have weight noise, "
+                "by eggroll.Matrix(...) or Dense() in the plan's overrides"
+            )
 
     origins = context.origins_of(eqn)
 

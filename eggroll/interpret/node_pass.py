@@ -277,7 +277,7 @@ class NodePass:
         """The noise that an array carries."""
         return self.region.noise.get(id(x), (None, ()))[1]
 
-    def share(self, y: Array, out: Array, node: tuple[Sequence[int], Operation, Any]) -> bool:
+    def share(self, y: Any, out: Array, node: tuple[Sequence[int], Operation, Any]) -> bool:
         """Whether a parameter that is added to ``y`` shares the noise that ``y`` carries."""
         parts = self.carried(y)
         if not parts:

@@ -49,7 +49,7 @@ def summed(
     """
     arrays, tree = jax.tree.flatten(captured)
     static = {i: x for i, x in enumerate(arrays) if not isinstance(x, jax.Array | np.ndarray)}
-    moving = [x for i, x in enumerate(arrays) if i not in static]
+    moving = [jnp.asarray(x) for i, x in enumerate(arrays) if i not in static]
 
     def flat(roots: tuple[Array, ...], given: Sequence[Array]) -> Array:
         given = iter(given)
@@ -66,8 +66,12 @@ def _over_members(op: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:
 
     @total.def_vmap
     def rule(
-        size: int, batched: Any, roots: Any, captured: Any, cotangent: Array, sign: Array
+        size: int, batched: Any, roots: Any, captured: Any, cotangent: Any, sign: Any
     ) -> Any:
+        # Constants arrive as NumPy arrays.
+        roots, captured, cotangent, sign = jax.tree.map(
+            jnp.asarray, (roots, captured, cotangent, sign)
+        )
         of_roots, of_captured, of_cotangent, of_sign = batched
         if any(of_roots):
             raise ValueError(
