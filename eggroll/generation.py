@@ -228,7 +228,8 @@ def map_members(g: Generation, params: PyTree, task: Task, draws: Draws | None) 
 
     def of_pair(params: PyTree, pair: Array, drawn: Draws, own: PyTree) -> PyTree:
         run = functools.partial(_member, g, context, task, params, pair, drawn)
-        return _both_members(g, lambda *each: run(*each, None)[0], own, 0)
+        alone = lambda sign, which, own: run(sign, which, own, None)[0]
+        return _both_members(g, alone, own, 0)
 
     def of_chunk(ids: Array, data: tuple[Draws | None, PyTree]) -> PyTree:
         drawn, own = data
@@ -273,9 +274,8 @@ def _member(
         key = jax.random.fold_in(key, which)
     nodes = None
     if g.plan.has_nodes:
-        rows, given = None, ()
-        if credit is not None:
-            rows, given = rows_of(g.settings, credit.rows.shape[0]), credit
+        rows = None if credit is None else rows_of(g.settings, credit.rows.shape[0])
+        given = () if credit is None else tuple(credit)
         nodes = node_pass(g.node_arithmetic, g.noise, g.seed, g.epoch, pair, sign, rows, *given)
         context = dataclasses.replace(context, nodes=nodes)
     perturbed = perturb(g.plan, params, drawn, g.noise_sigma, sign, nodes)
@@ -385,7 +385,8 @@ def node_sums(
         params: PyTree, pair: Array, drawn: Draws, own: PyTree, credit: RowCredit
     ) -> list[Array]:
         run = functools.partial(_member, g, context, task, params, pair, drawn)
-        return _both_members(g, lambda *each: run(*each, credit)[1], own, None)
+        sums = lambda sign, which, own: run(sign, which, own, credit)[1]
+        return _both_members(g, sums, own, None)
 
     def of_chunk(ids: Array, data: tuple[Draws | None, PyTree], credit: RowCredit) -> list[Array]:
         drawn, own = data

@@ -268,7 +268,7 @@ class NodePass:
         ]
         found += [a for a in sorted(certain) if shape[a] == n]
         if not found:
-            found = [a for a in sorted(possible) if shape[a] == n][:1]
+            found += [a for a in sorted(possible) if shape[a] == n][:1]
         if len(found) < 2:
             return found[0] if found else None
         if self.rows.pick is not None and -len(found) <= self.rows.pick < len(found):

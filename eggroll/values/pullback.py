@@ -52,8 +52,8 @@ def summed(
     moving = [jnp.asarray(x) for i, x in enumerate(arrays) if i not in static]
 
     def flat(roots: tuple[Array, ...], given: Sequence[Array]) -> Array:
-        given = iter(given)
-        every = [static[i] if i in static else next(given) for i in range(len(arrays))]
+        own = iter(given)
+        every = [static[i] if i in static else next(own) for i in range(len(arrays))]
         return op(roots, jax.tree.unflatten(tree, every))
 
     return _over_members(flat)(roots, tuple(moving), cotangent, sign)
@@ -175,9 +175,9 @@ def _walk_back(
                 atom = eqn.invars[i]
                 sums[atom] = ct if atom not in sums else _wide(sums[atom]) + _wide(ct)
     return tuple(
-        sums[v].astype(sum_type(v.aval.dtype))
+        sums[v].astype(sum_type(type_of(v).dtype))
         if v in sums
-        else jnp.zeros(v.aval.shape, sum_type(v.aval.dtype))
+        else jnp.zeros(type_of(v).shape, sum_type(type_of(v).dtype))
         for v in jaxpr.invars[:roots]
     )
 
@@ -198,7 +198,7 @@ def _by_vjp(
     eqn: core.JaxprEqn, values: list[Any], at: list[int], cts: list[Array | None]
 ) -> list[Array]:
     name = eqn.primitive.name
-    if any(is_integer(eqn.invars[i].aval.dtype) for i in at):
+    if any(is_integer(type_of(eqn.invars[i]).dtype) for i in at):
         raise ValueError(
             f"an int8 parameter with node noise enters {name!r}, whose transpose for integers is not "
             "known: give the parameter eggroll.Dense() or Frozen() in the plan's overrides"
@@ -220,7 +220,7 @@ def _by_vjp(
 
 
 def _shape(eqn: core.JaxprEqn, i: int) -> tuple[int, ...]:
-    return eqn.invars[i].aval.shape
+    return type_of(eqn.invars[i]).shape
 
 
 def _dot(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
@@ -236,7 +236,7 @@ def _dot(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
     start = n if (i == 1) else n + len(free)
     ct_other = list(range(start, start + len(other_free)))
     ct_free = [a for a in range(n, ct.ndim) if a not in ct_other]
-    kind = sum_type(eqn.invars[i].aval.dtype)
+    kind = sum_type(type_of(eqn.invars[i]).dtype)
     narrow = other.dtype
     # Operands as narrow as the data: sums are formed in `kind` all the same.
     if jnp.issubdtype(narrow, jnp.floating):
@@ -264,7 +264,14 @@ def _dot(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
     order_of_contracted = sorted(range(len(other_contracted)), key=lambda k: other_contracted[k])
     axes = [*batch, *(contracted[k] for k in order_of_contracted), *free]
     assert len(ct_free) == len(free)
-    return jnp.transpose(out, np.argsort(axes))
+    return jnp.transpose(out, np.argsort(axes).tolist())
+
+
+def type_of(atom: core.Var | core.Literal) -> jax.core.ShapedArray:
+    """The shape and type of an operand or an output."""
+    aval = atom.aval
+    assert isinstance(aval, jax.core.ShapedArray), aval
+    return aval
 
 
 def _wide(ct: Array) -> Array:
@@ -327,7 +334,7 @@ def _mul(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
 
 
 def _div(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
-    if i != 0 or is_integer(eqn.invars[0].aval.dtype):
+    if i != 0 or is_integer(type_of(eqn.invars[0]).dtype):
         return _by_vjp(eqn, values, [i], [ct])[0]
     return _unbroadcast(ct / jnp.asarray(values[1]).astype(ct.dtype), _shape(eqn, i))
 
@@ -345,7 +352,7 @@ def _unbroadcast(ct: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _cast(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
-    kind = eqn.invars[0].aval.dtype
+    kind = type_of(eqn.invars[0]).dtype
     if is_integer(kind) and is_integer(ct.dtype):
         return ct
     return ct.astype(sum_type(kind))
@@ -378,6 +385,6 @@ _TRANSPOSES: dict[str, Callable[[core.JaxprEqn, list[Any], int, Array], Array]] 
     "expand_dims": lambda eqn, values, i, ct: ct.reshape(_shape(eqn, 0)),
     "rev": lambda eqn, values, i, ct: lax.rev(ct, eqn.params["dimensions"]),
     "transpose": lambda eqn, values, i, ct: jnp.transpose(
-        ct, np.argsort(eqn.params["permutation"])
+        ct, np.argsort(eqn.params["permutation"]).tolist()
     ),
 }
