@@ -652,3 +652,514 @@ def test_the_estimate_is_five_times_closer_to_the_gradient_than_that_of_weight_n
         values = es.evaluate(state, score, members=own)
         found.append(cosine(es.gradient(state, values)))
     assert nodes > 0.25 and nodes > 5 * np.mean(found), (nodes, found)
+
+
+# ---------------------------------------------------------------- the interpreter's tables of cases
+
+# A loop that vmap has one condition of for each of its elements; a shard_map; a function of a parameter
+# that JAX itself has no derivative of.
+REFUSED = {
+    "while, each row in its own time": "in a while loop under vmap: must be a loop of a fixed number",
+    "while, with a key in each row": "in a while loop under vmap: must be a loop of a fixed number",
+    "while, carried by each row": "in a while loop under vmap: must be a loop of a fixed number",
+    "a function of a row": "scatter_apply JVP not implemented",
+}
+# Other tests have the same solver; the oracle unrolls it.
+TOO_LONG = ("solved",)
+
+
+def table_cases():
+    """All cases of the tables; one in eight runs in every run of the tests, the others in make soak."""
+    found = []
+    for module in map(importlib.import_module, test_registry.TABLES):
+        for name, test in vars(module).items():
+            if not name.startswith("test") or name.startswith("test_two_narrow"):
+                continue
+            for mark in getattr(test, "pytestmark", []):
+                if mark.name == "parametrize" and mark.args[0] == ("fn", "makers"):
+                    file = module.__name__.removeprefix("test_")
+                    found += [(f"{file}: {case.id}", *case.values) for case in mark.args[1]]
+    kept = [case for case in found if case[0].partition(": ")[2] not in TOO_LONG]
+    return [
+        pytest.param(*case, id=case[0], marks=[] if i % 9 == 0 else pytest.mark.soak)
+        for i, case in enumerate(kept)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "fn", "makers"), table_cases())
+def test_the_sums_of_every_case_are_the_gradient_of_outputs_against_their_noise(name, fn, makers):
+    case = name.partition(": ")[2]
+    refused = REFUSED.get(case)
+    with checked_in_float64():
+        try:
+            node_oracle.run_case(fn, makers, own=True)
+        except (ValueError, NotImplementedError) as error:
+            expected = refused or "has node noise and enters a shard_map: must have weight noise"
+            assert expected in str(error)
+        else:
+            assert refused is None
+
+
+# ---------------------------------------------------------------- what is built
+
+SIZE, OTHER, CHUNK = 37, 41, 23  # primes that nothing else is
+
+
+def wide_mlp(p, key, x):
+    return jnp.sin(jnp.tanh(x @ p["w"] + p["b"]) @ p["v"]).sum(1)
+
+
+def wide_gru(p, key, x):
+    def step(h, r):
+        h = jnp.tanh(r @ p["w"] + h @ p["u"] + p["b"])
+        return h, jnp.sin(h @ p["v"]).sum()
+
+    return lax.scan(step, jnp.zeros(OTHER), x)[1]
+
+
+def wide_layers(p, key, x):
+    def step(h, r):
+        h = lax.scan(lambda h, u: (jnp.tanh(h @ u), None), h + r @ p["w"], p["stack"])[0]
+        return h, jnp.sin(h @ p["v"]).sum()
+
+    return lax.scan(step, jnp.zeros(OTHER), x)[1]
+
+
+def of_shapes(**shapes):
+    return {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+
+
+BUILT = {"w": (SIZE, OTHER), "u": (OTHER, OTHER), "v": (OTHER, SIZE), "b": (OTHER,)}
+
+
+@pytest.mark.parametrize(
+    ("fitness", "names"), [(wide_mlp, "wvb"), (wide_gru, "wuvb"), (wide_layers, "wv")]
+)
+@pytest.mark.parametrize("how", [{}, dict(chunk=2 * CHUNK)], ids=["at once", "in chunks"])
+def test_no_member_has_a_matrix_in_the_compiled_step(fitness, names, how):
+    shapes = {k: BUILT[k] for k in names}
+    if fitness is wide_layers:
+        shapes["stack"] = (3, OTHER, OTHER)
+    pairs = CHUNK if not how else 2 * CHUNK
+    es = make(population=2 * pairs, rows=5, credit=credit.causal(0.5), **how)
+    state = jax.eval_shape(lambda p: es.init(p, 0), of_shapes(**shapes))
+    x = jax.ShapeDtypeStruct((5, SIZE), jnp.float32)
+    text = programs.step.lower(es, state, fitness, (x,), None, None).compile().as_text()
+    arrays = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b[a-z]\w*\[([\d,]+)\]", text)}
+    members = [dims for dims in arrays if any(n % CHUNK == 0 for n in dims)]
+    assert (SIZE, OTHER) in arrays and members
+    for dims in members:
+        rest = [n for n in dims if n in (SIZE, OTHER)]
+        assert len(rest) < 2, dims
+
+
+def test_full_rank_noise_is_seen_to_be_built():
+    es = make(population=2 * CHUNK, perturb="weights", rank="full")
+    state = jax.eval_shape(lambda p: es.init(p, 0), of_shapes(w=(SIZE, OTHER)))
+    fitness = lambda p, key, x: (x @ p["w"]).sum()
+    x = jax.ShapeDtypeStruct((5, SIZE), jnp.float32)
+    text = programs.step.lower(es, state, fitness, (x,), None, None).compile().as_text()
+    assert f"[{CHUNK},{SIZE},{OTHER}]" in text
+
+
+# ---------------------------------------------------------------- what changes no bit
+
+
+def mesh(devices):
+    return jax.make_mesh(
+        (devices,), ("population",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    )
+
+
+FLOATS = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {**MLP, "u": U})
+ROWS = jnp.asarray(X, jnp.float32)
+
+
+def start(es, params=FLOATS, fitness=rnn, x=ROWS, steps=2):
+    state = es.init(params, 0)
+    for _ in range(steps):
+        state, metrics = es.step(state, fitness, x)
+    return jax.device_get(state), metrics
+
+
+def make_rnn(**changes):
+    settings = dict(population=16, optimizer=optax.adam(1e-2), rows=T, credit=credit.causal(0.5))
+    return make(**{**settings, **changes})
+
+
+@functools.cache
+def trained(devices=0, **changes):
+    return start(make_rnn(mesh=mesh(devices) if devices else None, **changes))[0]
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(chunk=4), dict(chunk=6), dict(devices=2), dict(devices=3, chunk=4)], ids=str
+)
+def test_chunks_and_devices_change_the_update_by_rounding_alone(changes):
+    chex.assert_trees_all_close(trained(**changes), trained(), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_deterministic_is_the_same_bits_on_any_number_of_devices(devices):
+    chex.assert_trees_all_equal(
+        trained(devices, deterministic=True), trained(0, deterministic=True)
+    )
+
+
+def test_a_step_is_its_halves_and_its_thirds():
+    es = make_rnn(deterministic=True)
+    state = es.init(FLOATS, 0)
+    whole, metrics = es.step(state, rnn, ROWS)
+    values = es.evaluate(state, rnn, ROWS)
+    assert values.shape == (16, T)
+    halves, _ = es.update(state, values, rnn, ROWS)
+    thirds, _ = es.apply_gradient(state, es.gradient(state, values, rnn, ROWS))
+    many = es.optimize(state, rnn, 1, ROWS)
+    for other in (halves, thirds, many):
+        chex.assert_trees_all_equal(jax.device_get(other.params), jax.device_get(whole.params))
+    assert metrics.updated and metrics.fitness_mean == pytest.approx(values.mean(), rel=1e-5)
+
+
+def test_a_run_that_is_resumed_is_the_run():
+    es, again = make_rnn(), make_rnn()
+    state = start(es, steps=1)[0]
+    chex.assert_trees_all_equal(
+        jax.device_get(again.step(state, rnn, ROWS)[0]), start(es, steps=2)[0]
+    )
+
+
+def test_noise_is_new_in_every_generation_unless_it_is_reused():
+    x = ROWS
+    for reuse, same in ((1, False), (2, True)):
+        es = make_rnn(noise_reuse=reuse, optimizer=optax.sgd(0.0))
+        state = es.init(FLOATS, 0)
+        first = es.evaluate(state, rnn, x)
+        second = es.evaluate(es.step(state, rnn, x)[0], rnn, x)
+        third = es.evaluate(es.step(es.step(state, rnn, x)[0], rnn, x)[0], rnn, x)
+        assert bool((first == second).all()) is same and (first != third).all()
+
+
+def test_noise_differs_between_rows_steps_sites_and_pairs():
+    es = make_rnn(population=4)
+    both = lambda p, key, x: (x @ p["w"], x @ p["w"])
+    zeros = {"w": jnp.zeros((M, H))}
+    a, b = es.map(es.init(zeros, 0), both, ROWS)
+    np.testing.assert_allclose(a[0::2], -a[1::2])
+    np.testing.assert_allclose(b[0::2], -b[1::2])
+    every = np.concatenate([np.ravel(a[0::2]), np.ravel(b[0::2])])
+    assert len(np.unique(every)) == every.size == 2 * 2 * T * H
+    looped = lambda p, key, x: lax.scan(lambda c, r: (c, r @ p["w"]), 0, x)[1]
+    steps = es.map(es.init(zeros, 0), looped, ROWS)
+    assert len(np.unique(steps[0::2])) == 2 * T * H
+    other = es.map(es.init(zeros, 1), looped, ROWS)
+    assert not (steps == other).any()
+
+
+def test_agreement_is_high_with_many_pairs_and_low_with_few():
+    found = []
+    for population in (4, 2048):
+        es = make_rnn(population=population, agreement=True)
+        state, metrics = es.step(es.init(FLOATS, 0), rnn, ROWS)
+        found.append(float(metrics.agreement))
+        plain, _ = make_rnn(population=population).step(es.init(FLOATS, 0), rnn, ROWS)
+        chex.assert_trees_all_close(state.params, plain.params, rtol=1e-3, atol=2e-5)
+    assert found[0] < 0.8 < found[1] < 1, found
+
+
+# ---------------------------------------------------------------- parameters of all kinds
+
+
+def test_overrides_mix_all_treatments():
+    plan = eggroll.plan.by_shape(
+        {"w": Nodes(), "v": Matrix(0, 1), "b": Dense(), "u": Frozen(), "g": Given()}
+    )
+    params = {**FLOATS, "g": jnp.ones(M)}
+    scaled = lambda p, key, x: rnn(p, key, x * p["g"])
+    es = make_rnn(perturb="weights", shaping=None, population=2048, plan=plan, sigma=0.05)
+    values, got = gradient(es, params, scaled, ROWS)
+    assert got["u"] is None and got["g"] is None
+    exact = jax.grad(lambda p: -scaled(p, None, ROWS).mean())(params)
+    for path in ("w", "v", "b"):
+        a, b = np.ravel(got[path]), np.ravel(exact[path])
+        assert a @ b > 0.9 * np.linalg.norm(a) * np.linalg.norm(b), path
+        assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(b), rel=0.4)
+    state = es.init(params, 0)
+    with pytest.raises(ValueError, match=r"'g' is eggroll.Given\(\): must get its gradient from"):
+        es.step(state, scaled, ROWS)
+    with pytest.raises(ValueError, match=r"'g' is eggroll.Given\(\)"):
+        es.update(state, values, scaled, ROWS)
+    new, metrics = es.apply_gradient(state, {**got, "g": exact["g"]})
+    moved = [k for k in params if (new.params[k] != params[k]).any()]
+    assert moved == ["b", "g", "v", "w"] or sorted(moved) == ["b", "g", "v", "w"]
+
+
+def test_a_factor_on_sigma_scales_the_noise_and_not_the_gradient():
+    found = []
+    for factor in (1.0, 0.25):
+        es = make_rnn(plan=eggroll.plan.by_shape({"w": Nodes(factor)}), population=4096, sigma=0.05)
+        state = es.init({"w": FLOATS["w"]}, 0)
+        outputs = es.map(state, lambda p, key, x: x @ p["w"], ROWS)
+        found.append((np.std(outputs[0::2] - outputs[1::2]) / 2, es))
+        values, got = gradient(es, FLOATS, rnn, ROWS)
+        exact = jax.grad(lambda p: -rnn(p, None, ROWS).mean())(FLOATS)
+        a, b = np.ravel(got["w"]), np.ravel(exact["w"])
+        assert np.linalg.norm(a - b) < 0.3 * np.linalg.norm(b), factor
+    assert found[0][0] == pytest.approx(0.05, rel=0.05)
+    assert found[1][0] == pytest.approx(0.0125, rel=0.05)
+
+
+def test_bfloat16_parameters_get_sums_in_float32():
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), FLOATS)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+    x = ROWS.astype(jnp.bfloat16)
+    fitness = lambda p, key, x: mlp(p, key, x).astype(jnp.float32)
+    es = make_rnn(population=512, credit=credit.own(), sigma=0.3)
+    _, got = gradient(es, narrow, fitness, x)
+    _, expected = gradient(es, wide, fitness, x.astype(jnp.float32))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == jnp.float32
+        size = np.linalg.norm(b)
+        assert np.linalg.norm(a - b) < 0.15 * size if size else not a.any()
+    state, metrics = es.step(es.init(narrow, 0), fitness, x)
+    assert metrics.updated and state.params["w"].dtype == jnp.bfloat16
+    assert set(state.master) == set(narrow)
+
+
+def test_ties_are_exactly_zero_and_move_nothing():
+    flat = lambda p, key, x: 0 * mlp(p, key, x)
+    es = make_rnn(credit=credit.own())
+    values, got = gradient(es, FLOATS, flat, ROWS)
+    assert all(not np.any(g) for g in jax.tree.leaves(got))
+    state = es.init(FLOATS, 0)
+    new, metrics = es.step(state, flat, ROWS)
+    assert not metrics.updated
+    chex.assert_trees_all_equal(new.params, state.params)
+    chex.assert_trees_all_equal(new.optimizer, state.optimizer)
+
+
+def test_a_score_that_is_not_finite_drops_its_row(float64):
+    """The estimate of what is left is that of scores whose row ties."""
+    es = make(rows=T, credit=credit.own())
+    state = es.init(MLP, 0)
+    values = np.array(es.evaluate(state, mlp, X))
+    broken, tied_ = values.copy(), values.copy()
+    broken[2, 1], broken[5, 3] = np.nan, np.inf
+    tied_[2, 1], tied_[5, 3] = values[3, 1], values[4, 3]
+    got, expected = (es.gradient(state, v, mlp, X) for v in (broken, tied_))
+    chex.assert_trees_all_close(got, expected, rtol=1e-12)
+    whole = es.gradient(state, values, mlp, X)
+    assert all(np.any(a != b) for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True))
+    _, metrics = es.update(state, broken, mlp, X)
+    assert metrics.invalid == 2 and metrics.updated
+
+
+def test_members_have_data_of_their_own(float64):
+    own = {"x": normal(2 * PAIRS, T, M, name="own")}
+    alone = lambda p, key, member: mlp(p, key, member["x"])
+    es = make(rows=T, credit=credit.own(), population=2048, sigma=0.02)
+    own = {"x": jnp.repeat(jnp.asarray(normal(1024, T, M, name="own")), 2, 0)}
+    state = es.init(MLP, 0)
+    values = es.evaluate(state, alone, members=own)
+    got = es.gradient(state, values, alone, members=own)
+    of_all = lambda p: -jax.vmap(lambda x: mlp(p, None, x))(own["x"]).mean()
+    exact = jax.grad(of_all)(MLP)
+    for path in MLP:
+        a, b = np.ravel(got[path]), np.ravel(exact[path])
+        assert np.linalg.norm(a - b) < 0.35 * np.linalg.norm(b), path
+
+
+# ---------------------------------------------------------------- int8
+
+INT_X = jnp.asarray(np.random.default_rng(5).integers(-60, 61, (5, 6)), jnp.int8)
+INT_PARAMS = {
+    k: jnp.asarray(np.random.default_rng(6).integers(-40, 41, s), jnp.int8)
+    for k, s in {"table": (9, 6), "w": (6, 8), "u": (8, 8), "b": (8,), "v": (8, 4)}.items()
+}
+INT_TOKENS = jnp.array([3, 1, 4, 1, 5], jnp.int32)
+
+
+def int_rnn(p, key, tokens):
+    dot = lambda x, w: lax.dot(x, w, preferred_element_type=jnp.int32)
+    clip = lambda y: jnp.clip(y >> 6, -127, 127).astype(jnp.int8)
+
+    def step(h, x):
+        h = clip(dot(x, p["w"]) + dot(h, p["u"]) + (p["b"].astype(jnp.int32) << 4))
+        return h, -jnp.abs(clip(dot(h, p["v"])).astype(jnp.int32) - 5).sum(dtype=jnp.int32)
+
+    return lax.scan(step, jnp.zeros(8, jnp.int8), p["table"][tokens])[1]
+
+
+@functools.cache
+def make_integers(devices=0, gamma=0.5, **changes):
+    settings = dict(
+        population=16, perturb="nodes", rows=5, credit=credit.causal(gamma), shift=2,
+        optimizer=optax.chain(integer.by_rows(), integer.threshold(0.3)),
+        mesh=mesh(devices) if devices else None,
+    )  # fmt: skip
+    return integer.strategy(**{**settings, **changes})
+
+
+@functools.cache
+def trained_integers(**changes):
+    return start(make_integers(**changes), INT_PARAMS, int_rnn, INT_TOKENS)[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(devices=1), dict(devices=2), dict(devices=4, chunk=2), dict(devices=8), dict(chunk=6)],
+    ids=str,
+)
+def test_integers_are_the_same_bits_on_any_devices_and_in_any_chunks(changes):
+    chex.assert_trees_all_equal(trained_integers(**changes), trained_integers())
+    new = trained_integers().params
+    assert all((new[k] != INT_PARAMS[k]).any() for k in INT_PARAMS)
+
+
+def test_no_float_in_a_generation_of_integers():
+    es = make_integers()
+    state = es.init(INT_PARAMS, 0)
+    run = lambda state, x: es.step(state, int_rnn, x)[0]
+    assert integer.float_operations(run, state, INT_TOKENS) == []
+
+
+def test_the_sums_of_integers_are_those_of_loops(float64, monkeypatch):
+    """One product and a bias: the noise in units of the sum, credit times noise cut to int8."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(-60, 61, (PAIRS, 5, 8)).astype(np.int8)
+    monkeypatch.setattr(eggroll.nodes, "_draw", given_noise({"w": [noise]}))
+    fitness = lambda p, key, x: -jnp.abs(
+        (lax.dot(x, p["w"], preferred_element_type=jnp.int32) + (p["b"].astype(jnp.int32) << 4)) >> 7
+    ).sum(1, dtype=jnp.int32)
+    es = make_integers(population=2 * PAIRS)
+    params = {k: INT_PARAMS[k] for k in "wb"}
+    values, got = gradient(es, params, fitness, INT_X)
+    x, w, b = (np.asarray(v, int) for v in (INT_X, params["w"], params["b"]))
+    total, bias = np.zeros((6, 8), int), np.zeros(8, int)
+    for pair in range(PAIRS):
+        # sigma 2**-2 of an output of 256 sqrt(6): 16 samples stand for 1.
+        added = noise[pair].astype(int) * 2 * 4 // 2
+        scores = []
+        for sign in (1, -1):
+            y = x @ w + (b << 4) + sign * noise[pair].astype(int) * ADDED
+            scores.append(-np.abs(y >> 7).sum(1))
+        np.testing.assert_array_equal(values[2 * pair : 2 * pair + 2], scores)
+        c = scores[0] - scores[1]
+        for t in reversed(range(4)):
+            c[t] += np.sign(c[t + 1]) * (abs(c[t + 1]) >> 1)
+        c = np.clip(c, -16, 16)
+        for t in range(5):
+            product = c[t] * noise[pair, t].astype(int)
+            weighed = np.clip(np.floor(product / 8 + 0.5), -127, 127).astype(int)
+            total += np.outer(x[t], weighed)
+            bias += 16 * weighed
+    np.testing.assert_array_equal(got["w"], -total)
+    np.testing.assert_array_equal(got["b"], -bias)
+
+
+# 2 = isqrt(6) samples, which a shift left by 2 = 4 + 4 - 2 - 4 ... see IntegerNodes.add.
+ADDED = 8
+
+
+def test_integers_learn():
+    es = make_integers(population=256)
+    state = es.init(INT_PARAMS, 0)
+    before = int_rnn(state.params, None, INT_TOKENS).sum()
+    state = es.optimize(state, int_rnn, 20, INT_TOKENS)
+    after = int_rnn(state.params, None, INT_TOKENS).sum()
+    assert after > 0.6 * before, (before, after)
+
+
+# ---------------------------------------------------------------- wrong input
+
+
+def refused(match, call, *args, **how):
+    with pytest.raises(ValueError, match=match) as caught:
+        call(*args, **how)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_settings_are_named():
+    refused("perturb='outputs': must be 'weights' or 'nodes'", make, perturb="outputs")
+    for rows in (0, 2.5, "all", Rows(0), Rows(1.5)):
+        refused("rows=.*: must be the number of scores of a member, an integer", make, rows=rows)
+    refused(r"credit=0.5: must be eggroll.credit.own\(\), causal\(gamma\) or", make, credit=0.5)
+    refused(r"credit=<function causal.*>: must be eggroll.credit.own", make, credit=credit.causal)
+
+
+def test_rows_that_the_scores_do_not_have_are_named():
+    for rows in (4, Rows(4)):
+        es = make(rows=rows)
+        refused("rows=4: must be the number of scores that the fitness returns, 5", es.step,
+                es.init(MLP, 0), mlp, X)  # fmt: skip
+
+
+def test_rows_that_several_axes_have_are_named_and_picked():
+    square = {"w": normal(M, T, name="square")}
+    looped = lambda p, key, x: lax.scan(lambda c, r: (c, jnp.tanh(x @ p["w"]).sum()), 0, x)[1]
+    es = make(rows=T)
+    state = es.init(square, 0)
+    message = (
+        r"rows=5: at a product with parameter 'w', whose outputs are \[5, 5\], a loop and axis 0 have "
+        r"this length: must be one, named by eggroll.Rows\(5, pick=k\) with k from 0 to 1"
+    )
+    refused(message, es.step, state, looped, X)
+    refused(message, make(rows=Rows(T, pick=2)).step, state, looped, X)
+    found = [gradient(make(rows=Rows(T, pick=k)), square, looped, X)[1]["w"] for k in (0, 1, -1)]
+    assert np.any(found[0] != found[1])
+    np.testing.assert_array_equal(found[1], found[2])
+    # Columns of a product come from the parameter and are no rows.
+    gradient(make(rows=T), square, lambda p, key, x: jnp.tanh(x @ p["w"]).sum(1), X)
+
+
+def test_scores_of_rows_that_no_product_has_are_named():
+    fitness = lambda p, key, x: jnp.tanh(x.sum(0) @ p["w"]) * jnp.arange(4.0)
+    es = make()
+    refused(r"rows=4: must be the length of a loop or of an axis .* \['w'\] has one .*episode\(\)",
+            es.step, es.init({"w": W}, 0), fitness, X)  # fmt: skip
+
+
+def test_there_is_no_member_to_build():
+    es = make()
+    state = es.init(MLP, 0)
+    for call in (lambda: es.member(state, 0), lambda: es.ask(state, [0, 1])):
+        refused("parameter 'b' has node noise, .* no member to build: .*es.map", call)
+
+
+def test_an_update_needs_the_fitness():
+    es = make()
+    state = es.init(MLP, 0)
+    values = es.evaluate(state, mlp, X)
+    for call in (es.update, es.tell, es.gradient):
+        refused(r"perturb='nodes': .* need the fitness .* es.update\(state, values, fitness, \*args\)",
+                call, state, values)  # fmt: skip
+
+
+def test_data_that_are_constants_of_the_fitness_are_named():
+    es = make()
+    closed = lambda p, key: jnp.tanh(X @ p["w"]).sum(1)
+    alone = lambda p, key, x: (p["w"] ** 2).sum()
+    for fitness, args in ((closed, ()), (alone, (X,))):
+        refused("'w' has node noise and reaches an output through no product .* arguments of the fitness",
+                es.step, es.init({"w": W}, 0), fitness, *args)  # fmt: skip
+
+
+def test_a_shard_map_is_refused():
+    here = mesh(2)
+    spec = jax.P()
+    fitness = lambda p, key, x: jax.shard_map(
+        lambda w, x: (x @ w).sum(1), mesh=here, in_specs=(spec, spec), out_specs=spec
+    )(p["w"], x)
+    es = make()
+    refused("'w' has node noise and enters a shard_map", es.step, es.init({"w": W}, 0), fitness, X)
+
+
+def test_integers_refuse_what_they_cannot_transpose_or_decay():
+    summed = lambda p, key, x: lax.dot(x, jnp.cumsum(p["w"], 0, dtype=jnp.int8),
+                                       preferred_element_type=jnp.int32).sum(1, dtype=jnp.int32)  # fmt: skip
+    es = make_integers(population=4)
+    refused("an int8 parameter with node noise enters 'cumsum'", es.step,
+            es.init({"w": INT_PARAMS["w"]}, 0), summed, INT_X)  # fmt: skip
+    es = make_integers(population=4, gamma=0.3)
+    refused(r"credit=causal\(0.3\): for int8 parameters gamma must be", es.step,
+            es.init(INT_PARAMS, 0), int_rnn, INT_TOKENS)  # fmt: skip
