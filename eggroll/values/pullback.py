@@ -338,6 +338,13 @@ def _div(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
     return _unbroadcast(ct / jnp.asarray(values[1]).astype(ct.dtype), _shape(eqn, i))
 
 
+def _shift_left(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
+    if i != 0:
+        return _by_vjp(eqn, values, [i], [ct])[0]
+    ct = _wide(ct)
+    return _unbroadcast(ct << jnp.asarray(values[1]).astype(ct.dtype), _shape(eqn, 0))
+
+
 def _unbroadcast(ct: Array, shape: tuple[int, ...]) -> Array:
     if ct.shape == shape:
         return ct
@@ -380,6 +387,10 @@ _TRANSPOSES: dict[str, Callable[[core.JaxprEqn, list[Any], int, Array], Array]] 
     "add_any": lambda eqn, values, i, ct: ct,
     "sub": lambda eqn, values, i, ct: _unbroadcast(-ct if i else ct, _shape(eqn, i)),
     "copy": lambda eqn, values, i, ct: ct,
+    "copy_p": lambda eqn, values, i, ct: ct,
+    "reshard": lambda eqn, values, i, ct: ct,
+    "sharding_constraint": lambda eqn, values, i, ct: ct,
+    "shift_left": _shift_left,
     "reshape": lambda eqn, values, i, ct: ct.reshape(_shape(eqn, 0)),
     "squeeze": lambda eqn, values, i, ct: ct.reshape(_shape(eqn, 0)),
     "expand_dims": lambda eqn, values, i, ct: ct.reshape(_shape(eqn, 0)),
