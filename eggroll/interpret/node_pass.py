@@ -323,12 +323,12 @@ def _moved(
     if name in ("add", "sub"):
         second = _times(noise[1], -1.0) if name == "sub" else noise[1]
         return (*noise[0], *second)
-    if name in ("mul", "div", "shift_right_arithmetic"):
+    if name in ("mul", "div", "shift_left", "shift_right_arithmetic"):
         by = _number(values[1]) if noise[0] else _number(values[0])
         if by is None or not by or (name != "mul" and not noise[0]):
             return ()
-        factor = {"mul": by, "div": 1 / by, "shift_right_arithmetic": 0.5**by}[name]
-        return _times(noise[0] or noise[1], factor)
+        factors = {"mul": by, "div": 1 / by, "shift_left": 2.0**by}
+        return _times(noise[0] or noise[1], factors.get(name, 0.5**by))
     if name == "select_n":
         first, *rest = noise[1:]
         same = all(

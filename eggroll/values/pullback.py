@@ -135,15 +135,22 @@ def transposed(
     """The cotangents of ``roots`` under ``op(roots, captured)``, of :func:`sum_type`."""
     closed = jax.make_jaxpr(op)(roots, captured)
     args = [*roots, *jax.tree.leaves(captured)]
-    return _walk_back(closed.jaxpr, closed.consts, args, len(roots), cotangent)
+    at = list(range(len(roots)))
+    return tuple(_walk_back(closed.jaxpr, closed.consts, args, at, [cotangent]))
 
 
 def _walk_back(
-    jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], roots: int, cotangent: Array
-) -> tuple[Array, ...]:
+    jaxpr: core.Jaxpr,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    at: Sequence[int],
+    cotangents: Sequence[Array | None],
+) -> list[Array]:
+    """The cotangents of the arguments at ``at``, from those of the outputs; None stands for zeros."""
+    roots = [jaxpr.invars[i] for i in at]
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
-    depends = set(jaxpr.invars[:roots])
+    depends = set(roots)
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
@@ -161,31 +168,37 @@ def _walk_back(
         if any(map(on_roots, eqn.invars)):
             depends.update(eqn.outvars)
             path.append((eqn, values))
-    (result,) = jaxpr.outvars
     sums: dict[Any, Array] = {}
-    if on_roots(result):
-        sums[result] = cotangent
+
+    def add(atom: Any, ct: Array) -> None:
+        sums[atom] = ct if atom not in sums else _wide(sums[atom]) + _wide(ct)
+
+    for result, ct in zip(jaxpr.outvars, cotangents, strict=True):
+        if ct is not None and on_roots(result):
+            add(result, ct)
     for eqn, values in reversed(path):
         cts = [sums.get(v) for v in eqn.outvars]
         if all(ct is None for ct in cts):
             continue
-        at = [i for i, atom in enumerate(eqn.invars) if on_roots(atom)]
+        inner = [i for i, atom in enumerate(eqn.invars) if on_roots(atom)]
         with eqn.ctx.manager:
-            for i, ct in zip(at, _transpose(eqn, values, at, cts), strict=True):
-                atom = eqn.invars[i]
-                sums[atom] = ct if atom not in sums else _wide(sums[atom]) + _wide(ct)
-    return tuple(
+            for i, ct in zip(inner, _transpose(eqn, values, inner, cts), strict=True):
+                add(eqn.invars[i], ct)
+    return [
         sums[v].astype(sum_type(type_of(v).dtype))
         if v in sums
         else jnp.zeros(type_of(v).shape, sum_type(type_of(v).dtype))
-        for v in jaxpr.invars[:roots]
-    )
+        for v in roots
+    ]
 
 
 def _transpose(
     eqn: core.JaxprEqn, values: list[Any], at: list[int], cts: list[Array | None]
 ) -> list[Array]:
     """The cotangents of the operands at ``at`` from those of the outputs."""
+    if eqn.primitive.name in _CALLS:
+        jaxpr, consts = compat.called_jaxpr(eqn)
+        return _walk_back(jaxpr, consts, values, at, cts)
     rule = _TRANSPOSES.get(eqn.primitive.name)
     if rule is not None and len(cts) == 1:
         assert cts[0] is not None
@@ -339,6 +352,13 @@ def _div(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
     return _unbroadcast(ct / jnp.asarray(values[1]).astype(ct.dtype), _shape(eqn, i))
 
 
+def _shift_left(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
+    if i != 0:
+        return _by_vjp(eqn, values, [i], [ct])[0]
+    ct = _wide(ct)
+    return _unbroadcast(ct << jnp.asarray(values[1]).astype(ct.dtype), _shape(eqn, 0))
+
+
 def _unbroadcast(ct: Array, shape: tuple[int, ...]) -> Array:
     if ct.shape == shape:
         return ct
@@ -364,6 +384,7 @@ def _concatenate(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Ar
     return lax.slice_in_dim(ct, start, start + _shape(eqn, i)[axis], axis=axis)
 
 
+_CALLS = ("jit", "pjit", "closed_call")
 _SUMS = ("add", "sub", "add_any", "concatenate")
 _TRANSPOSES: dict[str, Callable[[core.JaxprEqn, list[Any], int, Array], Array]] = {
     "dot_general": _dot,
@@ -380,6 +401,10 @@ _TRANSPOSES: dict[str, Callable[[core.JaxprEqn, list[Any], int, Array], Array]] 
     "add_any": lambda eqn, values, i, ct: ct,
     "sub": lambda eqn, values, i, ct: _unbroadcast(-ct if i else ct, _shape(eqn, i)),
     "copy": lambda eqn, values, i, ct: ct,
+    "copy_p": lambda eqn, values, i, ct: ct,
+    "reshard": lambda eqn, values, i, ct: ct,
+    "sharding_constraint": lambda eqn, values, i, ct: ct,
+    "shift_left": _shift_left,
     "reshape": lambda eqn, values, i, ct: ct.reshape(_shape(eqn, 0)),
     "squeeze": lambda eqn, values, i, ct: ct.reshape(_shape(eqn, 0)),
     "expand_dims": lambda eqn, values, i, ct: ct.reshape(_shape(eqn, 0)),
