@@ -295,8 +295,8 @@ def orthogonal(chunk: int) -> Directions:
     def directions(generation: Array, pairs: int, size: int) -> Array:
         e = gaussian(generation, pairs, size).reshape(-1, min(chunk, pairs), size)
         lower = jnp.linalg.cholesky(e @ e.mT)
-        e = jax.scipy.linalg.solve_triangular(lower, e, lower=True)
-        return size**0.5 * e.reshape(pairs, size)
+        inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(lower.shape[-1]), lower=True)
+        return size**0.5 * (inverse @ e).reshape(pairs, size)
 
     return directions
 
@@ -354,48 +354,58 @@ class Row:
         return min(zip(self.losses, self.rates, strict=True))
 
 
-def measure(p: Problem, name: str, pairs: int, draws: int, generations: int) -> Row:
-    """Measures one estimator.
+class Measurement:
+    """What all estimators of a model share: rows, the exact gradient, the loss and the optimizer.
 
     Args:
       p: the model.
-      name: of the estimator.
       pairs: of a generation.
       draws: of the noise, for the cosine.
       generations: of a learning run.
     """
-    estimate = jax.jit(ESTIMATORS[name](p))
-    exact = jax.jit(backpropagation(p))
-    number = lambda i: jnp.asarray(i, jnp.int32)
-    rows = [p.data(i, pairs) for i in range(max(TOGETHER, generations))]
 
-    def mean(gradient: Estimator, draw: int) -> Array:
-        own = [gradient(p.params, number(TOGETHER * draw + i), rows[i]) for i in range(TOGETHER)]
-        return sum(ravel_pytree(g)[0] for g in own) / TOGETHER
+    def __init__(self, p: Problem, pairs: int, draws: int, generations: int) -> None:
+        self.p, self.draws, self.generations = p, draws, generations
+        self.rows = [p.data(i, pairs) for i in range(max(TOGETHER, generations))]
+        self.exact = self.mean(jax.jit(backpropagation(p)), 0)
+        held_out = p.data(HELD_OUT, 512)
+        self.loss = jax.jit(lambda params: jax.vmap(p.losses, (None, 0))(params, held_out).mean())
+        self.start = jax.jit(optax.scale_by_adam().init)(p.params)
 
-    g = mean(exact, 0)
-    cosines = []
-    for draw in range(draws):
-        x = mean(estimate, draw)
-        cosines.append(float(x @ g / (jnp.linalg.norm(x) * jnp.linalg.norm(g))))
+        @jax.jit
+        def move(params: Params, state: Any, grads: Params, rate: float) -> tuple[Params, Any]:
+            updates, state = optax.adam(rate).update(grads, (state, optax.EmptyState()))
+            return optax.apply_updates(params, updates), state[0]
 
-    held_out = p.data(HELD_OUT, 512)
-    loss = jax.jit(lambda params: jax.vmap(p.losses, (None, 0))(params, held_out).mean())
+        self.move = move
 
-    @jax.jit
-    def move(params: Params, state: Any, grads: Params, rate: Array) -> tuple[Params, Any]:
-        updates, state = optax.adam(rate).update(grads, state)
-        return optax.apply_updates(params, updates), state
+    def mean(self, estimate: Estimator, draw: int) -> np.ndarray:
+        """The mean estimate of the first generations."""
+        parts = [
+            estimate(self.p.params, np.int32(TOGETHER * draw + i), self.rows[i])
+            for i in range(TOGETHER)
+        ]
+        flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in parts]
+        return np.mean(flat, 0, dtype=np.float64)
 
-    losses = []
-    start = time.perf_counter()
-    for rate in p.rates:
-        params, state = p.params, optax.adam(rate).init(p.params)
-        for i in range(generations):
-            params, state = move(params, state, estimate(params, number(i), rows[i]), rate)
-        losses.append(float(loss(params)))
-    seconds = (time.perf_counter() - start) / (generations * len(p.rates))
-    return Row(p.name, name, cosines, losses, p.rates, seconds)
+    def row(self, name: str) -> Row:
+        """Measures one estimator."""
+        estimate = jax.jit(ESTIMATORS[name](self.p))
+        cosines = []
+        for draw in range(self.draws):
+            x = self.mean(estimate, draw)
+            size = np.linalg.norm(x) * np.linalg.norm(self.exact)
+            cosines.append(float(x @ self.exact / size))
+        losses = []
+        begun = time.perf_counter()
+        for rate in self.p.rates:
+            params, state = self.p.params, self.start
+            for i in range(self.generations):
+                grads = estimate(params, np.int32(i), self.rows[i])
+                params, state = self.move(params, state, grads, rate)
+            losses.append(float(self.loss(params)))
+        seconds = (time.perf_counter() - begun) / (self.generations * len(self.p.rates))
+        return Row(self.p.name, name, cosines, losses, self.p.rates, seconds)
 
 
 def table(rows: Sequence[Row], names: Sequence[str], models: Sequence[str]) -> list[str]:
@@ -420,8 +430,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     p.add_argument("--estimators", nargs="+", choices=list(ESTIMATORS), default=list(ESTIMATORS))
     p.add_argument("--pairs", type=int, default=128, help="of a generation; a multiple of 128")
     p.add_argument("--draws", type=int, default=4, help="of the noise, for the cosine")
-    p.add_argument("--generations", type=int, default=40, help="of a learning run")
-    p.add_argument("--quick", action="store_true", help="4 pairs, 1 draw, 2 generations")
+    p.add_argument("--generations", type=int, default=60, help="of a learning run")
+    p.add_argument("--quick", action="store_true", help="the first model, 4 pairs, 1 draw, 2 generations")
     p.add_argument("--json", type=Path, help="also write the table to this file")
     args = p.parse_args(argv)
     if args.pairs < 1 or args.pairs % 128:
@@ -430,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         if getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.quick:
-        args.pairs, args.draws, args.generations = 4, 1, 2
+        args.models, args.pairs, args.draws, args.generations = args.models[:1], 4, 1, 2
 
     m = common.machine()
     print(f"{m['cpu']}, {m['cores']} cores, device {m['device']}, JAX {m['jax']}")
@@ -444,8 +454,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             f"{TOGETHER} generations, mean of {args.draws} draws; loss after {args.generations} generations",
             flush=True,
         )
-        for name in args.estimators:
-            rows.append(measure(problem, name, args.pairs, args.draws, args.generations))
+        measurement = Measurement(problem, args.pairs, args.draws, args.generations)
+        rows += [measurement.row(name) for name in args.estimators]
     print("\n" + "\n".join(table(rows, args.estimators, models)), flush=True)
     if args.json:
         document = {
