@@ -294,9 +294,8 @@ def orthogonal(chunk: int) -> Directions:
 
     def directions(generation: Array, pairs: int, size: int) -> Array:
         e = gaussian(generation, pairs, size).reshape(-1, min(chunk, pairs), size)
-        lower = jnp.linalg.cholesky(e @ e.mT)
-        inverse = jax.scipy.linalg.solve_triangular(lower, jnp.eye(lower.shape[-1]), lower=True)
-        return size**0.5 * (inverse @ e).reshape(pairs, size)
+        triangles = jnp.linalg.inv(jnp.linalg.cholesky(e @ e.mT))
+        return size**0.5 * (triangles @ e).reshape(pairs, size)
 
     return directions
 
