@@ -111,7 +111,9 @@ def mlp() -> Problem:
         return x, jnp.argmax(x @ labels, -1)
 
     layers = {"a": 0, "b": 1, "c": 2}
-    return Problem("MLP", params, losses, data, EXAMPLES, layers, 0.02, 0.05, 0.0, (0.003, 0.01, 0.03))
+    return Problem(
+        "MLP", params, losses, data, EXAMPLES, layers, 0.02, 0.05, 0.0, (0.003, 0.01, 0.03)
+    )
 
 
 def gru() -> Problem:
@@ -430,7 +432,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     p.add_argument("--pairs", type=int, default=128, help="of a generation; a multiple of 128")
     p.add_argument("--draws", type=int, default=4, help="of the noise, for the cosine")
     p.add_argument("--generations", type=int, default=60, help="of a learning run")
-    p.add_argument("--quick", action="store_true", help="the first model, 4 pairs, 1 draw, 2 generations")
+    p.add_argument(
+        "--quick", action="store_true", help="the first model, 4 pairs, 1 draw, 2 generations"
+    )
     p.add_argument("--json", type=Path, help="also write the table to this file")
     args = p.parse_args(argv)
     if args.pairs < 1 or args.pairs % 128:
