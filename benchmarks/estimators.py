@@ -363,10 +363,13 @@ class Measurement:
       pairs: of a generation.
       draws: of the noise, for the cosine.
       generations: of a learning run.
+      first: the number of the first generation, from which its noise comes; rows do not change.
     """
 
-    def __init__(self, p: Problem, pairs: int, draws: int, generations: int) -> None:
-        self.p, self.draws, self.generations = p, draws, generations
+    def __init__(
+        self, p: Problem, pairs: int, draws: int, generations: int, first: int = 0
+    ) -> None:
+        self.p, self.draws, self.generations, self.first = p, draws, generations, first
         self.rows = [p.data(i, pairs) for i in range(max(TOGETHER, generations))]
         self.exact = self.mean(jax.jit(backpropagation(p)), 0)
         held_out = p.data(HELD_OUT, 512)
@@ -383,7 +386,7 @@ class Measurement:
     def mean(self, estimate: Estimator, draw: int) -> np.ndarray:
         """The mean estimate of the first generations."""
         parts = [
-            estimate(self.p.params, np.int32(TOGETHER * draw + i), self.rows[i])
+            estimate(self.p.params, np.int32(self.first + TOGETHER * draw + i), self.rows[i])
             for i in range(TOGETHER)
         ]
         flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in parts]
@@ -402,7 +405,7 @@ class Measurement:
         for rate in self.p.rates:
             params, state = self.p.params, self.start
             for i in range(self.generations):
-                grads = estimate(params, np.int32(i), self.rows[i])
+                grads = estimate(params, np.int32(self.first + i), self.rows[i])
                 params, state = self.move(params, state, grads, rate)
             losses.append(float(self.loss(params)))
         seconds = (time.perf_counter() - begun) / (self.generations * len(self.p.rates))
@@ -435,6 +438,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     p.add_argument(
         "--quick", action="store_true", help="the first model, 4 pairs, 1 draw, 2 generations"
     )
+    p.add_argument("--seed", type=int, default=0, help="of the noise")
     p.add_argument("--json", type=Path, help="also write the table to this file")
     args = p.parse_args(argv)
     if args.pairs < 1 or args.pairs % 128:
@@ -457,13 +461,15 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             f"{TOGETHER} generations, mean of {args.draws} draws; loss after {args.generations} generations",
             flush=True,
         )
-        measurement = Measurement(problem, args.pairs, args.draws, args.generations)
+        measurement = Measurement(
+            problem, args.pairs, args.draws, args.generations, 1000 * args.seed
+        )
         rows += [measurement.row(name) for name in args.estimators]
     print("\n" + "\n".join(table(rows, args.estimators, models)), flush=True)
     if args.json:
         document = {
             "machine": m, "pairs": args.pairs, "draws": args.draws, "generations": args.generations,
-            "rows": [dataclasses.asdict(row) for row in rows],
+            "seed": args.seed, "rows": [dataclasses.asdict(row) for row in rows],
         }  # fmt: skip
         args.json.write_text(json.dumps(document, indent=1) + "\n")
     return rows
