@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 from jax.interpreters import batching
 from jax.sharding import AxisType
@@ -108,9 +110,17 @@ def inside_mesh(x: Any) -> Any:
 
 def varying_axes(x: Any) -> frozenset[str]:
     """The mesh axes over which a value varies inside a shard_map."""
-    aval = jax.typeof(x)
-    kind = getattr(aval, "mat", None)  # JAX 0.10; other versions have the set on the type
-    return kind.varying if kind is not None else getattr(aval, "vma", frozenset())
+    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    # JAX 0.10 has the set behind another name on types and on shapes; other versions have it on both.
+    kind = getattr(aval, "mat", getattr(aval, "manual_axis_type", None))
+    return kind.varying if kind is not None else getattr(aval, "vma", None) or frozenset()
+
+
+def zeros_like(aval: Any) -> jax.Array:
+    """Zeros of a shape and type, which vary over the same mesh axes inside a shard_map."""
+    zeros = jnp.zeros(aval.shape, aval.dtype)
+    axes = varying_axes(aval)
+    return lax.pcast(zeros, tuple(sorted(axes)), to="varying") if axes else zeros
 
 
 def is_batched(x: Any) -> bool:

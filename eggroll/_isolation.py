@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, PyTree
+
+from eggroll import _compat as compat
 
 Out = TypeVar("Out", bound=PyTree)
 
@@ -29,7 +30,7 @@ def isolated(fn: Callable[..., Out], always: Bool[Array, ""], *args: PyTree) -> 
     make = jax.jit(fn)
 
     def never(*args: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, *args))
+        return jax.tree.map(compat.zeros_like, jax.eval_shape(make, *args))
 
     def in_branch(*args: PyTree) -> PyTree:
         return lax.cond(always, make, never, *args)

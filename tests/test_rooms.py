@@ -15,7 +15,7 @@ ROOMS = {
     "_types": set(),
     "_compat": set(),
     "_calling": set(),
-    "_isolation": set(),
+    "_isolation": {"_compat"},
     "noise": set(),
     "shaping": set(),
     "credit": set(),

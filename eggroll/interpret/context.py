@@ -107,6 +107,11 @@ class Context:
         if self.nodes is not None:
             self.nodes = self.nodes.inside(None, on)
 
+    def enter_shards(self, axes: frozenset[str]) -> None:
+        """Makes this, the context of a shard_map's body, one with parameters of its own."""
+        if self.nodes is not None:
+            self.nodes = self.nodes.sharded(axes)
+
     def adopt(self, value: Value, w: Any = None) -> Value:
         """A parameter under node noise as one of this body's own; other values as they are."""
         if not isinstance(value, Node):

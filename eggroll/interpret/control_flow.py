@@ -321,14 +321,20 @@ def cond(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
 
 @control_flow("shard_map", keeps="operands")
 def shard_map(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
-    """Enters a shard_map; factors are sharded as the axes that they vary along are."""
+    """Enters a shard_map; factors are sharded as the axes that they vary along are.
+
+    The sums of a parameter under node noise are sharded as it is, and added up over the axes of the
+    mesh that it is not sharded over but its data are.
+    """
     params = eqn.params
-    for v in values:
-        if isinstance(v, Node):
-            raise ValueError(
-                f"parameter {v.paths[0]!r} has node noise and enters a shard_map: must have weight noise, "
-                "by eggroll.Matrix(...) or Dense() in the plan's overrides"
-            )
+    values = tuple(handed(context, v) for v in values)
+    nodes = [v for v in values if isinstance(v, Node)]
+    own_axes = frozenset(params["newly_manual_axes"])
+    if nodes and not params["check_vma"]:
+        raise ValueError(
+            f"parameter {nodes[0].paths[0]!r} has node noise and enters a shard_map with check_vma=False: "
+            "must have check_vma=True, which tells over which axes data differ"
+        )
 
     origins = context.origins_of(eqn)
 
@@ -344,17 +350,42 @@ def shard_map(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Valu
         gains = [jax.P(*own(g.shape)) for g in value.gains]
         return jax.tree.unflatten(jax.tree.structure(value), [spec, *factors, jax.P(), *gains])
 
-    def fn(*values: Value) -> list[Value]:
-        ctx = context.inner()
-        outs = evaluate(ctx, params["jaxpr"], (), list(values), origins)
-        return [ctx.dense(o, eqn) for o in outs]
+    of_nodes = [
+        spec for v, spec in zip(values, params["in_specs"], strict=True) if isinstance(v, Node)
+    ]
 
-    in_specs = tuple(spec_of(v, s) for v, s in zip(values, params["in_specs"], strict=True))
-    return jax.shard_map(
+    def added_up(total: Array, spec: Any) -> Array:
+        named = {
+            name for part in spec if part for name in (part if isinstance(part, tuple) else (part,))
+        }
+        over = (compat.varying_axes(total) & own_axes) - named
+        total = lax.psum(total, tuple(sorted(over))) if over else total
+        missing = named - compat.varying_axes(total)
+        return lax.pcast(total, tuple(sorted(missing)), to="varying") if missing else total
+
+    def fn(*arrays: Value) -> tuple[list[Value], list[Array]]:
+        ctx = context.inner()
+        ctx.enter_shards(own_axes)
+        given = [
+            ctx.adopt(v, x) if isinstance(v, Node) else x
+            for v, x in zip(values, arrays, strict=True)
+        ]
+        outs = plain(ctx, evaluate(ctx, params["jaxpr"], (), given, origins))
+        sums = ctx.sums() if nodes else []
+        return [ctx.dense(o, eqn) for o in outs], list(map(added_up, sums, of_nodes))
+
+    in_specs = tuple(
+        spec if isinstance(v, Node) else spec_of(v, spec)
+        for v, spec in zip(values, params["in_specs"], strict=True)
+    )
+    summed = of_nodes if context.summing else []
+    outs, sums = jax.shard_map(
         fn,
         mesh=params["mesh"],
         in_specs=in_specs,
-        out_specs=list(params["out_specs"]),
+        out_specs=(list(params["out_specs"]), summed),
         axis_names=params["newly_manual_axes"],
         check_vma=params["check_vma"],
-    )(*values)
+    )(*(v.w if isinstance(v, Node) else v for v in values))
+    context.take(nodes, sums)
+    return outs

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.extend import core
 from jax.typing import DTypeLike
 
+from eggroll import _compat as compat
 from eggroll.values.lowrank import LateBroadcast
 from eggroll.values.node import Node, Operation, root
 from eggroll.values.pullback import sum_type, summed, transposed
@@ -169,6 +170,7 @@ class NodePass:
       region: the parameters of the equations at hand.
       loops: around the equations at hand, from the outside in.
       on: whether the equations at hand are run by this member: a factor on credit; None for always.
+      shards: axes of a mesh that the equations at hand are divided over, by a shard_map around them.
       sites: every site that was met, by its name, for tables and messages.
     """
 
@@ -181,6 +183,7 @@ class NodePass:
     region: Region = dataclasses.field(default_factory=Region)
     loops: tuple[Loop, ...] = ()
     on: Array | None = None
+    shards: frozenset[str] = frozenset()
     sites: dict[str, Site] = dataclasses.field(default_factory=dict)
 
     @property
@@ -196,6 +199,10 @@ class NodePass:
         return dataclasses.replace(
             self, region=Region(), loops=loops, on=self.on if on is None else on
         )
+
+    def sharded(self, axes: frozenset[str]) -> "NodePass":
+        """The pass within a shard_map over these axes of a mesh."""
+        return dataclasses.replace(self.inside(), shards=self.shards | axes)
 
     def site(
         self,
@@ -224,7 +231,10 @@ class NodePass:
         if dtype is None:
             return y
         name = f"{'+'.join(paths)}@{name}"
-        noise = self.draw(name, tuple(loop.index for loop in self.loops), y.shape, dtype)
+        # Shards of an output have noise of their own; copies of one have the same.
+        axes = sorted(self.shards & compat.varying_axes(y))
+        steps = (*(loop.index for loop in self.loops), *map(lax.axis_index, axes))
+        noise = self.draw(name, steps, y.shape, dtype)
         out = self.arithmetic.add(y, noise, self.sign, sigma, fan_in)
         weighed = None
         at = self._row_of(y.shape, certain, possible, paths) if self.rows else None
