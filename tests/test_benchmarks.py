@@ -209,15 +209,16 @@ def test_orthogonal_directions_are_at_right_angles() -> None:
 
 
 def test_disjoint_parts_share_no_parameter() -> None:
-    e = np.asarray(estimators.disjoint(4)(jnp.int32(0), 8, 40)) != 0
-    assert (e[:4].sum(0) == 1).all() and (e[:4] == e[4:]).all()
+    # A sample may be zero, so that the parts are what all of their pairs perturb.
+    e = np.asarray(estimators.disjoint(4)(jnp.int32(0), 32, 40)) != 0
+    assert (e.reshape(8, 4, 40).any(0).sum(0) == 1).all()
 
 
 def test_shared_directions_are_shared() -> None:
     e = np.asarray(estimators.shared_subspace(4)(jnp.int32(0), 32, 40))
     assert np.linalg.matrix_rank(e) == 4
     kept = np.asarray(estimators.sparse(0.25)(jnp.int32(0), 32, 400)) != 0
-    assert (kept == kept[0]).all() and 50 < kept[0].sum() < 150
+    assert 50 < kept.any(0).sum() < 150
 
 
 def test_an_estimate_from_many_pairs_is_the_gradient() -> None:
@@ -229,13 +230,13 @@ def test_an_estimate_from_many_pairs_is_the_gradient() -> None:
 
 
 def test_nodes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    tiny = "--egg tiny --egg-population 4 --tokens 3 --population 4 --rounds 1 --factor-memory 1024"
+    tiny = "--egg tiny --egg-population 4 --tokens 3 --rounds 1 --factor-memory 1024"
     path = tmp_path / "table.json"
-    rows = nodes.main([*tiny.split(), "--models", "mlp", "egg", "--json", str(path)])
+    rows = nodes.main([*tiny.split(), "--models", "egg", "--json", str(path)])
     names = [nodes.FORWARD, nodes.WEIGHTS, nodes.EVALUATE, nodes.STEP]
-    assert [row.name for row in rows] == 2 * names
+    assert [row.name for row in rows] == names
     told = capsys.readouterr().out
-    assert "tiny D=32 N=4 rows=3" in told and told.count("a generation with node noise takes") == 2
+    assert "tiny D=32 N=4 rows=3" in told and "a generation with node noise takes" in told
     document = json.loads(path.read_text())
     assert document["factor_memory"] == 1024
     assert all(row["seconds"] > 0 for row in document["rows"])
