@@ -64,9 +64,7 @@ def _over_members(op: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:
         return transposed(op, roots, captured, cotangent)
 
     @total.def_vmap
-    def rule(
-        size: int, batched: Any, roots: Any, captured: Any, cotangent: Any, sign: Any
-    ) -> Any:
+    def rule(size: int, batched: Any, roots: Any, captured: Any, cotangent: Any, sign: Any) -> Any:
         # Constants arrive as NumPy arrays.
         roots, captured, cotangent, sign = jax.tree.map(
             jnp.asarray, (roots, captured, cotangent, sign)
