@@ -672,7 +672,7 @@ TOO_LONG = ("solved",)
 
 
 def table_cases():
-    """All cases of the tables; one in eight runs in every run of the tests, the others in make soak."""
+    """All cases of the tables; one in nine runs in every run of the tests, the others in make soak."""
     found = []
     for module in map(importlib.import_module, test_registry.TABLES):
         for name, test in vars(module).items():
@@ -906,9 +906,9 @@ def test_overrides_mix_all_treatments():
         es.step(state, scaled, ROWS)
     with pytest.raises(ValueError, match=r"'g' is eggroll.Given\(\)"):
         es.update(state, values, scaled, ROWS)
-    new, metrics = es.apply_gradient(state, {**got, "g": exact["g"]})
+    new, _ = es.apply_gradient(state, {**got, "g": exact["g"]})
     moved = [k for k in params if (new.params[k] != params[k]).any()]
-    assert moved == ["b", "g", "v", "w"] or sorted(moved) == ["b", "g", "v", "w"]
+    assert sorted(moved) == ["b", "g", "v", "w"]
 
 
 def test_a_factor_on_sigma_scales_the_noise_and_not_the_gradient():
@@ -920,7 +920,7 @@ def test_a_factor_on_sigma_scales_the_noise_and_not_the_gradient():
         state = es.init(FLOATS, 0)
         outputs = es.map(state, lambda p, key, x: x @ p["w"], ROWS)
         found.append((np.std(outputs[0::2] - outputs[1::2]) / 2, es))
-        values, got = gradient(es, FLOATS, rnn, ROWS)
+        _, got = gradient(es, FLOATS, rnn, ROWS)
         exact = jax.grad(lambda p: -rnn(p, None, ROWS).mean())(FLOATS)
         a, b = np.ravel(got["w"]), np.ravel(exact["w"])
         assert np.linalg.norm(a - b) < 0.3 * np.linalg.norm(b), factor
@@ -948,7 +948,7 @@ def test_bfloat16_parameters_get_sums_in_float32():
 def test_ties_are_exactly_zero_and_move_nothing():
     flat = lambda p, key, x: 0 * mlp(p, key, x)
     es = make_rows(credit=credit.own())
-    values, got = gradient(es, FLOATS, flat, ROWS)
+    _, got = gradient(es, FLOATS, flat, ROWS)
     assert all(not np.any(g) for g in jax.tree.leaves(got))
     state = es.init(FLOATS, 0)
     new, metrics = es.step(state, flat, ROWS)
@@ -976,7 +976,6 @@ def test_a_score_that_is_not_finite_drops_its_row(float64):
 
 
 def test_members_have_data_of_their_own(float64):
-    own = {"x": normal(2 * PAIRS, T, M, name="own")}
     alone = lambda p, key, member: mlp(p, key, member["x"])
     es = make(rows=T, credit=credit.own(), population=2048, sigma=0.02)
     own = {"x": jnp.repeat(jnp.asarray(normal(1024, T, M, name="own")), 2, 0)}
