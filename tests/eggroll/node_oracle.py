@@ -59,7 +59,9 @@ class Oracle(NodePass):
         (part,) = self.region.noise[id(out)][1] if id(out) in self.region.noise else (None,)
         if part is None:
             return out
-        noise = self.draw(f"{'+'.join(paths)}@{name}", tuple(x.index for x in self.loops), y.shape, y.dtype)
+        noise = self.draw(
+            f"{'+'.join(paths)}@{name}", tuple(x.index for x in self.loops), y.shape, y.dtype
+        )
         at = self._row_of(y.shape, certain, possible, paths) if self.rows else None
         weighed = self.arithmetic.weigh(self._credit(at, y.ndim), noise)
         part = dataclasses.replace(part, weighed=weighed)
@@ -226,9 +228,9 @@ def oracle(fn, args, rows, pairs=2, own=False):
     def of_pair_(pair, credit):
         signs = jnp.array([1.0, -1.0], jnp.float32)
         of = jax.grad(run, has_aux=True)
-        grads, (out, finished) = jax.vmap(
-            lambda s: of(weights, s, pair, credit), axis_name="pair"
-        )(signs)
+        grads, (out, finished) = jax.vmap(lambda s: of(weights, s, pair, credit), axis_name="pair")(
+            signs
+        )
         return out, jax.tree.map(lambda x: x.mean(0), grads), finished
 
     outs, grads, finished = jax.vmap(of_pair_)(jnp.arange(pairs), (c, whole))

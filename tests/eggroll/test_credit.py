@@ -73,7 +73,9 @@ def test_a_wrong_gamma_is_named(gamma):
 def test_integers_need_a_power_of_two():
     for how in (credit.own(), credit.causal(0.5), credit.causal(1), credit.episode()):
         how.check_integers()
-    with pytest.raises(ValueError, match=r"credit=causal\(0.3\): for int8 parameters gamma must be 0 or"):
+    with pytest.raises(
+        ValueError, match=r"credit=causal\(0.3\): for int8 parameters gamma must be 0 or"
+    ):
         INTEGERS.credit(credit.causal(0.3), jnp.zeros((1, 2), jnp.int32))
 
 

@@ -86,6 +86,7 @@ LINEAR = {
     "from data": lambda v: data(v.shape, "from", v) - v,
     "less data": lambda v: v - data(v.shape[-1:], "less", v),
     "negated": lambda v: -v,
+    "shifted": lambda v: v << 3 if jnp.issubdtype(v.dtype, jnp.integer) else v * 8,
     "wider": wider,
     "product": dot_right,
     "left product": dot_left,
