@@ -77,8 +77,9 @@ def own() -> Credit:
 def causal(gamma: Gamma = 1.0) -> Credit:
     """Every row has its own difference and those of later rows: ``c_t = d_t + gamma c_(t+1)``.
 
-    With gamma 1 (reward to go) the estimate is unbiased for the objective under noise; a smaller gamma
-    trades bias for variance.
+    With gamma 1 (reward to go) the estimate is that of the objective under noise: unbiased where the
+    inputs of a product carry no noise, and with a bias of order sigma^2 where they do, since the mean of
+    the pair's inputs stands for both. A smaller gamma trades more bias for less variance.
 
     Args:
       gamma: from 0 to 1; for int8 parameters 0 or a power of two.

@@ -50,7 +50,7 @@ class EvolutionStrategy(Settings):
       rows: the number of scores of a member, which is the length of the loop or the axis that they belong
         to, or :class:`eggroll.Rows`; None takes the number that the fitness returns.
       credit: what a row is given of the scores of later rows (:mod:`eggroll.credit`); None is
-        ``causal(1)``, which is unbiased whatever rows do to each other.
+        ``causal(1)``, which leaves nothing out that rows do to each other.
       shaping: maps scores to weights (:mod:`eggroll.shaping`); None uses the scores as weights. The default
         is :func:`eggroll.shaping.zscore`, and None for node noise.
       plan: chooses the treatment of every parameter (:mod:`eggroll.plan`).
