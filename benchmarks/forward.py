@@ -23,7 +23,8 @@ from benchmarks.common import PLAIN, Call, Case, Row
 from benchmarks.models import Problem, problem
 from eggroll import _programs as internals
 from eggroll import generation
-from eggroll.generation import Task
+from eggroll.inputs import begin
+from eggroll.members import Task, map_members
 
 KEPT, LIVE, DENSE = "perturbed, kept factors", "perturbed, noise drawn inside", "dense ES"
 
@@ -48,11 +49,11 @@ def calls_of(case: Case, args: argparse.Namespace) -> tuple[dict[str, Call], lis
     p = problem(case.model, case.dim, case.population, case.observations)
     es = strategy(case, p, chunk=args.chunk)
     state = es.init(p.params, jax.random.key(1))
-    draws = jax.jit(lambda s: generation.all_draws(generation.begin(es, s)))(state)
+    draws = jax.jit(lambda s: generation.all_draws(begin(es, s)))(state)
 
     def kept(state: eggroll.State, draws: list[tuple[Array, ...]], data: Array) -> Array:
-        g = generation.begin(es, state)
-        return generation.map_members(g, state.params, Task(p.score, members=data), draws)
+        g = begin(es, state)
+        return map_members(g, state.params, Task(p.score, members=data), draws)
 
     kept = jax.jit(kept)
     evaluate = internals.evaluate

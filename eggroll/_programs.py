@@ -17,7 +17,8 @@ from eggroll._calling import Function
 from eggroll._checks import gradients as check_gradients
 from eggroll._settings import Settings
 from eggroll.arithmetic import Outcome
-from eggroll.generation import Task
+from eggroll.inputs import begin
+from eggroll.members import Task, has_aux, map_members
 from eggroll.perturbation import built_member, draw
 from eggroll.population.placement import tracing
 from eggroll.population.schedule import EXACT
@@ -51,18 +52,18 @@ def _program(*static: int) -> Callable[[Callable[..., Any]], _Program]:
 
 @_program(0, 2)
 def map(settings: Settings, state: State, fn: Function, args: tuple, members: PyTree) -> PyTree:
-    g = generation.begin(settings, state)
-    return generation.map_members(g, state.params, Task(fn, args, members), None)
+    g = begin(settings, state)
+    return map_members(g, state.params, Task(fn, args, members), None)
 
 
 @_program(0, 2)
 def evaluate(
     settings: Settings, state: State, fitness: Function, args: tuple, members: PyTree
 ) -> PyTree:
-    g = generation.begin(settings, state)
-    out = generation.map_members(g, state.params, Task(fitness, args, members), None)
+    g = begin(settings, state)
+    out = map_members(g, state.params, Task(fitness, args, members), None)
     scores = generation.scores_of(g, out)
-    return tuple(scores) if generation.has_aux(out) else scores.values
+    return tuple(scores) if has_aux(out) else scores.values
 
 
 @_program(0, 2)
@@ -87,7 +88,7 @@ def update(
     args: tuple = (),
     members: PyTree = None,
 ) -> tuple[State, Outcome | Metrics]:
-    g, task = generation.begin(settings, state), task_of(fitness, args, members)
+    g, task = begin(settings, state), task_of(fitness, args, members)
     return generation.finish(g, state, values, groups, None, task)
 
 
@@ -111,7 +112,7 @@ def gradient(
     args: tuple = (),
     members: PyTree = None,
 ) -> PyTree:
-    g, task = generation.begin(settings, state), task_of(fitness, args, members)
+    g, task = begin(settings, state), task_of(fitness, args, members)
     weighed = generation.weigh(g, values, groups)
     grads, _ = generation.estimate(g, state.params, weighed, None, task)
     return jax.tree.unflatten(jax.tree.structure(state.params), grads)
@@ -125,7 +126,7 @@ def apply_gradient(
     pairs: Int[Array, ""],
     value: Num[Array, ""] | None,
 ) -> tuple[State, Outcome | Metrics]:
-    g = generation.begin(settings, state)
+    g = begin(settings, state)
     check_gradients(grads, trainable_of(g.plan, state.params, state.master))
     leaves = jax.tree.leaves(grads)
     moves = jnp.any(jnp.stack([jnp.any(x != 0) for x in leaves]))
@@ -155,7 +156,7 @@ def optimize(
 
 @_program(0)
 def member(settings: Settings, state: State, i: Int[Array, ""]) -> PyTree:
-    g = generation.begin(settings, state)
+    g = begin(settings, state)
     sign = (1 - 2 * (i % 2)).astype(g.arithmetic.sign_type)
     drawn = draw(g.plan, g.noise, g.seed, g.epoch, i // 2)
     return built_member(g.plan, state.params, drawn, g.noise_sigma, sign)

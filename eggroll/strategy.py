@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int, Num, PyTree
 from eggroll import _checks as checks
 from eggroll import _programs as programs
 from eggroll import exchange as exchanges
-from eggroll import generation
+from eggroll import inputs
+from eggroll import members as member_runs
 from eggroll import noise as noises
 from eggroll._calling import Function, one_of
 from eggroll._settings import Settings
@@ -380,14 +381,14 @@ class EvolutionStrategy(Settings):
         """
         plan, context, sites = self.plan_of(params), Context(on_dense="ignore"), []
         if fitness is not None:
-            sites = generation.trace(self, plan, context, params, fitness, one_of(members), args)
+            sites = member_runs.trace(self, plan, context, params, fitness, one_of(members), args)
         return table.describe(plan, context.built, sites)
 
     # ------------------------------------------------------------ parts
 
     def plan_of(self, params: PyTree) -> Plan:
         """The plan of the parameters: the treatment of every leaf."""
-        return generation.plan_of(self, params)
+        return inputs.plan_of(self, params)
 
     def placed(self, state: State) -> "EvolutionStrategy":
         """This strategy for states with the sharding of ``state``, which programs preserve."""
@@ -427,7 +428,7 @@ class EvolutionStrategy(Settings):
     def sigma_of(self, state: State) -> Float[Array, ""]:
         """Deprecated: use ``metrics.sigma``, the standard deviation of the noise."""
         _deprecated("sigma_of(state)", "metrics.sigma")
-        return generation.sigma_of(self, state.generation)
+        return inputs.sigma_of(self, state.generation)
 
     def _with_metrics(self, done: tuple[State, Outcome | Metrics]) -> tuple[State, Metrics]:
         """Adds metrics to a state if the program of the update returned an outcome instead."""

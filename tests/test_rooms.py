@@ -36,17 +36,25 @@ ROOMS = {
         "_checks", "arithmetic", "credit", "exchange", "interpret", "noise", "plan", "population",
         "shaping", *BASE,
     },
+    "inputs": {
+        "_settings", "arithmetic", "nodes", "interpret", "noise", "plan", "population", "state", *BASE,
+    },
+    "members": {
+        "_checks", "_settings", "arithmetic", "estimator", "inputs", "interpret", "nodes", "noise",
+        "perturbation", "plan", "population", *BASE,
+    },
     "generation": {
-        "_checks", "_settings", "arithmetic", "credit", "estimator", "interpret", "nodes", "noise",
+        "_checks", "_settings", "arithmetic", "credit", "estimator", "inputs", "members", "noise",
         "perturbation", "plan", "population", "state", *BASE,
     },
     "_programs": {
-        "_checks", "_settings", "arithmetic", "generation", "perturbation", "population", "state",
+        "_checks", "_settings", "arithmetic", "generation", "inputs", "members", "perturbation",
+        "population", "state",
         *BASE,
     },
     "strategy": {
-        "_checks", "_programs", "_settings", "arithmetic", "exchange", "generation", "interpret", "noise",
-        "perturbation", "plan", "population", "state", *BASE,
+        "_checks", "_programs", "_settings", "arithmetic", "exchange", "inputs", "interpret", "members",
+        "noise", "perturbation", "plan", "population", "state", *BASE,
     },
     "integer": {"strategy", "noise", "shaping", "values", *BASE},
 }  # fmt: skip

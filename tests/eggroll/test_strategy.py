@@ -12,7 +12,8 @@ import pytest
 
 import eggroll
 from eggroll import EvolutionStrategy, Frozen, Matrix
-from eggroll.generation import all_draws, begin
+from eggroll.generation import all_draws
+from eggroll.inputs import begin
 
 
 def make(**changes):
