@@ -2,11 +2,12 @@
 
     values  = evaluate(g, state, fitness, ...)    the scores of every member
     weighed = weigh(g, values, groups)            the weight of each pair's noise
-    grads   = estimate(g, weighed, ...)           the weighted sum of noise, as a gradient
+    grads   = estimate(g, params, weighed, ...)   the weighted sum of noise, as a gradient; for node
+                                                  noise by a second pass over the members
     state   = apply(g, state, grads, ...)         a step of the optimizer
 
-JAX traces every function here. ``begin`` makes the one object that the others share, and no
-function calls back into the strategy. :mod:`eggroll.arithmetic` has the arithmetic that differs
+JAX traces every function here. ``begin`` (:mod:`eggroll.inputs`) makes the one object that
+the others share, and no function calls back into the strategy. :mod:`eggroll.members` runs members. :mod:`eggroll.arithmetic` has the arithmetic that differs
 between floats and integers; :mod:`eggroll.population.schedule` has the order of computation.
 """
 

@@ -14,13 +14,11 @@ from eggroll.arithmetic import Arithmetic, Sigma
 from eggroll.interpret.node_pass import NodeArithmetic
 from eggroll.nodes import FloatNodes, IntegerNodes
 from eggroll.noise import Noise
-from eggroll.perturbation import Draw
 from eggroll.plan.leaf import Plan
 from eggroll.population.placement import specs_of
 from eggroll.state import State
 
 Out = TypeVar("Out", bound=PyTree)
-Draws = list[Draw]
 
 
 @dataclasses.dataclass(frozen=True)
