@@ -6,9 +6,10 @@
                                                   noise by a second pass over the members
     state   = apply(g, state, grads, ...)         a step of the optimizer
 
-JAX traces every function here. ``begin`` (:mod:`eggroll.inputs`) makes the one object that
-the others share, and no function calls back into the strategy. :mod:`eggroll.members` runs members. :mod:`eggroll.arithmetic` has the arithmetic that differs
-between floats and integers; :mod:`eggroll.population.schedule` has the order of computation.
+JAX traces every function here. ``begin`` (:mod:`eggroll.inputs`) makes the one object that the others
+share, :mod:`eggroll.members` runs members, and no function calls back into the strategy.
+:mod:`eggroll.arithmetic` has the arithmetic that differs between floats and integers;
+:mod:`eggroll.population.schedule` has the order of computation.
 """
 
 import functools
