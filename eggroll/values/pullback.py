@@ -9,6 +9,7 @@ Integers are summed exactly, in int32, by the transposes of this file. Operation
 are taken to JAX's ``vjp``, for floats.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ def summed(
         mean over its two members is taken and not the sum.
 
     Returns:
-      One array for each root, of :func:`sum_type`.
+      One array for each root, of :func:`sum_type`. A vmap that maps the roots too is around whole
+      generations, and is not summed over.
     """
     arrays, tree = jax.tree.flatten(captured)
     static = {i: x for i, x in enumerate(arrays) if not isinstance(x, jax.Array | np.ndarray)}
@@ -64,14 +66,17 @@ def _over_members(op: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:
         return transposed(op, roots, captured, cotangent)
 
     @total.def_vmap
-    def rule(
-        size: int, batched: Any, roots: Any, captured: Any, cotangent: Array, sign: Array
-    ) -> Any:
+    def rule(size: int, batched: Any, roots: Any, captured: Any, cotangent: Any, sign: Any) -> Any:
         of_roots, of_captured, of_cotangent, of_sign = batched
-        if any(of_roots):
+        if any(of_roots) and of_sign:
             raise ValueError(
                 "a parameter with node noise differs between members: it must be shared by all"
             )
+        if any(of_roots):
+            # A vmap around whole generations, such as one over seeds: nothing is summed over it.
+            along = jax.tree.map(lambda b: 0 if b else None, (of_roots, of_captured, of_cotangent))
+            each = jax.vmap(functools.partial(transposed, op), in_axes=along, axis_size=size)
+            return each(roots, captured, cotangent), tuple(True for _ in roots)
         none = tuple(False for _ in roots)
         if of_sign:
             if not of_cotangent and all(
