@@ -106,9 +106,9 @@ class Config(RunSettings):
     episodes: int = 1
     """Episodes that each member plays in a generation; its score is their mean return."""
     perturb: Literal["weights", "nodes", "mixed"] = "weights"
-    """What noise is added to: the parameters, one score an episode; the outputs of every layer, anew for every
-    stretch of steps and credited with the rewards from there on; or outputs of the last layer and parameters
-    of the others. Nodes need two passes over the episodes, weights one."""
+    """What noise is added to: the parameters, one score an episode; the outputs of every layer, anew for
+    every stretch of steps and credited with the rewards from there on; or the outputs of the last layer and
+    the parameters of the others. Nodes need two passes over the episodes, weights one."""
     nodes: Nodes = field(default_factory=Nodes)
     """Settings of noise on outputs."""
     sigma: float = 0.1
