@@ -13,6 +13,7 @@ from experiments.rl.rollout import run_episodes
 from experiments.rl.statistics import Statistics, merge, nothing_seen
 from experiments.rl.stretches import count, play
 from experiments.run.devices import ONE, Layout
+from experiments.run.errors import UsageError
 from experiments.run.optimizers import Rates, make_optimizer, rates_of
 
 
@@ -96,6 +97,8 @@ def make_generation(
         return played.score / config.episodes, (played.steps, played.seen)
 
     limit = int(getattr(task.env_params, "max_steps_in_episode", 0))
+    if config.perturb != "weights" and not limit and config.nodes.steps is None:
+        raise UsageError(f"--env {config.env}: it has no time limit, so choose --nodes.steps")
     stretches = count(limit, config.episodes, config.nodes.hold, config.nodes.steps)
 
     def by_stretch(
