@@ -122,7 +122,7 @@ def node_pass(
       credit: of every row of the pair.
       whole: the credit of what belongs to no row.
     """
-    return NodePass(_draw(noise, seed, epoch, pair), arithmetic, sign, rows, credit, whole)
+    return NodePass(_draw(noise, seed, epoch, pair), arithmetic, sign, pair, rows, credit, whole)
 
 
 def _draw(

@@ -114,11 +114,16 @@ class Region:
         return root(w, len(self._arrays) - 1, node.paths, node.sigma)
 
     def add(
-        self, roots: Sequence[int], fn: Operation, captured: Any, cotangent: Array, sign: Array
+        self,
+        roots: Sequence[int],
+        fn: Operation,
+        captured: Any,
+        cotangent: Array,
+        marks: tuple[Array, Array],
     ) -> None:
         """Adds what the roots get of a cotangent."""
         arrays = tuple(self._arrays[i] for i in roots)
-        for i, x in zip(roots, summed(fn, arrays, captured, cotangent, sign), strict=True):
+        for i, x in zip(roots, summed(fn, arrays, captured, cotangent, *marks), strict=True):
             total = self._sums[i]
             self._sums[i] = x if total is None else total + x
 
@@ -164,6 +169,7 @@ class NodePass:
       draw: the source of noise.
       arithmetic: floats or integers.
       sign: of the member in its pair.
+      pair: the member's pair.
       rows: which rows the scores belong to; None if every site has the whole score.
       credit: of every row, ``[rows]``; None in the first pass.
       whole: the credit of what belongs to no row; None in the first pass.
@@ -177,6 +183,7 @@ class NodePass:
     draw: Draw
     arithmetic: NodeArithmetic
     sign: Array
+    pair: Array
     rows: Rows | None = None
     credit: Array | None = None
     whole: Array | None = None
@@ -242,7 +249,7 @@ class NodePass:
         if self.sums:
             weighed = self.arithmetic.weigh(self._credit(at, y.ndim), noise)
             cotangent = self.arithmetic.cotangent([(weighed, sigma)])
-            self.region.add(*node, cotangent, self.sign)
+            self.region.add(*node, cotangent, (self.sign, self.pair))
         self.region.noise[id(out)] = (out, (Part(name, sigma, weighed),))
         return out
 
@@ -303,7 +310,7 @@ class NodePass:
             return False
         if self.sums:
             weighed = [(p.weighed, p.amplitude) for p in parts if p.weighed is not None]
-            self.region.add(*node, self.arithmetic.cotangent(weighed), self.sign)
+            self.region.add(*node, self.arithmetic.cotangent(weighed), (self.sign, self.pair))
         self.region.noise[id(out)] = (out, parts)
         return True
 

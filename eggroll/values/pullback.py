@@ -9,6 +9,7 @@ Integers are summed exactly, in int32, by the transposes of this file. Operation
 are taken to JAX's ``vjp``, for floats.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,12 @@ def sum_type(dtype: DTypeLike) -> DTypeLike:
 
 
 def summed(
-    op: Operation, roots: tuple[Array, ...], captured: Any, cotangent: Array, sign: Array
+    op: Operation,
+    roots: tuple[Array, ...],
+    captured: Any,
+    cotangent: Array,
+    sign: Array,
+    pair: Array,
 ) -> tuple[Array, ...]:
     """The cotangents of the roots, summed over all members of the vmaps around.
 
@@ -43,9 +49,11 @@ def summed(
       cotangent: of the value; the two members of a pair have the same.
       sign: the sign of the member in its pair. The vmap that maps it is that over a pair: there the
         mean over its two members is taken and not the sum.
+      pair: a mark of the member's pair: the vmap that maps it is that over pairs, which is summed over.
 
     Returns:
-      One array for each root, of :func:`sum_type`.
+      One array for each root, of :func:`sum_type`. A vmap that maps neither mark is around whole
+      generations, and is not summed over.
     """
     arrays, tree = jax.tree.flatten(captured)
     static = {i: x for i, x in enumerate(arrays) if not isinstance(x, jax.Array | np.ndarray)}
@@ -56,44 +64,48 @@ def summed(
         every = [static[i] if i in static else next(own) for i in range(len(arrays))]
         return op(roots, jax.tree.unflatten(tree, every))
 
-    return _over_members(flat)(roots, tuple(moving), cotangent, sign)
+    return _over_members(flat)(roots, tuple(moving), cotangent, sign, pair)
 
 
 def _over_members(op: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:
+    """The sums of one member, whose rule under vmap tells by the marks which vmap it is.
+
+    The first vmap maps ``sign``: over the two members of a pair. The next maps ``pair``: over pairs. All
+    others are around whole generations, such as one over seeds, and sum nothing.
+    """
+
     @custom_vmap
-    def total(roots: Any, captured: Any, cotangent: Array, sign: Array) -> tuple[Array, ...]:
+    def total(
+        roots: Any, captured: Any, cotangent: Array, sign: Array, pair: Array
+    ) -> tuple[Array, ...]:
         return transposed(op, roots, captured, cotangent)
 
     @total.def_vmap
-    def rule(size: int, batched: Any, roots: Any, captured: Any, cotangent: Any, sign: Any) -> Any:
+    def rule(size: int, batched: Any, *operands: Any) -> Any:
         # Constants arrive as NumPy arrays.
-        roots, captured, cotangent, sign = jax.tree.map(
-            jnp.asarray, (roots, captured, cotangent, sign)
-        )
-        of_roots, of_captured, of_cotangent, of_sign = batched
+        roots, captured, cotangent, sign, pair = jax.tree.map(jnp.asarray, operands)
+        of_roots, of_captured, of_cotangent, of_sign, of_pair = batched
+        if not of_sign and not of_pair:
+            along = jax.tree.map(lambda b: 0 if b else None, (of_roots, of_captured, of_cotangent))
+            each = jax.vmap(functools.partial(transposed, op), in_axes=along, axis_size=size)
+            return each(roots, captured, cotangent), tuple(True for _ in roots)
         if any(of_roots):
             raise ValueError(
                 "a parameter with node noise differs between members: it must be shared by all"
             )
         none = tuple(False for _ in roots)
-        if of_sign:
-            if not of_cotangent and all(
-                _averages(x) or not b for x, b in zip(captured, of_captured, strict=True)
-            ):
-                captured = tuple(
-                    _mean_of_pair(x) if b else x for x, b in zip(captured, of_captured, strict=True)
-                )
-                return _over_members(op)(roots, captured, cotangent, jnp.ones((), sign.dtype)), none
-            halved = True
-            sign = jnp.ones((), sign.dtype)
-        else:
-            halved = False
+        marks = (sign[0], pair) if of_sign else (sign, pair[0])
+        means = zip(captured, of_captured, strict=True)
+        if of_sign and not of_cotangent and all(_averages(x) or not b for x, b in means):
+            means = zip(captured, of_captured, strict=True)
+            captured = tuple(_mean_of_pair(x) if b else x for x, b in means)
+            return _over_members(op)(roots, captured, cotangent, *marks), none
         axes = [0 if b else None for b in of_captured]
         mapped = jax.vmap(op, in_axes=(None, axes), axis_size=size)
         if not of_cotangent:
             cotangent = jnp.broadcast_to(cotangent, (size, *cotangent.shape))
-        outs = _over_members(lambda r, c: mapped(r, list(c)))(roots, captured, cotangent, sign)
-        return (tuple(map(_half, outs)) if halved else outs), none
+        outs = _over_members(lambda r, c: mapped(r, list(c)))(roots, captured, cotangent, *marks)
+        return (tuple(map(_half, outs)) if of_sign else outs), none
 
     return total
 
@@ -256,12 +268,13 @@ def _dot(eqn: core.JaxprEqn, values: list[Any], i: int, ct: Array) -> Array:
         operand = ct.astype(narrow)
     elif ct.dtype == narrow:
         operand = ct  # an int8 product is the fast one
-        if not batch and other_free:
+        if not batch and other_free and np.size(other):
             # XLA's CPU compiler is 7 to 20 times as fast where the summed axis is the last of the left
-            # operand, and would fold a transposition into the product again. Data are never -128.
+            # operand, and would fold a transposition into the product again.
+            other = jnp.asarray(other)
+            always = (other.ravel()[0] & 1) != 2
             order = (*other_contracted, *other_free)
-            turn = lambda x: jnp.transpose(x, order)
-            other = isolated(turn, other.ravel()[0] != -128, other)
+            other = isolated(lambda x: jnp.transpose(x, order), always, other)
             other_free = list(range(len(other_contracted), other_ndim))
             other_contracted = list(range(len(other_contracted)))
     else:

@@ -64,6 +64,20 @@ class PPO:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """Noise on the outputs of layers, where `perturb` is "nodes" or "mixed"."""
+
+    gamma: float = 0.95
+    """What the reward of the next stretch counts for the noise of a stretch; 1 is the whole reward to go."""
+    hold: int = 1
+    """Steps that share noise: a stretch. It begins anew with every step if 1."""
+    scale: float = 1.0
+    """Noise on outputs, as a multiple of sigma."""
+    steps: int | None = None
+    """Steps of a member in a generation at most; by default its episodes, up to the time limit of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
     """Train a policy by low-rank or dense evolution strategies, or by PPO for comparison."""
 
@@ -91,14 +105,20 @@ class Config(RunSettings):
     """Members of a generation; even, as they come in opposite pairs."""
     episodes: int = 1
     """Episodes that each member plays in a generation; its score is their mean return."""
+    perturb: Literal["weights", "nodes", "mixed"] = "weights"
+    """What noise is added to: the parameters, one score an episode; the outputs of every layer, anew for
+    every stretch of steps and credited with the rewards from there on; or the outputs of the last layer and
+    the parameters of the others. Nodes need two passes over the episodes, weights one."""
+    nodes: Nodes = field(default_factory=Nodes)
+    """Settings of noise on outputs."""
     sigma: float = 0.1
-    """Standard deviation of the noise on every parameter."""
+    """Standard deviation of the noise on every parameter, or on every output of a layer."""
     sigma_decay: float = 1.0
     """Factor on sigma after every generation."""
     rank: int | Literal["full"] = 1
     """Rank of the noise on matrices; "full" is dense evolution strategies."""
     shaping: Literal["zscore", "centered_rank"] = "zscore"
-    """How scores become weights."""
+    """How scores become weights; differences of rewards in a pair are taken as they are."""
     optimizer: str = "adam"
     """An optimizer of optax, or of this project as "optim.NAME"."""
     learning_rate: float = 0.05
@@ -143,6 +163,8 @@ class Config(RunSettings):
         at_least_one(self.ppo, *counts, prefix="ppo.")
         if self.depth < 0:
             raise UsageError(f"--depth {self.depth}: choose 0 (a linear policy) or more")
+        if self.perturb != "weights":
+            self._check_nodes()
         batch = self.ppo.environments * self.ppo.steps
         if batch % self.ppo.minibatches:
             raise UsageError(
@@ -154,6 +176,25 @@ class Config(RunSettings):
                 f"--env {self.env}: Gymnasium environments are trained by --algorithm eggroll, "
                 "--seeds 1"
             )
+
+    def _check_nodes(self) -> None:
+        """Raises UsageError for the first setting that does not go with noise on outputs."""
+        how = f"--perturb {self.perturb}"
+        if self.algorithm != "eggroll":
+            raise UsageError(f"{how}: --algorithm {self.algorithm} has no noise; choose eggroll")
+        if self.env.startswith(GYMNASIUM):
+            raise UsageError(
+                f"{how}: episodes are played twice, by a JAX program; --env {self.env} is none, so choose "
+                "--perturb weights"
+            )
+        if self.perturb == "nodes" and self.rank != 1:
+            raise UsageError(
+                f"--rank {self.rank}: noise on nodes has no rank; leave it out, or choose another --perturb"
+            )
+        if not 0 <= self.nodes.gamma <= 1:
+            raise UsageError(f"--nodes.gamma {self.nodes.gamma}: choose a number from 0 to 1")
+        at_least_one(self.nodes, "hold", "steps", prefix="nodes.")
+        positive(self.nodes, "scale", prefix="nodes.")
 
 
 def preset(name: PresetName, env: str, target: float, **settings: object) -> Config:

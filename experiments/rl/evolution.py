@@ -11,7 +11,9 @@ from experiments.rl.environments import Task
 from experiments.rl.policy import Policy
 from experiments.rl.rollout import run_episodes
 from experiments.rl.statistics import Statistics, merge, nothing_seen
+from experiments.rl.stretches import count, play
 from experiments.run.devices import ONE, Layout
+from experiments.run.errors import UsageError
 from experiments.run.optimizers import Rates, make_optimizer, rates_of
 
 
@@ -32,16 +34,32 @@ def make_strategy(
 ) -> eggroll.EvolutionStrategy:
     """The evolution strategy that the settings describe, at other rates than theirs if any are given."""
     rates = rates or rates_of(config)
+    how: dict[str, Any] = {"shaping": getattr(eggroll.shaping, config.shaping)()}
+    if config.perturb != "weights":
+        on_outputs = eggroll.Nodes(sigma=config.nodes.scale)
+        how = {
+            "shaping": None,
+            "credit": eggroll.credit.causal(config.nodes.gamma),
+            "plan": eggroll.plan.by_shape(
+                {f"policy/{name}/*": on_outputs for name in layers_of(config)}
+            ),
+        }
     return eggroll.EvolutionStrategy(
         optimizer=make_optimizer(config.optimizer, rates.step),
         population=config.population,
         sigma=rates.noise,
         rank=config.rank,
-        shaping=getattr(eggroll.shaping, config.shaping)(),
         on_dense="error",
         mesh=layout.mesh,
         deterministic=layout.same_bits,
+        **how,
     )
+
+
+def layers_of(config: Config) -> list[str]:
+    """Names of the layers whose outputs have noise; the parameters of all others have."""
+    first = config.depth if config.perturb == "mixed" else 0
+    return [f"Dense_{i}" for i in range(first, config.depth + 1)]
 
 
 def keys(seed: Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Array, ""]]:
@@ -78,10 +96,32 @@ def make_generation(
         )
         return played.score / config.episodes, (played.steps, played.seen)
 
+    limit = int(getattr(task.env_params, "max_steps_in_episode", 0))
+    if config.perturb != "weights" and not limit and config.nodes.steps is None:
+        raise UsageError(f"--env {config.env}: it has no time limit, so choose --nodes.steps")
+    stretches = count(limit, config.episodes, config.nodes.hold, config.nodes.steps)
+
+    def by_stretch(
+        params: PyTree, key: Key[Array, ""], statistics: Statistics, plain: PyTree
+    ) -> tuple[Float[Array, "stretches"], Any]:
+        played = play(
+            task, policy, layers_of(config), params, plain, statistics,
+            jax.random.split(key, config.episodes), stretches, config.nodes.hold,
+            config.deterministic, watch=config.normalise,
+        )  # fmt: skip
+        # The mean over stretches is the mean return.
+        scores = played.rewards * (stretches / config.episodes)
+        return scores, (played.total.steps, played.total.seen)
+
     # In halves, because `es.step` gives back neither lengths nor observations.
     def generation(carry: Carry) -> tuple[Carry, dict[str, Array]]:
-        scores, (steps, seen) = es.evaluate(carry.es, fitness, carry.statistics)
-        state, metrics = es.update(carry.es, scores)
+        if config.perturb == "weights":
+            scores, (steps, seen) = es.evaluate(carry.es, fitness, carry.statistics)
+            state, metrics = es.update(carry.es, scores)
+        else:
+            args = carry.statistics, carry.es.params
+            scores, (steps, seen) = es.evaluate(carry.es, by_stretch, *args)
+            state, metrics = es.update(carry.es, scores, by_stretch, *args)
         statistics = (
             carry.statistics if seen is None else merge(carry.statistics, layout.gather(seen))
         )

@@ -77,7 +77,7 @@ def make_policy(
     def init(key: Key[Array, ""]) -> PyTree:
         params: dict[str, Any] = {"policy": model.init(key, jnp.zeros(observations))["params"]}
         if isinstance(actions, Continuous):
-            params["log_std"] = jnp.full(size, -0.5)
+            params["log_std"] = jnp.full(size, -0.5, jnp.float32)
         return params
 
     def distribution(

@@ -7,11 +7,13 @@ A member's episodes follow one another in the one loop: side by side, all would 
 of them, and episodes of one member differ much more in their length than whole members do.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from experiments.rl.environments import Task
 from experiments.rl.policy import Policy
@@ -32,7 +34,7 @@ class Episode(NamedTuple):
     seen: Sums | None
 
 
-class _Lane(NamedTuple):
+class Lane(NamedTuple):
     """Where the loop stands: the episode it is in, and what all of them came to so far."""
 
     number: Int[Array, ""]
@@ -40,6 +42,10 @@ class _Lane(NamedTuple):
     observation: Array
     state: Any
     total: Episode
+
+
+# (encoded observation, key or None) -> action.
+Act = Callable[[Array, Key[Array, ""] | None], Array]
 
 
 def run_episode(
@@ -85,34 +91,61 @@ def run_episodes(
         deterministic: take the most likely action; otherwise sample it.
         watch: also sum up the observations.
     """
-    episodes = len(keys)
+    lanes = Lanes(task, keys, statistics, deterministic)
+    act = functools.partial(policy.act, params, statistics)
+    step = lambda lane: lanes.step(act, lane)
+    return jax.lax.while_loop(lanes.plays, step, lanes.start(watch)).total
 
-    def reset(number: Int[Array, ""]) -> tuple[Array, Any]:
-        return task.env.reset(jax.random.split(keys[number])[0], task.env_params)
 
-    def step(lane: _Lane) -> _Lane:
-        episode_key = jax.random.split(keys[lane.number])[1]
+class Lanes(NamedTuple):
+    """The episodes of a member one after the other, as a function from step to step.
+
+    Attributes:
+        task: the environment.
+        keys: of the episodes.
+        statistics: of the observations before this generation.
+        deterministic: whether no key is given to the policy.
+    """
+
+    task: Task
+    keys: Key[Array, "episodes"]
+    statistics: Statistics
+    deterministic: bool
+
+    def start(self, watch: bool) -> Lane:
+        """The first episode before its first step."""
+        none = jnp.int32(0)
+        sums = no_sums(self.task.observations) if watch else None
+        return Lane(none, none, *self.reset(none), Episode(jnp.float32(0), none, sums))
+
+    def reset(self, number: Int[Array, ""]) -> tuple[Array, Any]:
+        """The first observation and state of an episode."""
+        return self.task.env.reset(jax.random.split(self.keys[number])[0], self.task.env_params)
+
+    def plays(self, lane: Lane) -> Bool[Array, ""]:
+        """Whether an episode is left."""
+        return lane.number < len(self.keys)
+
+    def step(self, act: Act, lane: Lane) -> Lane:
+        """One step with the action ``act(encoded observation, key or None)``."""
+        task, episodes = self.task, len(self.keys)
+        episode_key = jax.random.split(self.keys[lane.number])[1]
         policy_key, env_key = jax.random.split(jax.random.fold_in(episode_key, lane.step))
         encoded = task.encode(lane.observation)
-        action = policy.act(params, statistics, encoded, None if deterministic else policy_key)
+        action = act(encoded, None if self.deterministic else policy_key)
         observation, state, reward, terminated, _ = task.env.step_env(
             env_key, lane.state, action, task.env_params
         )
         score, steps, seen = lane.total
-        seen = None if seen is None else add(seen, statistics, encoded)
+        seen = None if seen is None else add(seen, self.statistics, encoded)
         over = terminated | task.env.is_truncated(state, task.env_params)
         number = lane.number + over
         if episodes > 1:
-            first = reset(jnp.minimum(number, episodes - 1))
+            first = self.reset(jnp.minimum(number, episodes - 1))
             observation, state = jax.tree.map(
                 lambda new, old: jnp.where(over, new, old), first, (observation, state)
             )
-        return _Lane(
+        return Lane(
             number, jnp.where(over, 0, lane.step + 1), observation, state,
             Episode(score + reward, steps + 1, seen),
         )  # fmt: skip
-
-    none = jnp.int32(0)
-    total = Episode(jnp.float32(0), none, no_sums(task.observations) if watch else None)
-    start = _Lane(none, none, *reset(none), total)
-    return jax.lax.while_loop(lambda lane: lane.number < episodes, step, start).total

@@ -60,14 +60,21 @@ class Result(NamedTuple):
 
 def cross_entropy(
     logits: Float[Array, "images classes"], y: Int[Array, "images"]
-) -> Float[Array, ""]:
-    """Mean cross-entropy in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+) -> Float[Array, "images"]:
+    """Cross-entropy of every image in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+
+def right(
+    logits: Float[Array, "images classes"], y: Int[Array, "images"]
+) -> Float[Array, "images"]:
+    """1 for every image whose label has the largest logit, else 0. (It has no gradient to speak of.)"""
+    return (logits.argmax(-1) == y).astype(jnp.float32)
 
 
 def accuracy(logits: Float[Array, "images classes"], y: Int[Array, "images"]) -> Float[Array, ""]:
-    """Share of images whose label has the largest logit. (It has no gradient to speak of.)"""
-    return jnp.mean(logits.argmax(-1) == y)
+    """Share of images whose label has the largest logit."""
+    return right(logits, y).mean()
 
 
 def make_model(config: Config, data: Data) -> MLP:
@@ -113,17 +120,21 @@ def pieces(config: Config, data: Data, rates: Rates | None = None, layout: Layou
     model = make_model(config, data)
     rates = rates or rates_of(config)
     optimizer = make_optimizer(config.optimizer, rates.step)
+    size, nodes = min(config.batch, len(data.y)), config.perturb == "nodes"
     es = eggroll.EvolutionStrategy(
         optimizer=optimizer,
         population=config.population,
         sigma=rates.noise,
         rank=config.rank,
+        perturb=config.perturb,
+        # An image does not act on the scores of the others.
+        credit=eggroll.credit.own() if nodes else None,
+        rows=size if nodes else None,
         on_dense="error",
         mesh=layout.mesh,
         deterministic=layout.same_bits,
     )
     x, y = jnp.asarray(data.x), jnp.asarray(data.y)
-    size = min(config.batch, len(data.y))
 
     def begin(seed: Int[Array, ""]) -> Carry:
         init_key, search_key = jax.random.split(jax.random.key(seed))
@@ -146,9 +157,10 @@ def pieces(config: Config, data: Data, rates: Rates | None = None, layout: Layou
         rows = orders[ahead // len(data.y) - turns[0], ahead % len(data.y)]
         return x[rows], y[rows]
 
-    def fitness(params: PyTree, key: Key[Array, ""], x: Array, y: Array) -> Float[Array, ""]:
+    def fitness(params: PyTree, key: Key[Array, ""], x: Array, y: Array) -> Float[Array, "..."]:
         logits = logits_of(model, params, x)
-        return accuracy(logits, y) if config.fitness == "accuracy" else -cross_entropy(logits, y)
+        scores = right(logits, y) if config.fitness == "accuracy" else -cross_entropy(logits, y)
+        return scores if nodes else scores.mean()
 
     def by_evolution(carry: Carry) -> tuple[Carry, dict[str, Array]]:
         state, metrics = es.step(carry.state, fitness, *batch_of(carry))
@@ -159,7 +171,8 @@ def pieces(config: Config, data: Data, rates: Rates | None = None, layout: Layou
     def by_backprop(carry: Carry) -> tuple[Carry, dict[str, Array]]:
         x, y = batch_of(carry)
         params, state = carry.state
-        loss, grads = jax.value_and_grad(lambda p: cross_entropy(logits_of(model, p, x), y))(params)
+        mean_loss = lambda p: cross_entropy(logits_of(model, p, x), y).mean()
+        loss, grads = jax.value_and_grad(mean_loss)(params)
         updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         return Carry((params, state), carry.generation + 1, carry.seed), {"loss": loss}

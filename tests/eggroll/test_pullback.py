@@ -189,11 +189,11 @@ def members(dtype=np.float64, pairs=3):
 def over_pairs(op, w, x, ct, sign_type):
     signs = jnp.array([1, -1], sign_type)
 
-    def of_pair(x, ct):
-        one = lambda sign, x: summed(op, (w,), x, ct, sign)[0]
+    def of_pair(pair, x, ct):
+        one = lambda sign, x: summed(op, (w,), x, ct, sign, pair)[0]
         return jax.vmap(one, out_axes=None)(signs, x)
 
-    return jax.vmap(of_pair, out_axes=None)(x, ct)
+    return jax.vmap(of_pair, out_axes=None)(jnp.arange(x.shape[0]), x, ct)
 
 
 def dot(roots, x):
@@ -237,7 +237,8 @@ def test_no_member_has_a_matrix_of_its_own():
 def test_a_parameter_that_differs_between_members_is_refused():
     x, ct, w = members()
     with pytest.raises(ValueError, match="differs between members: it must be shared by all"):
-        jax.vmap(lambda w: summed(dot, (w,), x[0, 0], ct[0], jnp.ones(()))[0])(jnp.stack([w, w]))
+        one = lambda w, sign: summed(dot, (w,), x[0, 0], ct[0], sign, jnp.int32(0))[0]
+        jax.vmap(one)(jnp.stack([w, w]), jnp.array([1.0, -1.0]))
 
 
 def test_a_condition_holds_if_it_does_for_any_member():

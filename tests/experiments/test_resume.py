@@ -25,6 +25,7 @@ SMALL = ["--generations", str(GENERATIONS), "--checkpoint-seconds", "0", "--eval
 COMMANDS = {
     "rl": "rl --preset cartpole --population 32 --width 8 --normalise".split(),
     "supervised": "supervised --preset digits --population 32 --width 8".split(),
+    "nodes": "supervised --preset digits-nodes --population 4 --batch 64 --width 8".split(),
     "ppo": "rl --preset cartpole --algorithm ppo --ppo.environments 4 --ppo.steps 8 --ppo.minibatches 2".split(),
     "seeds": "rl --preset pendulum --population 16 --width 8 --seeds 2".split(),
     "gymnasium": "rl --preset gymnasium-cartpole --population 8 --width 8".split(),

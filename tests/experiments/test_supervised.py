@@ -109,8 +109,30 @@ def test_digits_are_learned(
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_seeds_in_one_program_are_the_runs_one_by_one() -> None:
-    config = dataclasses.replace(PRESETS["digits"], width=4, population=16, batch=32, seed=5)
+def test_nodes_learn_from_few_members(tmp_path: Path) -> None:
+    settings: dict[str, Any] = dict(population=8, batch=256, width=16, seeds=2)
+    config = dataclasses.replace(PRESETS["digits-nodes"], run_dir=tmp_path, **settings)
+    result = train(dataclasses.replace(config, generations=25, evaluate_every=25))
+    assert result.held_out_accuracy_before < 0.3
+    assert result.held_out_accuracy > 0.8
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(rows) == 25
+    for low, mean, high in zip(
+        *(rows[0][f"fitness_{name}"] for name in ("worst", "mean", "best")), strict=True
+    ):
+        assert low < mean < high
+
+
+def test_batch_that_is_as_wide_as_the_layer() -> None:
+    config = dataclasses.replace(PRESETS["digits-nodes"], width=32, population=4, batch=32)
+    task = job(config)
+    _, row = task.generation(task.start())
+    assert float(row["update_norm"]) > 0
+
+
+@pytest.mark.parametrize("preset", ["digits", "digits-nodes"])
+def test_seeds_in_one_program_are_the_runs_one_by_one(preset: str) -> None:
+    config = dataclasses.replace(PRESETS[preset], width=4, population=16, batch=32, seed=5)
 
     # One program for both runs alone: everything random is in the state.
     single, several = job(config), dataclasses.replace(config, seeds=2)
@@ -165,6 +187,8 @@ def test_evaluation_is_the_measurement() -> None:
         (["--sigma-decay", "1.1"], "--sigma-decay 1.1: choose a number above 0, up to 1"),
         (["--optimizer", "adm"], "optax has no such optimizer; did you mean 'adam'"),
         (["--data", "/nowhere"], "there is neither train-images"),
+        (["--perturb", "nodes", "--rank", "2"], "--rank 2: noise on nodes has no rank"),
+        (["--preset", "digits-sgd", "--perturb", "nodes"], "--algorithm backprop has no noise"),
     ],
 )
 def test_mistakes_get_one_sentence(
