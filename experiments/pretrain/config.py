@@ -21,6 +21,10 @@ PresetName = Literal[
 ]
 
 
+# Members whose products of int8, each below 2^14, can be summed in int32.
+LARGEST_LOCAL = 2**17
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
     """Pretrain a language model of bytes: in int8 without a float, or in floats for comparison."""
@@ -57,10 +61,20 @@ class Config(RunSettings):
     """Members of a generation; even, as they come in opposite pairs."""
     group: int = 64
     """Members that read the same stream; both members of a pair must."""
+    perturb: Literal["weights", "nodes"] = "weights"
+    """What the noise of members is on: "weights", or "nodes", which is what comes out of products, anew for
+    every byte."""
+    gamma: float = 0.5
+    """Of node noise: what the loss of the next byte counts in the credit of a byte, to its own; in int8 0 or a
+    power of 1/2."""
+    head: Literal["local", "noise"] = "local"
+    """Of node noise: "local" trains the last matrix by its exact gradient, which needs no noise, "noise" as
+    all others."""
     rank: int = 1
     """Rank of the noise on matrices."""
     sigma: float = 0.0625
-    """Standard deviation of the noise where weights are of order one; in int8 a power of 1/2."""
+    """Standard deviation of the noise where weights are of order one, or with node noise where what comes out
+    of products is; in int8 a power of 1/2."""
     chunk: int | None = None
     """Members evaluated at a time; None for all at once. Bounds memory, changes nothing."""
     update: Literal["threshold", "error_feedback", "momentum"] = "threshold"
@@ -122,6 +136,8 @@ class Config(RunSettings):
             raise UsageError(f"--target {self.target}: choose a positive number of bits per byte")
         if self.chunk is not None and self.chunk % 2:
             raise UsageError(f"--chunk {self.chunk}: pairs stay together, so choose an even number")
+        if self.perturb == "nodes":
+            nodes(self)
         if self.model == "egg" and self.algorithm == "backprop":
             raise UsageError(
                 "--algorithm backprop: an int8 model has no gradient; choose --model float-egg, gru or "
@@ -132,6 +148,28 @@ class Config(RunSettings):
                 f"--sigma {self.sigma}: the noise of int8 weights is shifted, so choose a power of 1/2 from "
                 "1 to 1/256, such as 0.0625"
             )
+
+
+def nodes(config: Config) -> None:
+    """Raises UsageError where node noise has settings that it cannot have."""
+    if config.algorithm == "backprop":
+        raise UsageError(
+            "--perturb nodes: backpropagation has no noise; choose --algorithm eggroll"
+        )
+    if not 0 <= config.gamma <= 1:
+        raise UsageError(f"{flag('gamma')} {config.gamma}: choose a number from 0 to 1")
+    if config.model != "egg":
+        return
+    if config.gamma and not math.log2(config.gamma).is_integer():
+        raise UsageError(
+            f"--gamma {config.gamma}: the credit of int8 models is shifted, so choose 0 or a power of 1/2, such "
+            "as 0.5"
+        )
+    if config.head == "local" and config.population > LARGEST_LOCAL:
+        raise UsageError(
+            f"--population {config.population}: the sum of the head's rule would not fit 32 bits; choose at most "
+            f"{LARGEST_LOCAL}, or --head noise"
+        )
 
 
 def even_group(config: Config) -> None:

@@ -1,0 +1,118 @@
+"""Node noise over streams of text: every byte that a pair reads is a trial of its own."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, Key, Num, PyTree
+
+import eggroll
+from eggroll import integer
+from experiments.pretrain.config import Config
+from experiments.pretrain.evolution import Evolution, float_optimizer, integer_rule
+from experiments.pretrain.models import Head, Model
+from experiments.run.devices import ONE, Layout
+
+
+class NodeNoise(Evolution):
+    """A population whose noise is on what comes out of products, anew for every byte.
+
+    The head needs no noise: its error, the softmax minus the byte that came, is known at once, and its
+    gradient is exact.
+
+    Args:
+        config: the settings.
+        model: what is trained.
+        layout: the devices.
+    """
+
+    def __init__(self, config: Config, model: Model, layout: Layout = ONE) -> None:
+        super().__init__(config, model, layout)
+        self._gather = layout.gather if layout.same_bits else lambda tree: tree
+
+    def _strategy(self, layout: Layout) -> eggroll.EvolutionStrategy:
+        return strategy(self._config, self._model, layout)
+
+    def _make_fitness(self) -> Any:
+        return make_fitness(self._model)
+
+    def _update(self, state: Any, members: Any) -> tuple[Any, PyTree, dict[str, Array]]:
+        """Two passes over the same bytes with the same noise: losses, then what they say of products."""
+        scores, (hidden, inputs) = self._es.evaluate(state, self._fitness, members=members)
+        grads = self._es.gradient(state, scores, self._fitness, members=members)
+        if self._config.head == "local":
+            head, tokens = self._model.head, members[1]
+            weights, inputs, targets = self._gather(
+                (state.params[head.name], inputs, tokens[:, 1:].astype(jnp.int32))
+            )
+            grads[head.name] = head_gradient(head, weights, inputs, targets)
+        state, metrics = self._es.apply_gradient(state, grads)
+        of_member = scores.mean(1)
+        row = metrics._asdict() | {
+            "fitness_mean": of_member.mean(),
+            "fitness_best": of_member.max(),
+            "fitness_worst": of_member.min(),
+            "fitness_std": of_member.std(),
+            "invalid": jnp.sum(~jnp.isfinite(of_member)),
+            "identical_pairs": jnp.sum(jnp.all(scores[0::2] == scores[1::2], axis=1)),
+            "train_bits_per_byte": -of_member.mean() / self._model.unit,
+        }
+        return state, hidden, row
+
+
+def make_fitness(model: Model) -> Any:
+    """What a member is scored by: minus the loss of each byte, beside its next hidden state and what
+    its head received."""
+
+    def fitness(params: PyTree, key: Key[Array, ""], member: Any) -> tuple[Array, PyTree]:
+        hidden, losses, inputs = model.losses(params, *member)
+        return -losses, (hidden, inputs)
+
+    return fitness
+
+
+def head_gradient(
+    head: Head,
+    weights: Num[Array, "m 256"],
+    inputs: Num[Array, "population T m"],
+    targets: Int[Array, "population T"],
+) -> Num[Array, "m 256"]:
+    """The derivative of the mean loss by the head, over all members and bytes.
+
+    In integers it is a multiple of that, which the update takes out again (:func:`integer.by_rows`). A
+    byte of all members at a time, so that logits of one are stored.
+    """
+    population, count, _ = inputs.shape
+    integers = jnp.issubdtype(weights.dtype, jnp.integer)
+    # One product of int8 is below 2^14, and a sum of them must stay below 2^31.
+    shift = max(0, (population * count - 1).bit_length() - 17)
+
+    def one(total: Array, at: tuple[Array, Array]) -> tuple[Array, None]:
+        part = head.gradient(weights, *at)
+        return total + (part >> shift if integers else part / (population * count)), None
+
+    zero = jnp.zeros(weights.shape, jnp.int32 if integers else weights.dtype)
+    return jax.lax.scan(one, zero, (inputs.swapaxes(0, 1), targets.T))[0]
+
+
+def strategy(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStrategy:
+    """The strategy: a score for every byte, and the products that are told of it."""
+    given = {model.head.name: eggroll.Given()} if config.head == "local" else {}
+    settings: dict[str, Any] = dict(
+        population=config.population,
+        perturb="nodes",
+        rows=config.tokens,
+        credit=eggroll.credit.causal(config.gamma),
+        plan=eggroll.plan.by_shape({**model.nodes, **given}),
+        chunk=config.chunk,
+        mesh=layout.mesh,
+        deterministic=layout.same_bits,
+    )
+    if config.model == "egg":
+        # Sums differ in size from input to input: each is measured by its own row.
+        rule = optax.chain(integer.by_rows(), integer_rule(config))
+        return integer.strategy(optimizer=rule, shift=config.shift, **settings)
+    return eggroll.EvolutionStrategy(
+        optimizer=float_optimizer(config), sigma=config.sigma, **settings
+    )
