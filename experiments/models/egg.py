@@ -207,14 +207,14 @@ def loss(logits: Int8[Array, "256"], target: Integer[Array, ""]) -> Int32[Array,
 
 
 def error(logits: Int8[Array, "256"], target: Integer[Array, ""]) -> Int8[Array, "256"]:
-    """``127 (onehot(target) - softmax)``, to the nearest: minus the derivative of `loss` by the logits.
+    """``127 (softmax - onehot(target))``, to the nearest: the derivative of the loss by the logits.
 
     The softmax is that of the powers in `loss`, to 15 bits.
 
     Example:
         >>> found = error(jnp.zeros(256, jnp.int8).at[7].set(127), jnp.int32(9))
         >>> int(found[7]), int(found[9]), int(jnp.abs(found).sum())  # the softmax of entry 7 is 0.49
-        (-62, 127, 189)
+        (62, -127, 189)
     """
     powers, total = _powers(logits)
     # The total is at least 2^12. Scaled so that it has 15 bits, a power times the quotient fits 29.
@@ -223,7 +223,7 @@ def error(logits: Int8[Array, "256"], target: Integer[Array, ""]) -> Int8[Array,
     share = lax.div(jnp.int32(127 << 22), (total << 2) >> shift)
     softmax = (shares * share + (1 << 21)) >> 22
     hit = jnp.arange(BYTES, dtype=jnp.int32) == target.astype(jnp.int32)
-    return (jnp.where(hit, 127, 0) - softmax).astype(jnp.int8)
+    return (softmax - jnp.where(hit, 127, 0)).astype(jnp.int8)
 
 
 def exact_bits(

@@ -136,8 +136,7 @@ class Config(RunSettings):
             raise UsageError(f"--target {self.target}: choose a positive number of bits per byte")
         if self.chunk is not None and self.chunk % 2:
             raise UsageError(f"--chunk {self.chunk}: pairs stay together, so choose an even number")
-        if self.perturb == "nodes":
-            nodes(self)
+        check_nodes(self) if self.perturb == "nodes" else check_weights(self)
         if self.model == "egg" and self.algorithm == "backprop":
             raise UsageError(
                 "--algorithm backprop: an int8 model has no gradient; choose --model float-egg, gru or "
@@ -145,17 +144,29 @@ class Config(RunSettings):
             )
         if self.model == "egg" and (self.sigma != 2.0**-self.shift or not 0 <= self.shift <= 8):
             raise UsageError(
-                f"--sigma {self.sigma}: the noise of int8 weights is shifted, so choose a power of 1/2 from "
+                f"--sigma {self.sigma}: the noise of int8 models is shifted, so choose a power of 1/2 from "
                 "1 to 1/256, such as 0.0625"
             )
 
 
-def nodes(config: Config) -> None:
-    """Raises UsageError where node noise has settings that it cannot have."""
+def check_weights(config: Config) -> None:
+    """Raises UsageError for settings that weight noise does not have."""
+    for name in ("gamma", "head"):
+        value = getattr(config, name)
+        if value != getattr(Config, name):
+            raise UsageError(
+                f"{flag(name)} {value}: a setting of --perturb nodes alone; leave it out"
+            )
+
+
+def check_nodes(config: Config) -> None:
+    """Raises UsageError for settings that node noise cannot have."""
     if config.algorithm == "backprop":
         raise UsageError(
             "--perturb nodes: backpropagation has no noise; choose --algorithm eggroll"
         )
+    if config.rank != 1:
+        raise UsageError(f"--rank {config.rank}: node noise has no rank; leave it out")
     if not 0 <= config.gamma <= 1:
         raise UsageError(f"{flag('gamma')} {config.gamma}: choose a number from 0 to 1")
     if config.model != "egg":

@@ -19,12 +19,12 @@ class Head(NamedTuple):
 
     Attributes:
         name: of the parameter.
-        gradient: (matrix, what it receives [N, m], next bytes [N]) -> the derivative of the sum of N
-            losses; in integers a multiple of it.
+        errors: (matrix, what it receives [N, m], next bytes [N]) -> the derivatives of the N losses by what
+            comes out of the product; in integers 127 times those.
     """
 
     name: str
-    gradient: Callable[[Array, Array, Int[Array, "N"]], Num[Array, "m 256"]]
+    errors: Callable[[Array, Array, Int[Array, "N"]], Num[Array, "N 256"]]
 
 
 class Model(NamedTuple):
@@ -75,7 +75,7 @@ def bits_of(
     return jax.nn.logsumexp(logits * ln2, axis=-1) / ln2 - chosen
 
 
-def errors(
+def slope_of(
     logits: Float[Array, "*batch 256"], target: Int[Array, "*batch"]
 ) -> Float[Array, "*batch 256"]:
     """The derivative of `bits_of` by its logits: the softmax minus the one-hot target."""
@@ -112,9 +112,8 @@ def integers(config: Config) -> Model:
         state, (each, inputs) = jax.lax.scan(one, state, (tokens[:-1], tokens[1:]))
         return state, each, inputs
 
-    def gradient(head: Array, x: Array, targets: Array) -> Array:
-        errors = jax.vmap(lambda x, byte: egg.error(egg.predict(head, x), byte))(x, targets)
-        return -jax.lax.dot(x.T, errors, preferred_element_type=jnp.int32)
+    def errors(head: Array, x: Array, targets: Array) -> Array:
+        return jax.vmap(lambda x, byte: egg.error(egg.predict(head, x), byte))(x, targets)
 
     def write(params: PyTree, state: Array, byte: Array) -> tuple[Array, Array]:
         state, logits = egg.step(params, state, byte)
@@ -126,7 +125,7 @@ def integers(config: Config) -> Model:
         state=begin,
         loss=egg.sequence,
         losses=losses,
-        head=Head("head", gradient),
+        head=Head("head", errors),
         nodes=STACK_NODES,
         unit=16,
         bits=bits,
@@ -164,8 +163,8 @@ def recurrent(config: Config) -> Model:
         state, (each, inputs) = jax.lax.scan(one, state, (tokens[:-1], tokens[1:]))
         return state, each, inputs
 
-    def gradient(head: Array, x: Array, targets: Array) -> Array:
-        return x.T @ errors(gru.predict(head, x), targets) / config.width**0.5
+    def errors(head: Array, x: Array, targets: Array) -> Array:
+        return slope_of(gru.predict(head, x), targets) / config.width**0.5
 
     begin = gru.initial_state(shape)
     return Model(
@@ -174,7 +173,7 @@ def recurrent(config: Config) -> Model:
         state=begin,
         loss=loss,
         losses=losses,
-        head=Head("head", gradient),
+        head=Head("head", errors),
         # A product is divided by the root of its length, after the noise.
         nodes={
             **STACK_NODES,
@@ -214,8 +213,8 @@ def attention(config: Config) -> Model:
         x = llama.features(params, tokens[:-1], shape)
         return state, bits_of(x @ params["lm_head"] / jnp.log(2.0), tokens[1:]), x
 
-    def gradient(head: Array, x: Array, targets: Array) -> Array:
-        return x.T @ errors(x @ head / jnp.log(2.0), targets) / jnp.log(2.0)
+    def errors(head: Array, x: Array, targets: Array) -> Array:
+        return slope_of(x @ head / jnp.log(2.0), targets) / jnp.log(2.0)
 
     def bits(params: PyTree, tokens: Array) -> dict[str, Array]:
         """By overlapping windows: but for the first ones, every byte has half a context before it."""
@@ -243,7 +242,7 @@ def attention(config: Config) -> Model:
         state=(),
         loss=loss,
         losses=losses,
-        head=Head("lm_head", gradient),
+        head=Head("lm_head", errors),
         # Outputs are as much smaller than one as the matrices are at the start.
         nodes={
             "embed_tokens": Nodes(shape.initializer_range),

@@ -1,5 +1,7 @@
 """Node noise over streams of text: every byte that a pair reads is a trial of its own."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ from jaxtyping import Array, Int, Key, Num, PyTree
 
 import eggroll
 from eggroll import integer
+from eggroll.values.fixed_point import isqrt
 from experiments.pretrain.config import Config
 from experiments.pretrain.evolution import Evolution, float_optimizer, integer_rule
 from experiments.pretrain.models import Head, Model
@@ -80,20 +83,63 @@ def head_gradient(
 ) -> Num[Array, "m 256"]:
     """The derivative of the mean loss by the head, over all members and bytes.
 
-    In integers it is a multiple of that, which the update takes out again (:func:`integer.by_rows`). A
-    byte of all members at a time, so that logits of one are stored.
+    Of integers it is divided, entry by entry, by the deviation that it has if inputs and errors are
+    independent, and is in the units of :func:`integer.threshold`.
     """
     population, count, _ = inputs.shape
-    integers = jnp.issubdtype(weights.dtype, jnp.integer)
-    # One product of int8 is below 2^14, and a sum of them must stay below 2^31.
+    if jnp.issubdtype(weights.dtype, jnp.floating):
+        one = lambda x, errors: x.T @ errors / (population * count)
+        return sum_over_bytes(head, weights, inputs, targets, one)
+    # A product of two int8 is below 2^14, and sums of them must stay below 2^31.
     shift = max(0, (population * count - 1).bit_length() - 17)
 
-    def one(total: Array, at: tuple[Array, Array]) -> tuple[Array, None]:
-        part = head.gradient(weights, *at)
-        return total + (part >> shift if integers else part / (population * count)), None
+    def products(x: Array, errors: Array) -> tuple[Array, Array, Array]:
+        total = jax.lax.dot(x.T, errors, preferred_element_type=jnp.int32) >> shift
+        squares = [
+            jnp.sum(jnp.square(y.astype(jnp.int32)), 0, dtype=jnp.int32) >> shift
+            for y in (x, errors)
+        ]
+        return total, *squares
 
-    zero = jnp.zeros(weights.shape, jnp.int32 if integers else weights.dtype)
-    return jax.lax.scan(one, zero, (inputs.swapaxes(0, 1), targets.T))[0]
+    return significance(*sum_over_bytes(head, weights, inputs, targets, products), population, count)
+
+
+def sum_over_bytes(
+    head: Head, weights: Array, inputs: Array, targets: Array, fn: Callable[[Array, Array], PyTree]
+) -> PyTree:
+    """The sum of ``fn(inputs, errors)`` over the bytes that members read, for all members at a time."""
+
+    def one(total: PyTree, at: tuple[Array, Array]) -> tuple[PyTree, None]:
+        x, target = at
+        return jax.tree.map(jnp.add, total, fn(x, head.errors(weights, x, target))), None
+
+    by_byte = (inputs.swapaxes(0, 1), targets.T)
+    first = jax.tree.map(lambda x: x[0], by_byte)
+    like = jax.eval_shape(lambda at: fn(at[0], head.errors(weights, *at)), first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return jax.lax.scan(one, zeros, by_byte)[0]
+
+
+def significance(
+    total: Int[Array, "m 256"],
+    x_squares: Int[Array, "m"],
+    error_squares: Int[Array, "256"],
+    population: int,
+    count: int,
+) -> Int[Array, "m 256"]:
+    """A sum of products over its deviation, in the ``16 * 16 sqrt(pairs)`` that the threshold expects.
+
+    The deviation is ``sqrt(2 x_squares error_squares / (population count))``: the two members of a pair,
+    which read the same, are one observation.
+    """
+    up = lambda x: jnp.clip(x, -(2**22), 2**22) << 8
+    over = lambda x, by: jax.lax.div(x, jnp.broadcast_to(jnp.maximum(by, 1), x.shape))
+    whole = over(up(over(up(total), isqrt(x_squares)[:, None])), isqrt(error_squares))
+    # Times population sqrt(count) / 2^9, by ten bits of it.
+    factor = population * math.isqrt(count << 8)
+    bits = max(0, factor.bit_length() - 10)
+    scaled = whole * (factor >> bits)
+    return scaled >> (13 - bits) if bits < 13 else scaled << (bits - 13)
 
 
 def strategy(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStrategy:
@@ -111,7 +157,8 @@ def strategy(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionS
     )
     if config.model == "egg":
         # Sums differ in size from input to input: each is measured by its own row.
-        rule = optax.chain(integer.by_rows(), integer_rule(config))
+        others = lambda params: {name: name not in given for name in params}
+        rule = optax.chain(optax.masked(integer.by_rows(), others), integer_rule(config))
         return integer.strategy(optimizer=rule, shift=config.shift, **settings)
     return eggroll.EvolutionStrategy(
         optimizer=float_optimizer(config), sigma=config.sigma, **settings

@@ -246,4 +246,5 @@ def how(config: Config) -> str:
     if config.algorithm == "backprop":
         return f"by backpropagation and {config.optimizer}"
     kind = "int8" if config.model == "egg" else "float32"
-    return f"in {kind} by a population of {config.population}"
+    noise = "by node noise " if config.perturb == "nodes" else ""
+    return f"{noise}in {kind} by a population of {config.population}"
