@@ -11,6 +11,10 @@ from experiments.run.settings import RunSettings, at_least_one, even, flag, frac
 PresetName = Literal[
     "laptop",
     "hour",
+    "gru-nodes",
+    "egg-nodes",
+    "laptop-nodes",
+    "hour-nodes",
     "paper",
     "tiny",
     "float-es",
