@@ -65,6 +65,8 @@ bench: setup
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.optim
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.nodes
+	$(BIN)/python -m benchmarks.estimators
 
 soak: setup
 	XLA_FLAGS=--xla_cpu_use_fusion_emitters=true $(BIN)/python -m pytest -m 'soak or hypothesis' --hypothesis-profile=soak $(ARGS)

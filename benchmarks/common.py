@@ -139,16 +139,17 @@ def temporaries(jitted: Any, *args: Any) -> int | None:
 
 
 def measure(
-    case: Case, calls: dict[str, Call], rounds: int, tries: int = 1
+    case: Case, calls: dict[str, Call], rounds: int, tries: int = 1, base: str = PLAIN
 ) -> tuple[list[Row], float | None]:
     """Times every call in interleaved rounds.
 
     Args:
       case: what is measured.
-      calls: by row name; one is called :data:`PLAIN`.
+      calls: by row name.
       rounds: how many are kept.
       tries: how many are made for each one kept: those in which the threads of this process had
         to wait least for a CPU that others were using.
+      base: the row that the others are divided by, in place of plain inference.
 
     Returns:
       The rows, and that waiting time over the rounds kept as a share of their length (None where
@@ -176,8 +177,8 @@ def measure(
     rows = []
     for name, call in calls.items():
         kept = np.array(wall[name])[keep]
-        ratios = kept / np.array(wall[PLAIN])[keep]
-        cpu_ratios = np.array(cpu[name])[keep] / np.maximum(np.array(cpu[PLAIN])[keep], 1e-9)
+        ratios = kept / np.array(wall[base])[keep]
+        cpu_ratios = np.array(cpu[name])[keep] / np.maximum(np.array(cpu[base])[keep], 1e-9)
         low, median, high = (float(q) for q in np.quantile(ratios, [0.25, 0.5, 0.75]))
         rows.append(
             Row(

@@ -23,6 +23,7 @@ from benchmarks.common import PLAIN, Call, Case, Row
 from benchmarks.models import Problem, problem
 from eggroll import _programs as internals
 from eggroll import generation
+from eggroll.generation import Task
 
 KEPT, LIVE, DENSE = "perturbed, kept factors", "perturbed, noise drawn inside", "dense ES"
 
@@ -51,7 +52,7 @@ def calls_of(case: Case, args: argparse.Namespace) -> tuple[dict[str, Call], lis
 
     def kept(state: eggroll.State, draws: list[tuple[Array, ...]], data: Array) -> Array:
         g = generation.begin(es, state)
-        return generation.map_members(g, state.params, p.score, (), data, draws)
+        return generation.map_members(g, state.params, Task(p.score, members=data), draws)
 
     kept = jax.jit(kept)
     evaluate = internals.evaluate

@@ -20,6 +20,9 @@ from eggroll.plan.leaf import Plan
 from eggroll.population.placement import Specs, check_mesh
 from eggroll.population.schedule import Schedule
 
+# The shaping of weight noise, if the user names none.
+DEFAULT_SHAPING = shapings.zscore()
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Settings:
@@ -36,7 +39,7 @@ class Settings:
     perturb: str = "weights"
     rows: int | Rows | None = None
     credit: Credit | None = None
-    shaping: shapings.Shaping | str | None = "default"
+    shaping: shapings.Shaping | None = DEFAULT_SHAPING
     plan: plans.Planner = dataclasses.field(default_factory=plans.by_shape)
     noise: Any = dataclasses.field(default_factory=noises.counter)
     chunk: int | None = None
@@ -52,10 +55,9 @@ class Settings:
     specs: Specs | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.shaping, str) and self.shaping == "default":
+        if self.perturb == "nodes" and self.shaping is DEFAULT_SHAPING:
             # Differences of the two members of a pair are credit as they are.
-            default = None if self.perturb == "nodes" else shapings.zscore()
-            object.__setattr__(self, "shaping", default)
+            object.__setattr__(self, "shaping", None)
         check(self)
 
     @property

@@ -7,10 +7,14 @@ estimate for a matrix is the mean over rows and pairs of ``x_t (outer) c_t e_t /
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Num
+
+# Wider than the documented type: a wrong value is refused with a message.
+Gamma = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ def own() -> Credit:
     return Credit(0.0)
 
 
-def causal(gamma: float = 1.0) -> Credit:
+def causal(gamma: Gamma = 1.0) -> Credit:
     """Every row has its own difference and those of later rows: ``c_t = d_t + gamma c_(t+1)``.
 
     With gamma 1 (reward to go) the estimate is unbiased for the objective under noise; a smaller gamma

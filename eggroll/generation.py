@@ -28,10 +28,10 @@ from eggroll._settings import Settings
 from eggroll.arithmetic import Arithmetic, Outcome, Sigma, Weighed
 from eggroll.credit import causal, episode
 from eggroll.interpret import Context, interpret
-from eggroll.interpret.node_pass import NodeArithmetic, NodePass, Rows
+from eggroll.interpret.node_pass import NodeArithmetic, NodePass, Rows, Site
 from eggroll.nodes import FloatNodes, IntegerNodes, node_pass
 from eggroll.noise import Noise, Role, stream
-from eggroll.perturbation import Draw, draw_pairs, perturb
+from eggroll.perturbation import Draw, draw, draw_pairs, perturb
 from eggroll.plan.leaf import Plan
 from eggroll.plan.treatments import Given, Nodes
 from eggroll.population.pairs import map_pairs, split_pairs, sum_pairs
@@ -95,8 +95,7 @@ class Generation:
     @property
     def node_arithmetic(self) -> NodeArithmetic:
         """How node noise is added and weighed."""
-        exact = self.arithmetic.exact_sums
-        return IntegerNodes(float(self.noise_sigma)) if exact else FloatNodes(self.sigma)
+        return _node_arithmetic(self.arithmetic, self.noise_sigma)
 
     @property
     def pairs(self) -> int:
@@ -229,7 +228,8 @@ def map_members(g: Generation, params: PyTree, task: Task, draws: Draws | None) 
 
     def of_pair(params: PyTree, pair: Array, drawn: Draws, own: PyTree) -> PyTree:
         run = functools.partial(_member, g, context, task, params, pair, drawn)
-        return _both_members(g, lambda *each: run(*each, None)[0], own, 0)
+        alone = lambda sign, which, own: run(sign, which, own, None)[0]
+        return _both_members(g, alone, own, 0)
 
     def of_chunk(ids: Array, data: tuple[Draws | None, PyTree]) -> PyTree:
         drawn, own = data
@@ -274,9 +274,8 @@ def _member(
         key = jax.random.fold_in(key, which)
     nodes = None
     if g.plan.has_nodes:
-        rows, given = None, ()
-        if credit is not None:
-            rows, given = rows_of(g.settings, credit.rows.shape[0]), credit
+        rows = None if credit is None else rows_of(g.settings, credit.rows.shape[0])
+        given = () if credit is None else tuple(credit)
         nodes = node_pass(g.node_arithmetic, g.noise, g.seed, g.epoch, pair, sign, rows, *given)
         context = dataclasses.replace(context, nodes=nodes)
     perturbed = perturb(g.plan, params, drawn, g.noise_sigma, sign, nodes)
@@ -306,8 +305,8 @@ def rows_of(settings: Settings, scores: int) -> Rows:
 def _check_rows(nodes: NodePass) -> None:
     """Raises ValueError if the scores have rows and no product does."""
     assert nodes.rows is not None
-    if nodes.rows.length > 1 and not any(site.in_row for site in nodes.sites):
-        shapes = sorted({site.paths[0] for site in nodes.sites})
+    if nodes.rows.length > 1 and not any(site.in_row for site in nodes.sites.values()):
+        shapes = sorted({site.paths[0] for site in nodes.sites.values()})
         raise ValueError(
             f"rows={nodes.rows.length}: must be the length of a loop or of an axis of the activations; "
             f"no product with the parameters {shapes} has one (for one score of a member, return a number "
@@ -386,7 +385,8 @@ def node_sums(
         params: PyTree, pair: Array, drawn: Draws, own: PyTree, credit: RowCredit
     ) -> list[Array]:
         run = functools.partial(_member, g, context, task, params, pair, drawn)
-        return _both_members(g, lambda *each: run(*each, credit)[1], own, None)
+        sums = lambda sign, which, own: run(sign, which, own, credit)[1]
+        return _both_members(g, sums, own, None)
 
     def of_chunk(ids: Array, data: tuple[Draws | None, PyTree], credit: RowCredit) -> list[Array]:
         drawn, own = data
@@ -414,6 +414,52 @@ def node_sums(
         else None
         for leaf in g.plan.leaves
     ]
+
+
+def trace(
+    settings: Settings,
+    plan: Plan,
+    context: Context,
+    params: PyTree,
+    fitness: Function,
+    member: PyTree,
+    args: tuple,
+) -> list[Site]:
+    """Traces one member abstractly; what is built is noted in the context.
+
+    Returns:
+      The products that get node noise.
+    """
+    arithmetic = settings.arithmetic
+    sites: dict[str, Site] = {}
+
+    def run(rows: Rows | None, params: PyTree, member: PyTree, args: tuple) -> PyTree:
+        words, zero = jnp.zeros(2, jnp.uint32), jnp.int32(0)
+        sign = jnp.ones((), arithmetic.sign_type)
+        sigma = arithmetic.noise_sigma(settings.sigma, jnp.float32(1))
+        nodes = None
+        if plan.has_nodes:
+            how = _node_arithmetic(arithmetic, sigma)
+            nodes = node_pass(how, settings.noise, words, zero, zero, sign, rows)
+            nodes = dataclasses.replace(nodes, sites=sites)
+        drawn = draw(plan, settings.noise, words, zero, zero)
+        lazy = perturb(plan, params, drawn, sigma, sign, nodes)
+        traced = interpret(fitness, dataclasses.replace(context, nodes=nodes))
+        return call(traced, lazy, typed_key(words), member, args)
+
+    out = jax.eval_shape(functools.partial(run, None), params, member, args)
+    if plan.has_nodes:
+        scores = out[0] if has_aux(out) else out
+        count = scores.shape[0] if getattr(scores, "ndim", 0) else 1
+        rows = rows_of(settings, count)
+        jax.eval_shape(functools.partial(run, rows), params, member, args)
+    return list(sites.values())
+
+
+def _node_arithmetic(arithmetic: Arithmetic, sigma: Sigma) -> NodeArithmetic:
+    """How node noise is added and weighed."""
+    exact = arithmetic.exact_sums
+    return IntegerNodes(float(sigma)) if exact else FloatNodes(jnp.asarray(sigma))
 
 
 # ---------------------------------------------------------------- weigh

@@ -16,11 +16,10 @@ from eggroll import _programs as programs
 from eggroll import exchange as exchanges
 from eggroll import generation
 from eggroll import noise as noises
-from eggroll._calling import Function, call, one_of
+from eggroll._calling import Function, one_of
 from eggroll._settings import Settings
 from eggroll.arithmetic import Outcome
-from eggroll.interpret import Context, interpret
-from eggroll.perturbation import draw, perturb
+from eggroll.interpret import Context
 from eggroll.plan import Nodes, Plan, table
 from eggroll.population.placement import Specs, specs_of, spread
 from eggroll.state import Metrics, State, trainable_of
@@ -366,7 +365,8 @@ class EvolutionStrategy(Settings):
         """A table of the treatment of every parameter.
 
         With a fitness, the table also names the parameters that would be built for every member,
-        and the operations that would build them. The fitness is traced and not run.
+        and the operations that would build them; and for node noise the nodes of a row, their fan-in and
+        the gain over weight noise that they promise. The fitness is traced and not run.
 
         Example:
           >>> import optax
@@ -378,21 +378,10 @@ class EvolutionStrategy(Settings):
           w          64x32 float32  low rank, rows 0, columns 1  1     384 B         by shape
           noise a pair of members: 512 B, where dense noise would take 8.125 KiB
         """
-        plan, arithmetic = self.plan_of(params), self.arithmetic
-        context = Context(on_dense="ignore")
+        plan, context, sites = self.plan_of(params), Context(on_dense="ignore"), []
         if fitness is not None:
-
-            def trace(params: PyTree, member: PyTree, args: tuple) -> PyTree:
-                words = jnp.zeros(2, jnp.uint32)
-                drawn = draw(plan, self.noise, words, jnp.int32(0), jnp.int32(0))
-                one = jnp.ones((), arithmetic.sign_type)
-                sigma = arithmetic.noise_sigma(self.sigma, jnp.float32(1))
-                lazy = perturb(plan, params, drawn, sigma, one)
-                key = generation.typed_key(words)
-                return call(interpret(fitness, context), lazy, key, member, args)
-
-            jax.eval_shape(trace, params, one_of(members), args)
-        return table.describe(plan, context.built)
+            sites = generation.trace(self, plan, context, params, fitness, one_of(members), args)
+        return table.describe(plan, context.built, sites)
 
     # ------------------------------------------------------------ parts
 

@@ -3,9 +3,23 @@
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from benchmarks import arms, common, forward, pretraining, reasoning, saving, scaling, step
+from benchmarks import (
+    arms,
+    common,
+    estimators,
+    forward,
+    nodes,
+    pretraining,
+    reasoning,
+    saving,
+    scaling,
+    step,
+)
 from benchmarks.common import Row
 from experiments.pretrain import config as pretrain
 from experiments.run.cli import parse
@@ -151,3 +165,77 @@ def test_reasoning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         reasoning.main(["--hidden", "33"])
     assert "--hidden 33: a multiple of 32 is right" in capsys.readouterr().err
+
+
+def test_estimators(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "table.json"
+    rows = estimators.main(["--quick", "--json", str(path)])
+    assert [row.name for row in rows] == list(estimators.ESTIMATORS)
+    assert rows[0].cosine == pytest.approx(1)
+    told = capsys.readouterr().out
+    for row in rows:
+        assert all(-1 <= x <= 1 + 1e-6 for x in row.cosines) and np.isfinite(row.losses).all()
+        assert f"| {row.name} | {row.cosine:.3f} | {row.best[0]:.3f} | {row.best[1]:g} |" in told
+    assert len(json.loads(path.read_text())["rows"]) == len(rows)
+    with pytest.raises(SystemExit):
+        estimators.main(["--pairs", "100"])
+    assert "--pairs 100: must be a multiple of 128" in capsys.readouterr().err
+
+
+LINEAR = estimators.Problem(
+    "linear",
+    {"a": jnp.zeros((3, 2)), "b": jnp.zeros(4)},
+    lambda params, x: x @ jnp.concatenate([params["a"].ravel(), params["b"]]),
+    lambda i, pairs: jax.random.normal(jax.random.key(i), (pairs, 1, 10)) + jnp.arange(10),
+    1, {"a": 0, "b": 1}, 0.1, 0.1, 0.0, (0.1,),
+)  # fmt: skip
+DIRECTIONS = {
+    "normal": estimators.gaussian,
+    "disjoint": estimators.disjoint(2),
+    "layers": estimators.by_layer(LINEAR),
+    "orthogonal": estimators.orthogonal(8),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_directions_have_the_covariance_of_the_identity(name: str) -> None:
+    e = np.asarray(DIRECTIONS[name](jnp.int32(3), 2**14, 10))
+    np.testing.assert_allclose(e.T @ e / len(e), np.eye(10), atol=0.06)
+
+
+def test_orthogonal_directions_are_at_right_angles() -> None:
+    e = np.asarray(estimators.orthogonal(8)(jnp.int32(0), 16, 40)).reshape(2, 8, 40)
+    np.testing.assert_allclose(e @ e.transpose(0, 2, 1), np.stack([40 * np.eye(8)] * 2), atol=1e-3)
+
+
+def test_disjoint_parts_share_no_parameter() -> None:
+    e = np.asarray(estimators.disjoint(4)(jnp.int32(0), 8, 40)) != 0
+    assert (e[:4].sum(0) == 1).all() and (e[:4] == e[4:]).all()
+
+
+def test_shared_directions_are_shared() -> None:
+    e = np.asarray(estimators.shared_subspace(4)(jnp.int32(0), 32, 40))
+    assert np.linalg.matrix_rank(e) == 4
+    kept = np.asarray(estimators.sparse(0.25)(jnp.int32(0), 32, 400)) != 0
+    assert (kept == kept[0]).all() and 50 < kept[0].sum() < 150
+
+
+def test_an_estimate_from_many_pairs_is_the_gradient() -> None:
+    data = LINEAR.data(0, 4096)
+    exact = estimators.backpropagation(LINEAR)(LINEAR.params, jnp.int32(0), data)
+    found = estimators.two_sided(LINEAR, estimators.gaussian)(LINEAR.params, jnp.int32(0), data)
+    for name, x in exact.items():
+        np.testing.assert_allclose(found[name], x, atol=1.0)
+
+
+def test_nodes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tiny = "--egg tiny --egg-population 4 --tokens 3 --population 4 --rounds 1 --factor-memory 1024"
+    path = tmp_path / "table.json"
+    rows = nodes.main([*tiny.split(), "--models", "mlp", "egg", "--json", str(path)])
+    names = [nodes.FORWARD, nodes.WEIGHTS, nodes.EVALUATE, nodes.STEP]
+    assert [row.name for row in rows] == 2 * names
+    told = capsys.readouterr().out
+    assert "tiny D=32 N=4 rows=3" in told and told.count("a generation with node noise takes") == 2
+    document = json.loads(path.read_text())
+    assert document["factor_memory"] == 1024
+    assert all(row["seconds"] > 0 for row in document["rows"])

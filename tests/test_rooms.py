@@ -10,15 +10,16 @@ PACKAGES = ("eggroll", "optim", "experiments")
 
 # For each room of eggroll, from the ground up, the rooms whose files it may import. docs/architecture.md
 # says what is in them.
-BASE = {"_types", "_compat", "_calling"}
+BASE = {"_types", "_compat", "_calling", "_isolation"}
 ROOMS = {
     "_types": set(),
     "_compat": set(),
     "_calling": set(),
+    "_isolation": set(),
     "noise": set(),
     "shaping": set(),
     "credit": set(),
-    "values": {"_compat"},
+    "values": {"_compat", "_isolation"},
     "interpret": {"values", *BASE},
     "arithmetic": {"credit", "values", "shaping", *BASE},
     "plan": {"arithmetic", "interpret", "values", *BASE},

@@ -247,13 +247,36 @@ def while_(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     return carry
 
 
+def reads(jaxpr: core.Jaxpr) -> list[bool]:
+    """Which of its arguments a body reads, looking into branches and calls."""
+    seen: set[Any] = {atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)}
+    for eqn in jaxpr.eqns:
+        used = [True] * len(eqn.invars)
+        if eqn.primitive.name == "cond":
+            inner = zip(*(reads(branch.jaxpr) for branch in eqn.params["branches"]), strict=True)
+            used = [True, *map(any, inner)]
+        elif eqn.primitive.name in ("jit", "pjit"):
+            used = reads(eqn.params["jaxpr"].jaxpr)
+        seen.update(
+            atom
+            for atom, is_used in zip(eqn.invars, used, strict=True)
+            if is_used and not isinstance(atom, core.Literal)
+        )
+    return [v in seen for v in jaxpr.invars]
+
+
 @control_flow("cond", keeps="operands, and results of one form in all branches")
 def cond(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     index, *operands = values
     index = entering(context, index)
-    operands = [handed(context, v) for v in operands]
-    of_parameters = [v for v in operands if isinstance(v, Node)]
     branches = eqn.params["branches"]
+    # A parameter that no branch reads has no sum: not one of zeros for every branch.
+    read = map(any, zip(*(reads(branch.jaxpr) for branch in branches), strict=True))
+    operands = [
+        v.w if isinstance(v, Node) and not used else handed(context, v)
+        for v, used in zip(operands, read, strict=True)
+    ]
+    of_parameters = [v for v in operands if isinstance(v, Node)]
 
     of_index, *origins = context.origins_of(eqn)
     # Where members may take different branches, sums over members need all of them.
@@ -300,6 +323,12 @@ def cond(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
 def shard_map(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     """Enters a shard_map; factors are sharded as the axes that they vary along are."""
     params = eqn.params
+    for v in values:
+        if isinstance(v, Node):
+            raise ValueError(
+                f"parameter {v.paths[0]!r} has node noise and enters a shard_map: must have weight noise, "
+                "by eggroll.Matrix(...) or Dense() in the plan's overrides"
+            )
 
     origins = context.origins_of(eqn)
 

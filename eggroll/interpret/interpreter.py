@@ -82,8 +82,8 @@ def output(context: Context, value: Value) -> Any:
     if isinstance(value, Node) and not value.looked_up:
         raise ValueError(
             f"parameter {value.paths[0]!r} has node noise and reaches an output through no product or "
-            "sum with data, so no noise reaches it: must have eggroll.Dense() or Frozen() in the plan's "
-            "overrides"
+            "sum with data, so no noise reaches it: data must be arguments of the fitness and not "
+            "constants in it, or the parameter must have eggroll.Dense() or Frozen() in the plan's overrides"
         )
     return (
         nodes.realise(context, value) if isinstance(value, Node) else context.dense(value, "output")

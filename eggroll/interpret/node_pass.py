@@ -7,6 +7,7 @@ adds up for every parameter what its products received (:mod:`eggroll.values.pul
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,12 +143,15 @@ class Site:
 
     Attributes:
       paths: the parameters of the product.
-      outputs: number of outputs.
-      in_row: whether it is in a row: of a loop or of an axis that the scores belong to.
+      nodes: number of outputs in a row, over the iterations of loops within it; in a member, if the
+        site belongs to no row.
+      fan_in: number of products in an output.
+      in_row: whether it belongs to the rows of the scores.
     """
 
     paths: tuple[str, ...]
-    outputs: int
+    nodes: int
+    fan_in: int
     in_row: bool
 
 
@@ -165,7 +169,7 @@ class NodePass:
       region: the parameters of the equations at hand.
       loops: around the equations at hand, from the outside in.
       on: whether the equations at hand are run by this member: a factor on credit; None for always.
-      sites: every site that was met, for tables and messages.
+      sites: every site that was met, by its name, for tables and messages.
     """
 
     draw: Draw
@@ -177,7 +181,7 @@ class NodePass:
     region: Region = dataclasses.field(default_factory=Region)
     loops: tuple[Loop, ...] = ()
     on: Array | None = None
-    sites: list[Site] = dataclasses.field(default_factory=list)
+    sites: dict[str, Site] = dataclasses.field(default_factory=dict)
 
     @property
     def sums(self) -> bool:
@@ -224,13 +228,18 @@ class NodePass:
         out = self.arithmetic.add(y, noise, self.sign, sigma, fan_in)
         weighed = None
         at = self._row_of(y.shape, certain, possible, paths) if self.rows else None
-        self.sites.append(Site(paths, y.size, at is not None))
+        self.sites[name] = Site(paths, self._nodes(y.shape, at), fan_in, at is not None)
         if self.sums:
             weighed = self.arithmetic.weigh(self._credit(at, y.ndim), noise)
             cotangent = self.arithmetic.cotangent([(weighed, sigma)])
             self.region.add(*node, cotangent, self.sign)
         self.region.noise[id(out)] = (out, (Part(name, sigma, weighed),))
         return out
+
+    def _nodes(self, shape: tuple[int, ...], at: "int | Loop | None") -> int:
+        """Number of outputs of a site in a row."""
+        inner = [loop.length or 1 for loop in self.loops if loop is not at]
+        return math.prod(shape) // (shape[at] if isinstance(at, int) else 1) * math.prod(inner)
 
     def _credit(self, at: "int | Loop | None", ndim: int) -> Array:
         assert self.credit is not None and self.whole is not None
@@ -259,7 +268,7 @@ class NodePass:
         ]
         found += [a for a in sorted(certain) if shape[a] == n]
         if not found:
-            found = [a for a in sorted(possible) if shape[a] == n][:1]
+            found += [a for a in sorted(possible) if shape[a] == n][:1]
         if len(found) < 2:
             return found[0] if found else None
         if self.rows.pick is not None and -len(found) <= self.rows.pick < len(found):
@@ -277,7 +286,7 @@ class NodePass:
         """The noise that an array carries."""
         return self.region.noise.get(id(x), (None, ()))[1]
 
-    def share(self, y: Array, out: Array, node: tuple[Sequence[int], Operation, Any]) -> bool:
+    def share(self, y: Any, out: Array, node: tuple[Sequence[int], Operation, Any]) -> bool:
         """Whether a parameter that is added to ``y`` shares the noise that ``y`` carries."""
         parts = self.carried(y)
         if not parts:
@@ -314,12 +323,12 @@ def _moved(
     if name in ("add", "sub"):
         second = _times(noise[1], -1.0) if name == "sub" else noise[1]
         return (*noise[0], *second)
-    if name in ("mul", "div", "shift_right_arithmetic"):
+    if name in ("mul", "div", "shift_left", "shift_right_arithmetic"):
         by = _number(values[1]) if noise[0] else _number(values[0])
         if by is None or not by or (name != "mul" and not noise[0]):
             return ()
-        factor = {"mul": by, "div": 1 / by, "shift_right_arithmetic": 0.5**by}[name]
-        return _times(noise[0] or noise[1], factor)
+        factors = {"mul": by, "div": 1 / by, "shift_left": 2.0**by}
+        return _times(noise[0] or noise[1], factors.get(name, 0.5**by))
     if name == "select_n":
         first, *rest = noise[1:]
         same = all(

@@ -5,18 +5,20 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
+from eggroll.interpret.node_pass import Site
 from eggroll.plan.leaf import Plan
 from eggroll.plan.treatments import Dense, Frozen, Given, Matrix, Nodes
 
 _KINDS = {Dense: "dense", Nodes: "nodes", Given: "given", Frozen: "frozen"}
 
 
-def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:
+def describe(plan: Plan, built: Mapping[str, Sequence[str]], sites: Sequence[Site] = ()) -> str:
     """The plan as a table, one line a parameter.
 
     Args:
       plan: the plan.
       built: for each path, the primitives that build its matrix for every member, from a trace.
+      sites: the products that get node noise, from a trace.
     """
     head = ("parameter", "shape", "treatment", "rank", "noise/member", "why")
     rows = [head]
@@ -35,7 +37,8 @@ def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:
             why += f"; BUILT for every member by {', '.join(built[leaf.path])}"
         rank = str(t.rank) if isinstance(t, Matrix) else "full" if isinstance(t, Dense) else "-"
         shape = "x".join(map(str, leaf.shape)) or "scalar"
-        rows.append((leaf.path, f"{shape} {leaf.dtype}", kind, rank, _size(leaf.noise_bytes), why))
+        noise = _nodes(leaf.path, sites) if isinstance(t, Nodes) else _size(leaf.noise_bytes)
+        rows.append((leaf.path, f"{shape} {leaf.dtype}", kind, rank, noise, why))
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = [
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
@@ -50,7 +53,30 @@ def describe(plan: Plan, built: Mapping[str, Sequence[str]]) -> str:
         f"noise a pair of members: {_size(plan.noise_bytes)}, where dense noise would take "
         f"{_size(dense)}"
     )
-    return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:], total])
+    totals = [total] if plan.noise_bytes else []
+    if sites:
+        totals.append(_gain(plan, sites))
+    return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:], *totals])
+
+
+def _nodes(path: str, sites: Sequence[Site]) -> str:
+    """The nodes of a parameter in a row, and their fan-in."""
+    own = [site for site in sites if path in site.paths]
+    if not own:
+        return "shared" if sites else "-"
+    fan_in = "/".join(map(str, sorted({site.fan_in for site in own})))
+    per = "row" if any(site.in_row for site in own) else "member"
+    return f"{sum(site.nodes for site in own)} nodes/{per}, fan-in {fan_in}"
+
+
+def _gain(plan: Plan, sites: Sequence[Site]) -> str:
+    """The law of node noise: its estimate is as good as that of d / D times as many passes."""
+    nodes = sum(site.nodes for site in sites)
+    size = sum(math.prod(leaf.shape) for leaf in plan.leaves if isinstance(leaf.treatment, Nodes))
+    return (
+        f"nodes a row: D = {nodes}, of d = {size} parameters; predicted gain over weight noise at equal "
+        f"passes: d / D = {size / nodes:.3g}"
+    )
 
 
 def _listed(axes: tuple[int, ...]) -> str:

@@ -4,13 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
-import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, PyTree
 
 from eggroll import _compat as compat
+from eggroll._isolation import isolated as isolated
 from eggroll.population.placement import devices
 
 # Compiler options for reproducible programs. XLA may omit roundings to bfloat16, depending on the
@@ -87,32 +85,3 @@ def share(pairs: int, mesh: Mesh | None, block: int = 1) -> int:
       12
     """
     return block * -(-pairs // (block * devices(mesh)))
-
-
-def isolated(fn: Callable[..., Out], always: Bool[Array, ""], *args: PyTree) -> Out:
-    """``fn(*args)``, compiled in isolation, with its result materialised.
-
-    XLA may fuse operations with the surrounding code. It then repeats them for each use, or rounds
-    differently than in another program. An optimization barrier prevents this on accelerators, but
-    the CPU compiler removes barriers before it fuses. On CPU this is a ``lax.cond`` with a
-    predicate that is always true, since XLA compiles a branch on its own.
-
-    Args:
-      fn: the function.
-      always: a true value that the compiler cannot fold to a constant; bool ``[]``.
-      *args: trees of arrays.
-    """
-    # Jitted, so that it is traced once for both platforms. Callers do not vmap over this function
-    # for the same reason: batching a branch traces it several times.
-    make = jax.jit(fn)
-
-    def never(*args: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(make, *args))
-
-    def in_branch(*args: PyTree) -> PyTree:
-        return lax.cond(always, make, never, *args)
-
-    def behind_barrier(*args: PyTree) -> PyTree:
-        return lax.optimization_barrier(make(*lax.optimization_barrier(args)))
-
-    return lax.platform_dependent(*args, cpu=in_branch, default=behind_barrier)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, DTypeLike, Float, Int, PyTree
 
-from eggroll.plan import Dense, Frozen, Plan, Planner, Treatment, by_shape, leaf_paths
+from eggroll.plan import Dense, Frozen, Given, Plan, Planner, Treatment, by_shape, leaf_paths
 
 LARGEST = 127
 
@@ -149,7 +149,7 @@ def planner(
         if last not in ("int8", "scale"):
             return treatment(path)
         own = treatment(stem)
-        if isinstance(own, Frozen):
+        if isinstance(own, Frozen | Given):
             return own
         if last == "scale":
             return Dense(sigma=own.sigma / LARGEST)
