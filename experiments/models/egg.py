@@ -197,7 +197,7 @@ def loss(logits: Int8[Array, "256"], target: Integer[Array, ""]) -> Int32[Array,
         >>> int(loss(jnp.zeros(256, jnp.int8), jnp.int32(7)))  # 8 bits
         128
     """
-    powers, total = _powers(logits)
+    _, total = _powers(logits)
     zeros = lax.clz(total)
     # The leading one at bit 30; how many of the powers of 2^(1/16) are reached is the fraction.
     mantissa = total << (zeros - 1)

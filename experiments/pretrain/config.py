@@ -69,8 +69,8 @@ class Config(RunSettings):
     """What the noise of members is on: "weights", or "nodes", which is what comes out of products, anew for
     every byte."""
     gamma: float = 0.5
-    """Of node noise: what the loss of the next byte counts in the credit of a byte, to its own; in int8 0 or a
-    power of 1/2."""
+    """Of node noise: what the loss of the next byte counts in the credit of a byte, to its own; in int8
+    0 or a power of 1/2."""
     head: Literal["local", "noise"] = "local"
     """Of node noise: "local" trains the last matrix by its exact gradient, which needs no noise, "noise" as
     all others."""
@@ -177,13 +177,13 @@ def check_nodes(config: Config) -> None:
         return
     if config.gamma and not math.log2(config.gamma).is_integer():
         raise UsageError(
-            f"--gamma {config.gamma}: the credit of int8 models is shifted, so choose 0 or a power of 1/2, such "
-            "as 0.5"
+            f"--gamma {config.gamma}: the credit of int8 models is shifted, so choose 0 or a power of 1/2, "
+            "such as 0.5"
         )
     if config.head == "local" and config.population > LARGEST_LOCAL:
         raise UsageError(
-            f"--population {config.population}: the sum of the head's rule would not fit 32 bits; choose at most "
-            f"{LARGEST_LOCAL}, or --head noise"
+            f"--population {config.population}: the sum of the head's rule would not fit 32 bits; choose at "
+            f"most {LARGEST_LOCAL}, or --head noise"
         )
 
 
@@ -232,6 +232,9 @@ BASELINES: dict[PresetName, dict[str, object]] = {
 # of many members teach more than 100 for each of few.
 LAPTOP: dict[str, object] = dict(layers=1, width=64, population=8192, group=2, tokens=25)
 
+# Noise of a quarter of what comes out of products is seen through the rounding of integers.
+NODES: dict[str, object] = dict(perturb="nodes", sigma=0.25, update="error_feedback")
+
 PRESETS: dict[str, Config] = {
     "laptop": preset(
         "laptop",
@@ -246,6 +249,37 @@ PRESETS: dict[str, Config] = {
         **{**LAPTOP, "population": 16384},
         alpha_decay=0.005,
         max_generations=2000,
+    ),
+    # 3.1 million bytes read.
+    "egg-nodes": preset(
+        "egg-nodes",
+        **{**LAPTOP, **NODES, "population": 1024},
+        alpha=0.3,
+        alpha_decay=0.02,
+        max_generations=120,
+    ),
+    # As many bytes as "laptop" and "hour".
+    "laptop-nodes": preset(
+        "laptop-nodes", **LAPTOP, **NODES, alpha=0.3, alpha_decay=0.02, max_generations=640
+    ),
+    "hour-nodes": preset(
+        "hour-nodes",
+        **{**LAPTOP, **NODES, "population": 16384},
+        alpha=0.3,
+        alpha_decay=0.02,
+        max_generations=2000,
+    ),
+    # 8.2 million bytes read.
+    "gru-nodes": preset(
+        "gru-nodes",
+        **{**LAPTOP, "population": 2048, "tokens": 20},
+        model="gru",
+        perturb="nodes",
+        sigma=0.1,
+        optimizer="adam",
+        learning_rate=0.2,
+        learning_rate_decay=0.985,  # a twentieth at the end
+        max_generations=200,
     ),
     # arXiv 2511.16652, integer pretraining: one H100 or more.
     "paper": preset(

@@ -101,7 +101,9 @@ def head_gradient(
         ]
         return total, *squares
 
-    return significance(*sum_over_bytes(head, weights, inputs, targets, products), population, count)
+    return significance(
+        *sum_over_bytes(head, weights, inputs, targets, products), population, count
+    )
 
 
 def sum_over_bytes(
@@ -132,14 +134,21 @@ def significance(
     The deviation is ``sqrt(2 x_squares error_squares / (population count))``: the two members of a pair,
     which read the same, are one observation.
     """
-    up = lambda x: jnp.clip(x, -(2**22), 2**22) << 8
-    over = lambda x, by: jax.lax.div(x, jnp.broadcast_to(jnp.maximum(by, 1), x.shape))
-    whole = over(up(over(up(total), isqrt(x_squares)[:, None])), isqrt(error_squares))
+    # The correlation of inputs and errors, in 2^-16: both roots are below 2^16, and a total is at most
+    # their product.
+    part = over(over(total, isqrt(x_squares)[:, None]), isqrt(error_squares))
     # Times population sqrt(count) / 2^9, by ten bits of it.
     factor = population * math.isqrt(count << 8)
     bits = max(0, factor.bit_length() - 10)
-    scaled = whole * (factor >> bits)
+    scaled = part * (factor >> bits)
     return scaled >> (13 - bits) if bits < 13 else scaled << (bits - 13)
+
+
+def over(x: Int[Array, "m n"], by: Int[Array, "..."]) -> Int[Array, "m n"]:
+    """``256 x / by``, rounded towards zero."""
+    by = jnp.broadcast_to(jnp.maximum(by, 1), x.shape)
+    whole = jax.lax.div(x, by)
+    return (whole << 8) + jax.lax.div((x - whole * by) << 8, by)
 
 
 def strategy(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStrategy:

@@ -92,7 +92,7 @@ def test_the_error_of_integer_logits_is_the_rounded_softmax() -> None:
     assert float(jnp.abs(found - right).mean()) < 0.26
 
 
-@pytest.mark.parametrize(("population", "count"), [(64, 7), (4096, 50)])
+@pytest.mark.parametrize(("population", "count"), [(1024, 7), (4096, 50)])
 def test_integer_gradients_of_the_head_are_in_deviations(population: int, count: int) -> None:
     model, chance = make_model(settings()), np.random.default_rng(0)
     weights = jnp.asarray(np.round(16 * chance.standard_normal((8, 256))), jnp.int8)
@@ -101,15 +101,18 @@ def test_integer_gradients_of_the_head_are_in_deviations(population: int, count:
     targets = jnp.repeat(jnp.asarray(chance.integers(0, 3, (population // 2, count))), 2, 0)
     found = jax.jit(lambda *args: head_gradient(model.head, *args))(weights, inputs, targets)
     assert found.dtype == jnp.int32
-    flat = [np.asarray(x[::2].reshape(-1, *x.shape[2:])) for x in (inputs, targets)]
-    x, errors = flat[0].astype(float), np.asarray(model.head.errors(weights, *flat), float)
+    flat = [x[::2].reshape(-1, *x.shape[2:]) for x in (inputs, targets)]
+    x, errors = (np.asarray(y, float) for y in (flat[0], model.head.errors(weights, *flat)))
     likely = (errors != 0).mean(0) > 0.3
     deviation = np.sqrt(np.outer((x**2).sum(0), (errors**2).sum(0)) / len(x))
     right = ((x.T @ errors) / np.maximum(deviation, 1))[:, likely]
     # What is far beyond any threshold is cut off.
-    right, scores = np.clip(right, -9, 9), np.asarray(found)[:, likely] / (256 * (population / 2) ** 0.5)
+    right, scores = (
+        np.clip(right, -9, 9),
+        np.asarray(found)[:, likely] / (256 * (population / 2) ** 0.5),
+    )
     assert likely.sum() > 20 and np.abs(right).max() > 4
-    np.testing.assert_allclose(np.clip(scores, -9, 9), right, rtol=0.02, atol=0.1)
+    np.testing.assert_allclose(np.clip(scores, -9, 9), right, rtol=0.03, atol=0.1)
 
 
 def test_the_heads_sum_of_integers_fits_32_bits() -> None:
