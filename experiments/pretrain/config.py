@@ -233,7 +233,9 @@ BASELINES: dict[PresetName, dict[str, object]] = {
 LAPTOP: dict[str, object] = dict(layers=1, width=64, population=8192, group=2, tokens=25)
 
 # Noise of a quarter of what comes out of products is seen through the rounding of integers.
-NODES: dict[str, object] = dict(perturb="nodes", sigma=0.25, update="error_feedback")
+NODES: dict[str, object] = dict(
+    perturb="nodes", sigma=0.25, update="momentum", alpha=0.2, alpha_decay=0.02
+)
 
 PRESETS: dict[str, Config] = {
     "laptop": preset(
@@ -254,19 +256,13 @@ PRESETS: dict[str, Config] = {
     "egg-nodes": preset(
         "egg-nodes",
         **{**LAPTOP, **NODES, "population": 1024},
-        alpha=0.3,
-        alpha_decay=0.02,
         max_generations=120,
     ),
     # As many bytes as "laptop" and "hour".
-    "laptop-nodes": preset(
-        "laptop-nodes", **LAPTOP, **NODES, alpha=0.3, alpha_decay=0.02, max_generations=640
-    ),
+    "laptop-nodes": preset("laptop-nodes", **LAPTOP, **NODES, max_generations=640),
     "hour-nodes": preset(
         "hour-nodes",
         **{**LAPTOP, **NODES, "population": 16384},
-        alpha=0.3,
-        alpha_decay=0.02,
         max_generations=2000,
     ),
     # 8.2 million bytes read.

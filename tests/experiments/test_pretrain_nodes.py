@@ -129,9 +129,8 @@ def test_the_heads_sum_of_integers_fits_32_bits() -> None:
 # ---------------------------------------------------------------- generations
 
 
-@pytest.mark.parametrize("head", ["local", "noise"])
-def test_no_float_decides_anything(head: str) -> None:
-    config = settings(head=head, update="error_feedback")
+def test_no_float_decides_anything() -> None:
+    config = settings(update="momentum")
     method = make_method(config, make_model(config))
     assert isinstance(method, NodeNoise)
     carry = jax.eval_shape(method.start, jax.ShapeDtypeStruct((), jnp.int32))
@@ -139,54 +138,44 @@ def test_no_float_decides_anything(head: str) -> None:
     assert integer.float_operations(lambda c, t: method.generation(c, t)[0], carry, tokens) == []
 
 
+def run(config: Config, generations: int) -> tuple[Carry, dict[str, Any], float]:
+    """The state, the last row, and held-out bits per byte of proverbs."""
+    task = job(config, proverbs(config))
+    state = task.start()
+    for _ in range(generations):
+        state, row = task.generation(state)
+    return state, row, float(task.measure(state)["held_out_bits_per_byte"])
+
+
 @pytest.mark.parametrize(
     ("changes", "generations", "bits"),
     [
         (dict(), 40, 6.0),
-        (dict(head="noise", update="momentum", gamma=0.0), 40, 7.0),
-        (dict(model="float-egg"), 30, 6.0),
         (dict(model="gru"), 30, 4.5),
-        (dict(model="transformer", sigma=0.5), 30, 4.5),
+        pytest.param(dict(head="noise", gamma=0.0), 40, 7.0, marks=pytest.mark.slow),
+        pytest.param(dict(model="float-egg"), 30, 6.0, marks=pytest.mark.slow),
+        pytest.param(dict(model="transformer", sigma=0.5), 30, 4.5, marks=pytest.mark.slow),
     ],
 )
 def test_every_model_learns(changes: dict[str, Any], generations: int, bits: float) -> None:
-    config = settings(**changes)
-    task = job(config, proverbs(config))
-    state = task.start()
-    before = float(task.measure(state)["held_out_bits_per_byte"])
-    for _ in range(generations):
-        state, row = task.generation(state)
-    assert before > 7
-    assert float(task.measure(state)["held_out_bits_per_byte"]) < bits
+    _, row, after = run(settings(**changes), generations)
+    assert after < bits  # more than 7 before
     assert row["fitness_worst"] <= row["fitness_mean"] <= row["fitness_best"]
     assert row["invalid"] == 0 < row["weights_moved"]
 
 
-def after(config: Config, generations: int = 2) -> Carry:
-    text = proverbs(config)
-    task = job(config, text)
-    state = task.start()
-    for _ in range(generations):
-        state, _ = task.generation(state)
-    return state
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [dict(), dict(model="gru", same_bits=True)])
 def test_devices_change_no_bit(changes: dict[str, Any]) -> None:
-    one, four = (after(settings(devices=n, **changes)) for n in (1, 4))
+    one, four = (run(settings(devices=n, **changes), 2)[0] for n in (1, 4))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_devices_change_no_more_than_rounding() -> None:
-    one, four = (after(settings(devices=n, model="gru", optimizer="sgd"), 1) for n in (1, 4))
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 # ---------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     whole, parts = (
         settings(run_dir=tmp_path / name, evaluate_every=2, checkpoint_seconds=0.0, sample_bytes=4)
