@@ -94,16 +94,12 @@ def head_gradient(
     shift = max(0, (population * count - 1).bit_length() - 17)
 
     def products(x: Array, errors: Array) -> tuple[Array, Array, Array]:
+        squares = lambda y: jnp.sum(jnp.square(y.astype(jnp.int32)), 0, dtype=jnp.int32) >> shift
         total = jax.lax.dot(x.T, errors, preferred_element_type=jnp.int32) >> shift
-        squares = [
-            jnp.sum(jnp.square(y.astype(jnp.int32)), 0, dtype=jnp.int32) >> shift
-            for y in (x, errors)
-        ]
-        return total, *squares
+        return total, squares(x), squares(errors)
 
-    return significance(
-        *sum_over_bytes(head, weights, inputs, targets, products), population, count
-    )
+    total, x_squares, squares = sum_over_bytes(head, weights, inputs, targets, products)
+    return significance(total, x_squares, squares, population, count)
 
 
 def sum_over_bytes(
