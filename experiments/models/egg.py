@@ -132,13 +132,26 @@ def step(
         state: of `initial_state`, or the step before.
         byte: 0 to 255, any integer type.
     """
+    state, x = read(params, state, byte)
+    return state, predict(params["head"], x)
+
+
+def read(
+    params: Params, state: Int8[Array, "layers width"], byte: Integer[Array, ""]
+) -> tuple[Int8[Array, "layers width"], Int8[Array, "width"]]:
+    """The first part of `step`: the new hidden state, and what the head receives."""
     byte = byte.astype(jnp.int32)
     state = jnp.where(byte == 0, jnp.zeros_like(state), state)
     # Stacked layers in a scan: unrolled, XLA's CPU compiler works out the element-wise chain of one
     # layer again in each of the next ones, six times as slow.
     layers = jnp.arange(state.shape[0], dtype=jnp.int32)
     x, state = lax.scan(_block, params["embed"][byte], (layers, params["layers"], state))
-    return state, _product(_layer_norm(x, params["ln"]), params["head"])
+    return state, _layer_norm(x, params["ln"])
+
+
+def predict(head: Int8[Array, "width 256"], x: Int8[Array, "width"]) -> Int8[Array, "256"]:
+    """The second part of `step`: the logits, in 1/16 bit."""
+    return _product(x, head)
 
 
 def sequence(
@@ -184,16 +197,33 @@ def loss(logits: Int8[Array, "256"], target: Integer[Array, ""]) -> Int32[Array,
         >>> int(loss(jnp.zeros(256, jnp.int8), jnp.int32(7)))  # 8 bits
         128
     """
-    y = logits.astype(jnp.int32) + 128
-    # 16 * 2^(y/16) = 2^(k/16) * 2^(4+q) with y = 16 q + k; at most 2^20 each, 2^28 together.
-    powers = jnp.asarray(_POWERS)[y & 15] >> (15 - (y >> 4))
-    total = powers.sum(dtype=jnp.int32)
+    _, total = _powers(logits)
     zeros = lax.clz(total)
     # The leading one at bit 30; how many of the powers of 2^(1/16) are reached is the fraction.
     mantissa = total << (zeros - 1)
     fraction = jnp.sum(mantissa >= jnp.asarray(_ROOTS), dtype=jnp.int32)
     logarithm = 16 * (31 - zeros) + fraction - 64
-    return logarithm - y[target.astype(jnp.int32)]
+    return logarithm - (logits[target.astype(jnp.int32)].astype(jnp.int32) + 128)
+
+
+def error(logits: Int8[Array, "256"], target: Integer[Array, ""]) -> Int8[Array, "256"]:
+    """``127 (softmax - onehot(target))``, to the nearest: the derivative of the loss by the logits.
+
+    The softmax is that of the powers in `loss`, to 15 bits.
+
+    Example:
+        >>> found = error(jnp.zeros(256, jnp.int8).at[7].set(127), jnp.int32(9))
+        >>> int(found[7]), int(found[9]), int(jnp.abs(found).sum())  # the softmax of entry 7 is 0.49
+        (62, -127, 189)
+    """
+    powers, total = _powers(logits)
+    # The total is at least 2^12. Scaled so that it has 15 bits, a power times the quotient fits 29.
+    shift = 19 - lax.clz(total)
+    shares = (powers << 2) >> shift
+    share = lax.div(jnp.int32(127 << 22), (total << 2) >> shift)
+    softmax = (shares * share + (1 << 21)) >> 22
+    hit = jnp.arange(BYTES, dtype=jnp.int32) == target.astype(jnp.int32)
+    return (softmax - jnp.where(hit, 127, 0)).astype(jnp.int8)
 
 
 def exact_bits(
@@ -211,7 +241,15 @@ def exact_bits(
     return total - jnp.take_along_axis(y, target[..., None].astype(jnp.int32), -1)[..., 0]
 
 
-# ---------------------------------------------------------------- the parts of a block
+# ---------------------------------------------------------------- the parts of a block and of the loss
+
+
+def _powers(logits: Int8[Array, "256"]) -> tuple[Int32[Array, "256"], Int32[Array, ""]]:
+    """``16 * 2^(y / 16)`` of ``y = logits + 128``, each rounded down, and their sum."""
+    y = logits.astype(jnp.int32) + 128
+    # 16 * 2^(y/16) = 2^(k/16) * 2^(4+q) with y = 16 q + k; at most 2^20 each, 2^28 together.
+    powers = jnp.asarray(_POWERS)[y & 15] >> (15 - (y >> 4))
+    return powers, powers.sum(dtype=jnp.int32)
 
 
 def _block(

@@ -82,6 +82,14 @@ def step(
 
     A byte 0 begins a document: the state before it is forgotten.
     """
+    state, x = read(params, state, byte, config)
+    return state, predict(params["head"], x)
+
+
+def read(
+    params: Params, state: Float[Array, "layers width"], byte: Int[Array, ""], config: GRUConfig
+) -> tuple[Float[Array, "layers width"], Float[Array, "width"]]:
+    """The first part of `step`: the next hidden state, and what the head receives."""
     state = jnp.where(byte == 0, 0, state)
 
     def block(x: Array, own: tuple[Params, Array]) -> tuple[Array, Array]:
@@ -93,7 +101,14 @@ def step(
         return cut(x) if config.gates == "clip" else x, s
 
     x, state = jax.lax.scan(block, params["embed"][byte], (params["layers"], state))
-    return state, times(norm(x, params["ln"]), params["head"])
+    return state, norm(x, params["ln"])
+
+
+def predict(
+    head: Float[Array, "width 256"], x: Float[Array, "*batch width"]
+) -> Float[Array, "*batch 256"]:
+    """The second part of `step`: logits in bits."""
+    return times(x, head)
 
 
 def gated(
@@ -107,9 +122,11 @@ def gated(
     return s + f * (h - s)
 
 
-def times(x: Float[Array, "inputs"], w: Float[Array, "inputs outputs"]) -> Float[Array, "outputs"]:
+def times(
+    x: Float[Array, "*batch inputs"], w: Float[Array, "inputs outputs"]
+) -> Float[Array, "*batch outputs"]:
     """A product of the size of its factors."""
-    return x @ w / x.shape[0] ** 0.5
+    return x @ w / x.shape[-1] ** 0.5
 
 
 def norm(x: Float[Array, "width"], gain: Float[Array, "width"]) -> Float[Array, "width"]:

@@ -251,6 +251,14 @@ def apply(
     return _logits(params, x, config)
 
 
+def features(
+    params: Params, tokens: Int[Array, "*batch length"], config: TransformerConfig
+) -> Float[Array, "*batch length hidden"]:
+    """What the head of :func:`apply` receives: the logits of an untied model are ``x @ lm_head``."""
+    x, _ = _read(params, tokens, config)
+    return rms_norm(x, params["norm"], config.rms_norm_eps)
+
+
 def prefill(
     params: Params,
     tokens: Int[Array, "prompt_slots"],

@@ -11,6 +11,10 @@ from experiments.run.settings import RunSettings, at_least_one, even, flag, frac
 PresetName = Literal[
     "laptop",
     "hour",
+    "gru-nodes",
+    "egg-nodes",
+    "laptop-nodes",
+    "hour-nodes",
     "paper",
     "tiny",
     "float-es",
@@ -19,6 +23,10 @@ PresetName = Literal[
     "transformer-sgd",
     "transformer-adamw",
 ]
+
+
+# Members whose products of int8, each below 2^14, can be summed in int32.
+LARGEST_LOCAL = 2**17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +65,20 @@ class Config(RunSettings):
     """Members of a generation; even, as they come in opposite pairs."""
     group: int = 64
     """Members that read the same stream; both members of a pair must."""
+    perturb: Literal["weights", "nodes"] = "weights"
+    """What the noise of members is on: "weights", or "nodes", which is what comes out of products, anew for
+    every byte."""
+    gamma: float = 0.5
+    """Of node noise: what the loss of the next byte counts in the credit of a byte, to its own; in int8
+    0 or a power of 1/2."""
+    head: Literal["local", "noise"] = "local"
+    """Of node noise: "local" trains the last matrix by its exact gradient, which needs no noise, "noise" as
+    all others."""
     rank: int = 1
     """Rank of the noise on matrices."""
     sigma: float = 0.0625
-    """Standard deviation of the noise where weights are of order one; in int8 a power of 1/2."""
+    """Standard deviation of the noise where weights are of order one, or with node noise where what comes out
+    of products is; in int8 a power of 1/2."""
     chunk: int | None = None
     """Members evaluated at a time; None for all at once. Bounds memory, changes nothing."""
     update: Literal["threshold", "error_feedback", "momentum"] = "threshold"
@@ -122,6 +140,7 @@ class Config(RunSettings):
             raise UsageError(f"--target {self.target}: choose a positive number of bits per byte")
         if self.chunk is not None and self.chunk % 2:
             raise UsageError(f"--chunk {self.chunk}: pairs stay together, so choose an even number")
+        check_nodes(self) if self.perturb == "nodes" else check_weights(self)
         if self.model == "egg" and self.algorithm == "backprop":
             raise UsageError(
                 "--algorithm backprop: an int8 model has no gradient; choose --model float-egg, gru or "
@@ -129,9 +148,43 @@ class Config(RunSettings):
             )
         if self.model == "egg" and (self.sigma != 2.0**-self.shift or not 0 <= self.shift <= 8):
             raise UsageError(
-                f"--sigma {self.sigma}: the noise of int8 weights is shifted, so choose a power of 1/2 from "
+                f"--sigma {self.sigma}: the noise of int8 models is shifted, so choose a power of 1/2 from "
                 "1 to 1/256, such as 0.0625"
             )
+
+
+def check_weights(config: Config) -> None:
+    """Raises UsageError for settings that weight noise does not have."""
+    for name in ("gamma", "head"):
+        value = getattr(config, name)
+        if value != getattr(Config, name):
+            raise UsageError(
+                f"{flag(name)} {value}: a setting of --perturb nodes alone; leave it out"
+            )
+
+
+def check_nodes(config: Config) -> None:
+    """Raises UsageError for settings that node noise cannot have."""
+    if config.algorithm == "backprop":
+        raise UsageError(
+            "--perturb nodes: backpropagation has no noise; choose --algorithm eggroll"
+        )
+    if config.rank != 1:
+        raise UsageError(f"--rank {config.rank}: node noise has no rank; leave it out")
+    if not 0 <= config.gamma <= 1:
+        raise UsageError(f"{flag('gamma')} {config.gamma}: choose a number from 0 to 1")
+    if config.model != "egg":
+        return
+    if config.gamma and not math.log2(config.gamma).is_integer():
+        raise UsageError(
+            f"--gamma {config.gamma}: the credit of int8 models is shifted, so choose 0 or a power of 1/2, "
+            "such as 0.5"
+        )
+    if config.head == "local" and config.population > LARGEST_LOCAL:
+        raise UsageError(
+            f"--population {config.population}: the sum of the head's rule would not fit 32 bits; choose at "
+            f"most {LARGEST_LOCAL}, or --head noise"
+        )
 
 
 def even_group(config: Config) -> None:
@@ -179,6 +232,11 @@ BASELINES: dict[PresetName, dict[str, object]] = {
 # of many members teach more than 100 for each of few.
 LAPTOP: dict[str, object] = dict(layers=1, width=64, population=8192, group=2, tokens=25)
 
+# Noise of a quarter of what comes out of products is seen through the rounding of integers.
+NODES: dict[str, object] = dict(
+    perturb="nodes", sigma=0.25, update="momentum", alpha=0.2, alpha_decay=0.02
+)
+
 PRESETS: dict[str, Config] = {
     "laptop": preset(
         "laptop",
@@ -193,6 +251,31 @@ PRESETS: dict[str, Config] = {
         **{**LAPTOP, "population": 16384},
         alpha_decay=0.005,
         max_generations=2000,
+    ),
+    # 3.1 million bytes read.
+    "egg-nodes": preset(
+        "egg-nodes",
+        **{**LAPTOP, **NODES, "population": 1024},
+        max_generations=120,
+    ),
+    # As many bytes as "laptop" and "hour".
+    "laptop-nodes": preset("laptop-nodes", **LAPTOP, **NODES, max_generations=640),
+    "hour-nodes": preset(
+        "hour-nodes",
+        **{**LAPTOP, **NODES, "population": 16384},
+        max_generations=2000,
+    ),
+    # 8.2 million bytes read.
+    "gru-nodes": preset(
+        "gru-nodes",
+        **{**LAPTOP, "population": 2048, "tokens": 20},
+        model="gru",
+        perturb="nodes",
+        sigma=0.1,
+        optimizer="adam",
+        learning_rate=0.2,
+        learning_rate_decay=0.985,  # a twentieth at the end
+        max_generations=200,
     ),
     # arXiv 2511.16652, integer pretraining: one H100 or more.
     "paper": preset(

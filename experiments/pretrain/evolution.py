@@ -28,14 +28,21 @@ class Evolution:
 
     def __init__(self, config: Config, model: Model, layout: Layout = ONE) -> None:
         self._config, self._model = config, model
-        self._es = (integers if config.model == "egg" else floats)(config, model, layout)
+        self._es = self._strategy(layout)
         # Hidden states are where their members are.
         each, members = layout.everywhere, layout.members
         # A tree of shardings, in the place of arrays.
         lies: Any = (each, members, each, each)
         self.sharding: Any = None if each is None else Carry(*lies)
         # One object for all generations, which compiles once.
-        self._fitness = make_fitness(model)
+        self._fitness = self._make_fitness()
+
+    def _strategy(self, layout: Layout) -> eggroll.EvolutionStrategy:
+        make = integers if self._config.model == "egg" else floats
+        return make(self._config, self._model, layout)
+
+    def _make_fitness(self) -> Any:
+        return make_fitness(self._model)
 
     def start(self, seed: Array) -> Carry:
         """The state before generation 0."""
@@ -48,20 +55,23 @@ class Evolution:
         self, carry: Carry, tokens: UInt8[Array, "streams tokens"]
     ) -> tuple[Carry, dict[str, Array]]:
         """Every member reads its stream's next bytes; members of a group read the same."""
-        group = self._config.group
-        members = (carry.hidden, jnp.repeat(tokens, group, axis=0))
-        scores, hidden = self._es.evaluate(carry.training, self._fitness, members=members)
-        # Float scores are compared within the members of a stream; of integers only pairs are.
-        floats = self._config.model != "egg"
-        groups = jnp.arange(self._config.population) // group if floats else None
-        state, metrics = self._es.update(carry.training, scores, groups)
-        row = metrics._asdict()
+        members = (carry.hidden, jnp.repeat(tokens, self._config.group, axis=0))
+        state, hidden, row = self._update(carry.training, members)
         del row["generation"]  # the loop's own
-        per_byte = self._model.unit * self._config.tokens
-        assert metrics.fitness_mean is not None  # scores were given
-        row["train_bits_per_byte"] = -metrics.fitness_mean / per_byte
         row["weights_moved"] = moved(carry.training.params, state.params)
         return Carry(state, hidden, carry.cursor + 1, carry.seed), row
+
+    def _update(self, state: Any, members: Any) -> tuple[Any, PyTree, dict[str, Array]]:
+        """One update by what members read: the next state, their hidden states, and a row."""
+        scores, hidden = self._es.evaluate(state, self._fitness, members=members)
+        # Float scores are compared within the members of a stream; of integers only pairs are.
+        floats = self._config.model != "egg"
+        groups = jnp.arange(self._config.population) // self._config.group if floats else None
+        state, metrics = self._es.update(state, scores, groups)
+        assert metrics.fitness_mean is not None  # scores were given
+        per_byte = self._model.unit * self._config.tokens
+        row = metrics._asdict() | {"train_bits_per_byte": -metrics.fitness_mean / per_byte}
+        return state, hidden, row
 
     def params(self, carry: Carry) -> PyTree:
         """The trained parameters."""
@@ -80,14 +90,9 @@ def make_fitness(model: Model) -> Any:
 
 def integers(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStrategy:
     """The strategy for int8 models, whose generations have not one float in them."""
-    rule: Any = integer.threshold(lambda t: config.alpha / (1 + config.alpha_decay * t))
-    if config.update == "error_feedback":
-        rule = integer.error_feedback(rule)
-    elif config.update == "momentum":
-        rule = optax.chain(integer.momentum(), rule)
     return integer.strategy(
         population=config.population,
-        optimizer=rule,
+        optimizer=integer_rule(config),
         shift=config.shift,
         plan=model.plan,
         rank=config.rank,
@@ -97,12 +102,20 @@ def integers(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionS
     )
 
 
+def integer_rule(config: Config) -> Any:
+    """What moves int8 weights by one unit."""
+    rule: Any = integer.threshold(lambda t: config.alpha / (1 + config.alpha_decay * t))
+    if config.update == "error_feedback":
+        rule = integer.error_feedback(rule)
+    elif config.update == "momentum":
+        rule = optax.chain(integer.momentum(), rule)
+    return rule
+
+
 def floats(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStrategy:
     """The strategy for float32 models."""
     return eggroll.EvolutionStrategy(
-        optimizer=make_optimizer(
-            config.optimizer, decayed(config.learning_rate, config.learning_rate_decay)
-        ),
+        optimizer=float_optimizer(config),
         population=config.population,
         sigma=config.sigma,
         plan=model.plan,
@@ -114,6 +127,12 @@ def floats(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStr
         mesh=layout.mesh,
         deterministic=layout.same_bits,
     )
+
+
+def float_optimizer(config: Config) -> optax.GradientTransformation:
+    """What moves float weights."""
+    rate = decayed(config.learning_rate, config.learning_rate_decay)
+    return make_optimizer(config.optimizer, rate)
 
 
 def moved(before: PyTree, after: PyTree) -> Array:

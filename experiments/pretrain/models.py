@@ -6,12 +6,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Key, Num, PyTree, UInt8
 
-from eggroll.plan import Dense, Matrix, Planner, by_shape
+from eggroll.plan import Dense, Frozen, Matrix, Nodes, Overrides, Planner, by_shape
 from experiments.models import egg, gru
 from experiments.models import transformer as llama
 from experiments.pretrain.config import Config
+
+
+class Head(NamedTuple):
+    """The last matrix of a model: its error is known without a pass backwards.
+
+    Attributes:
+        name: of the parameter.
+        errors: (matrix, what it receives [N, m], next bytes [N]) -> the derivatives of the N losses by what
+            comes out of the product; in integers 127 times those.
+    """
+
+    name: str
+    errors: Callable[[Array, Array, Int[Array, "N"]], Num[Array, "N 256"]]
 
 
 class Model(NamedTuple):
@@ -22,6 +35,9 @@ class Model(NamedTuple):
         plan: which noise each parameter gets.
         state: what a stream carries at its beginning.
         loss: (parameters, state, tokens [T + 1]) -> (next state, sum over T predictions) in `unit`.
+        losses: as `loss`, but the loss of each prediction [T], and with what the head received [T, m].
+        head: of the model.
+        nodes: the treatments of parameters under node noise, where they are not that of all.
         unit: of the loss, to a bit.
         bits: (parameters, tokens [T + 1]) -> figures [T] of each prediction, "bits_per_byte" by softmax.
         writer: what sampling carries at its beginning.
@@ -32,6 +48,11 @@ class Model(NamedTuple):
     plan: Planner
     state: PyTree
     loss: Callable[[PyTree, PyTree, Int[Array, "tokens"]], tuple[PyTree, Array]]
+    losses: Callable[
+        [PyTree, PyTree, Int[Array, "tokens"]], tuple[PyTree, Num[Array, "T"], Num[Array, "T m"]]
+    ]
+    head: Head
+    nodes: Overrides
     unit: int
     bits: Callable[[PyTree, Int[Array, "tokens"]], dict[str, Array]]
     writer: PyTree
@@ -54,6 +75,17 @@ def bits_of(
     return jax.nn.logsumexp(logits * ln2, axis=-1) / ln2 - chosen
 
 
+def slope_of(
+    logits: Float[Array, "*batch 256"], target: Int[Array, "*batch"]
+) -> Float[Array, "*batch 256"]:
+    """The derivative of `bits_of` by its logits: the softmax minus the one-hot target."""
+    return jax.nn.softmax(logits * jnp.log(2.0)) - jax.nn.one_hot(target, 256)
+
+
+# Gains of norms, which a byte's loss says little about, stay as they are under node noise.
+STACK_NODES: Overrides = {"layers/ln*": Frozen(), "ln": Frozen()}
+
+
 def integers(config: Config) -> Model:
     """EGG, in int8; its logits and its loss count sixteenths of a bit."""
     shape = egg.Config(layers=config.layers, width=config.width)
@@ -71,6 +103,18 @@ def integers(config: Config) -> Model:
         tokens = tokens.astype(jnp.int32)
         return jax.lax.scan(one, begin, (tokens[:-1], tokens[1:]))[1]
 
+    def losses(params: PyTree, state: Array, tokens: Array) -> tuple[Array, Array, Array]:
+        def one(state: Array, pair: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+            state, x = egg.read(params, state, pair[0])
+            return state, (egg.loss(egg.predict(params["head"], x), pair[1]), x)
+
+        tokens = tokens.astype(jnp.int32)
+        state, (each, inputs) = jax.lax.scan(one, state, (tokens[:-1], tokens[1:]))
+        return state, each, inputs
+
+    def errors(head: Array, x: Array, targets: Array) -> Array:
+        return jax.vmap(lambda x, byte: egg.error(egg.predict(head, x), byte))(x, targets)
+
     def write(params: PyTree, state: Array, byte: Array) -> tuple[Array, Array]:
         state, logits = egg.step(params, state, byte)
         return state, logits / 16
@@ -80,6 +124,9 @@ def integers(config: Config) -> Model:
         plan=egg.plan(),
         state=begin,
         loss=egg.sequence,
+        losses=losses,
+        head=Head("head", errors),
+        nodes=STACK_NODES,
         unit=16,
         bits=bits,
         writer=begin,
@@ -107,12 +154,34 @@ def recurrent(config: Config) -> Model:
         state, bits = run(params, state, tokens)
         return state, bits.sum()
 
+    def losses(params: PyTree, state: PyTree, tokens: Array) -> tuple[PyTree, Array, Array]:
+        def one(state: PyTree, pair: tuple[Array, Array]) -> tuple[PyTree, tuple[Array, Array]]:
+            state, x = gru.read(params, state, pair[0], shape)
+            return state, (bits_of(gru.predict(params["head"], x), pair[1]), x)
+
+        tokens = tokens.astype(jnp.int32)
+        state, (each, inputs) = jax.lax.scan(one, state, (tokens[:-1], tokens[1:]))
+        return state, each, inputs
+
+    def errors(head: Array, x: Array, targets: Array) -> Array:
+        return slope_of(gru.predict(head, x), targets) / config.width**0.5
+
     begin = gru.initial_state(shape)
     return Model(
         init=lambda key: gru.init(key, shape),
         plan=egg.plan(),  # of the same names
         state=begin,
         loss=loss,
+        losses=losses,
+        head=Head("head", errors),
+        # A product is divided by the root of its length, after the noise.
+        nodes={
+            **STACK_NODES,
+            "layers/w*": Nodes(config.width**0.5),
+            "layers/u*": Nodes(config.width**0.5),
+            "layers/w2": Nodes(2 * config.width**0.5),
+            "head": Nodes(config.width**0.5),
+        },
         unit=1,
         bits=lambda params, tokens: {"bits_per_byte": run(params, begin, tokens)[1]},
         writer=begin,
@@ -139,6 +208,14 @@ def attention(config: Config) -> Model:
         tokens = tokens.astype(jnp.int32)
         return state, bits_of(logits_of(params, tokens[:-1]), tokens[1:]).sum()
 
+    def losses(params: PyTree, state: PyTree, tokens: Array) -> tuple[PyTree, Array, Array]:
+        tokens = tokens.astype(jnp.int32)
+        x = llama.features(params, tokens[:-1], shape)
+        return state, bits_of(x @ params["lm_head"] / jnp.log(2.0), tokens[1:]), x
+
+    def errors(head: Array, x: Array, targets: Array) -> Array:
+        return slope_of(x @ head / jnp.log(2.0), targets) / jnp.log(2.0)
+
     def bits(params: PyTree, tokens: Array) -> dict[str, Array]:
         """By overlapping windows: but for the first ones, every byte has half a context before it."""
         tokens, count = tokens.astype(jnp.int32), tokens.shape[0] - 1
@@ -164,6 +241,16 @@ def attention(config: Config) -> Model:
         ),
         state=(),
         loss=loss,
+        losses=losses,
+        head=Head("lm_head", errors),
+        # Outputs are as much smaller than one as the matrices are at the start.
+        nodes={
+            "embed_tokens": Nodes(shape.initializer_range),
+            "layers/*_proj": Nodes(shape.initializer_range * config.width**0.5),
+            "layers/down_proj": Nodes(shape.initializer_range * shape.intermediate_size**0.5),
+            "lm_head": Nodes(shape.initializer_range * config.width**0.5),
+            **{name: Frozen() for name in ("layers/*norm", "norm")},
+        },
         unit=1,
         bits=bits,
         writer=(jnp.zeros(context, jnp.int32), jnp.int32(0)),

@@ -16,6 +16,7 @@ from experiments.pretrain.config import Config
 from experiments.pretrain.data import Text, load, pieces, windows
 from experiments.pretrain.evolution import Evolution
 from experiments.pretrain.models import Model, make_model, sample
+from experiments.pretrain.nodes import NodeNoise
 from experiments.run import hosts
 from experiments.run.devices import ONE, Layout, layout_of
 from experiments.run.folder import open_run_folder, write_json
@@ -99,7 +100,8 @@ def make_method(config: Config, model: Model, layout: Layout = ONE) -> Evolution
     """How the model is trained."""
     if config.algorithm == "backprop":
         return Backprop(config, model)
-    return Evolution(config, model, layout)
+    make = NodeNoise if config.perturb == "nodes" else Evolution
+    return make(config, model, layout)
 
 
 def figures(model: Model) -> tuple[str, ...]:
@@ -244,4 +246,5 @@ def how(config: Config) -> str:
     if config.algorithm == "backprop":
         return f"by backpropagation and {config.optimizer}"
     kind = "int8" if config.model == "egg" else "float32"
-    return f"in {kind} by a population of {config.population}"
+    noise = "by node noise " if config.perturb == "nodes" else ""
+    return f"{noise}in {kind} by a population of {config.population}"

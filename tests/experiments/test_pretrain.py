@@ -21,7 +21,7 @@ from experiments.pretrain.backprop import Backprop
 from experiments.pretrain.config import PRESETS, Config
 from experiments.pretrain.data import Text, join, windows
 from experiments.pretrain.evolution import Evolution
-from experiments.pretrain.models import Model, bits_of, make_model, sample
+from experiments.pretrain.models import Head, Model, bits_of, make_model, sample
 from experiments.pretrain.train import in_words, job, train
 from experiments.run.cli import main
 from experiments.run.metrics import read_metrics
@@ -127,9 +127,13 @@ def a_model(dtype: Any) -> Model:
     def loss(params: Any, state: Any, tokens: Any) -> Any:
         return tokens[-2].astype(jnp.int32), (params["w"] * 1).astype(jnp.int32)
 
+    def losses(params: Any, state: Any, tokens: Any) -> Any:
+        state, one = loss(params, state, tokens)
+        return state, one[None], jnp.zeros((1, 1), dtype)
+
     return Model(
-        init=lambda key: {"w": jnp.zeros((), dtype)}, plan=by_shape(),
-        state=jnp.int32(0), loss=loss, unit=16, bits=lambda params, tokens: {},
+        init=lambda key: {"w": jnp.zeros((), dtype)}, plan=by_shape(), losses=losses, nodes={},
+        head=Head("w", lambda w, x, targets: w), state=jnp.int32(0), loss=loss, unit=16, bits=lambda params, tokens: {},
         writer=(), write=lambda params, writer, byte: (writer, jnp.zeros(256).at[byte + 1].set(99.0)),
     )  # fmt: skip
 
@@ -332,7 +336,7 @@ def test_what_was_learned_is_told_by_the_anchors() -> None:
         (["--population", "72", "--group", "16"], "--population 72: groups of 16 members do not divide it; choose a multiple, such as 80"),
         (["--population", "7"], "an even number of at least 2"),
         (["--group", "7"], "--group 7: both members of a pair read the same stream"),
-        (["--sigma", "0.1"], "--sigma 0.1: the noise of int8 weights is shifted"),
+        (["--sigma", "0.1"], "--sigma 0.1: the noise of int8 models is shifted"),
         (["--algorithm", "backprop"], "an int8 model has no gradient"),
         (["--alpha", "1.5"], "--alpha 1.5: choose a number above 0, up to 1"),
         (["--alpha-decay", "-1"], "--alpha-decay -1.0: choose 0 or a positive number"),
