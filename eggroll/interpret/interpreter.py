@@ -156,7 +156,8 @@ def step(context: Context, eqn: core.JaxprEqn, values: list[Value]) -> list[Valu
             return moved
         values = [context.upcast(v, eqn) if isinstance(v, Deferred) else v for v in values]
     advice = None
-    if applies(known, values) or (known.enters and must_enter(eqn)):
+    enters = known.enters and (must_enter(eqn) or follows_noise(context, known, values))
+    if applies(known, values) or enters:
         assert known.rule is not None
         out = known.rule(context, eqn, *values)
         if not isinstance(out, Unhandled):
@@ -195,6 +196,11 @@ def on_terms(
         )
         for i, out in enumerate(eqn.outvars)
     ]
+
+
+def follows_noise(context: Context, known: Entry, values: Sequence[Value]) -> bool:
+    """Whether a call is entered to see what becomes of the node noise that an operand carries."""
+    return context.nodes is not None and known.is_call and any(map(context.nodes.carried, values))
 
 
 def applies(known: Entry, values: Sequence[Value]) -> bool:

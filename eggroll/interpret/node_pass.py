@@ -148,6 +148,7 @@ class Site:
     """A place where noise is added, for tables and messages.
 
     Attributes:
+      place: equations from the outside in, as ``/3/0?1/2``: ``?1`` is the second branch of a ``cond``.
       paths: the parameters of the product.
       nodes: number of outputs in a row, over the iterations of loops within it; in a member, if the
         site belongs to no row.
@@ -155,6 +156,7 @@ class Site:
       in_row: whether it belongs to the rows of the scores.
     """
 
+    place: str
     paths: tuple[str, ...]
     nodes: int
     fan_in: int
@@ -237,7 +239,7 @@ class NodePass:
         dtype = self.arithmetic.noise_type(y.dtype)
         if dtype is None:
             return y
-        name = f"{'+'.join(paths)}@{name}"
+        place, name = name, f"{'+'.join(paths)}@{name}"
         # Shards of an output have noise of their own; copies of one have the same.
         axes = sorted(self.shards & compat.varying_axes(y))
         steps = (*(loop.index for loop in self.loops), *map(lax.axis_index, axes))
@@ -245,7 +247,7 @@ class NodePass:
         out = self.arithmetic.add(y, noise, self.sign, sigma, fan_in)
         weighed = None
         at = self._row_of(y.shape, certain, possible, paths) if self.rows else None
-        self.sites[name] = Site(paths, self._nodes(y.shape, at), fan_in, at is not None)
+        self.sites[name] = Site(place, paths, self._nodes(y.shape, at), fan_in, at is not None)
         if self.sums:
             weighed = self.arithmetic.weigh(self._credit(at, y.ndim), noise)
             cotangent = self.arithmetic.cotangent([(weighed, sigma)])
@@ -334,7 +336,7 @@ def _moved(
     if name in ("max", "min", "clamp"):
         some = [n for n in noise if n]
         bounds = [v for v, n in zip(values, noise, strict=True) if not n]
-        return some[0] if len(some) == 1 and all(_number(v) is not None for v in bounds) else ()
+        return some[0] if len(some) == 1 and all(map(_is_one_number, bounds)) else ()
     if name == "neg":
         return _times(noise[0], -1.0)
     if name in ("add", "sub"):
@@ -364,6 +366,11 @@ def _moved(
 
 def _times(parts: tuple[Part, ...], factor: float) -> tuple[Part, ...]:
     return tuple(dataclasses.replace(p, amplitude=p.amplitude * factor) for p in parts)
+
+
+def _is_one_number(x: Any) -> bool:
+    """Whether an operand is one number, known or not, such as a bound."""
+    return jnp.size(x.value if isinstance(x, LateBroadcast) else x) == 1
 
 
 def _number(x: Any) -> float | None:

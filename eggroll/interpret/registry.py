@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from eggroll.values.arithmetic import ValueArithmetic
+from eggroll.values.deferred import Deferred
 from eggroll.values.lowrank import LowRank, Upcast
 
 
@@ -83,6 +84,11 @@ class Entry:
     def enters(self) -> bool:
         """Whether the primitive is control flow, which is entered and not computed."""
         return Upcast in self.takes
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the primitive is a call: a body that is evaluated once, on the operands."""
+        return self.enters and Deferred in self.takes
 
     @property
     def moves_int8(self) -> bool:

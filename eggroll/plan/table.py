@@ -66,12 +66,30 @@ def _nodes(path: str, sites: Sequence[Site]) -> str:
         return "shared" if sites else "-"
     fan_in = "/".join(map(str, sorted({site.fan_in for site in own})))
     per = "row" if any(site.in_row for site in own) else "member"
-    return f"{sum(site.nodes for site in own)} nodes/{per}, fan-in {fan_in}"
+    return f"{_count(own)} nodes/{per}, fan-in {fan_in}"
+
+
+def _count(sites: Sequence[Site]) -> int:
+    """The nodes of sites; of the branches of a ``cond`` those of the largest."""
+    return _count_places([(site.place, site.nodes) for site in sites])
+
+
+def _count_places(places: Sequence[tuple[str, int]]) -> int:
+    total = 0
+    branches: dict[str, dict[str, list[tuple[str, int]]]] = {}
+    for place, nodes in places:
+        cond, branch, inner = place.partition("?")
+        if not branch:
+            total += nodes
+        else:
+            which, _, rest = inner.partition("/")
+            branches.setdefault(cond, {}).setdefault(which, []).append((rest, nodes))
+    return total + sum(max(map(_count_places, each.values())) for each in branches.values())
 
 
 def _gain(plan: Plan, sites: Sequence[Site]) -> str:
     """The law of node noise: its estimate is as good as that of d / D times as many passes."""
-    nodes = sum(site.nodes for site in sites)
+    nodes = _count(sites)
     size = sum(math.prod(leaf.shape) for leaf in plan.leaves if isinstance(leaf.treatment, Nodes))
     return (
         f"nodes a row: D = {nodes}, of d = {size} parameters; predicted gain over weight noise at equal "
