@@ -232,9 +232,10 @@ BASELINES: dict[PresetName, dict[str, object]] = {
 # of many members teach more than 100 for each of few.
 LAPTOP: dict[str, object] = dict(layers=1, width=64, population=8192, group=2, tokens=25)
 
-# Noise of a quarter of what comes out of products is seen through the rounding of integers.
+# 512 pairs, and many updates of them: every byte is a trial, and votes are remembered until they make a
+# step. The share of the weights that move falls with the length of a run.
 NODES: dict[str, object] = dict(
-    perturb="nodes", sigma=0.25, update="momentum", alpha=0.2, alpha_decay=0.02
+    perturb="nodes", population=1024, sigma=0.125, update="error_feedback", alpha=0.3
 )
 
 PRESETS: dict[str, Config] = {
@@ -255,15 +256,22 @@ PRESETS: dict[str, Config] = {
     # 3.1 million bytes read.
     "egg-nodes": preset(
         "egg-nodes",
-        **{**LAPTOP, **NODES, "population": 1024},
+        **{**LAPTOP, **NODES},
+        alpha_decay=0.1,
         max_generations=120,
     ),
     # As many bytes as "laptop" and "hour".
-    "laptop-nodes": preset("laptop-nodes", **LAPTOP, **NODES, max_generations=640),
+    "laptop-nodes": preset(
+        "laptop-nodes",
+        **{**LAPTOP, **NODES},
+        alpha_decay=2.0,
+        max_generations=5120,
+    ),
     "hour-nodes": preset(
         "hour-nodes",
-        **{**LAPTOP, **NODES, "population": 16384},
-        max_generations=2000,
+        **{**LAPTOP, **NODES, "population": 2048},
+        alpha_decay=2.0,
+        max_generations=16000,
     ),
     # 8.2 million bytes read.
     "gru-nodes": preset(

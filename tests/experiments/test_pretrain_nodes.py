@@ -86,10 +86,13 @@ def test_the_error_of_integer_logits_is_the_rounded_softmax() -> None:
     targets = jnp.asarray(chance.integers(0, 256, 52), jnp.int32)
     found = jax.jit(jax.vmap(egg.error))(logits, targets)
     softmax = jax.nn.softmax(logits.astype(jnp.float32) / 16 * jnp.log(2.0), axis=-1)
-    right = 127 * (softmax - jax.nn.one_hot(targets, 256))
-    # Half a unit of rounding, and what the tables round down.
-    assert float(jnp.abs(found - right).max()) < 1
-    assert float(jnp.abs(found - right).mean()) < 0.26
+    right = 127 * 2**7 * (softmax - jax.nn.one_hot(targets, 256))
+    # Half a unit of rounding, and what the tables round down: a hundredth at most.
+    np.testing.assert_allclose(found, right, rtol=0.01, atol=64)
+    assert float(jnp.abs(found - right).mean()) < 2
+    # Shares below 1/254 are seen, or bytes that never come would never get less.
+    small = (softmax > 0.0005) & (softmax < 1 / 254) & (found != right)
+    assert small.any() and jnp.all(found[small] != 0)
 
 
 @pytest.mark.parametrize(("population", "count"), [(1024, 7), (4096, 50)])
@@ -103,7 +106,7 @@ def test_integer_gradients_of_the_head_are_in_deviations(population: int, count:
     assert found.dtype == jnp.int32
     flat = [x[::2].reshape(-1, *x.shape[2:]) for x in (inputs, targets)]
     x, errors = (np.asarray(y, float) for y in (flat[0], model.head.errors(weights, *flat)))
-    likely = (errors != 0).mean(0) > 0.3
+    likely = np.sqrt((errors**2).mean(0)) > 32
     deviation = np.sqrt(np.outer((x**2).sum(0), (errors**2).sum(0)) / len(x))
     right = ((x.T @ errors) / np.maximum(deviation, 1))[:, likely]
     # What is far beyond any threshold is cut off.
