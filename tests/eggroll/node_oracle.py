@@ -215,7 +215,7 @@ def oracle(fn, args, rows, pairs=2, own=False):
     def run(weights, sign, pair, credit):
         scalar = Scalar()
         draw = how._draw(noise, SEED, epoch, pair)
-        p = Oracle(draw, ARITHMETIC, sign, Rows(rows, pick=0), *credit, scalar=scalar)
+        p = Oracle(draw, ARITHMETIC, sign, pair, Rows(rows, pick=0), *credit, scalar=scalar)
         here = own_data(parameters(with_weights(args, weights), p), sign, own)
         with unrolled(scalar):
             out = interpret(fn, Context("ignore", nodes=p))(*here)
