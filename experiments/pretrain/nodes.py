@@ -11,7 +11,6 @@ from jaxtyping import Array, Int, Key, Num, PyTree
 
 import eggroll
 from eggroll import integer
-from eggroll._isolation import isolated
 from eggroll.values.fixed_point import isqrt
 from experiments.pretrain.config import Config
 from experiments.pretrain.evolution import Evolution, float_optimizer, integer_rule
@@ -96,12 +95,9 @@ def head_gradient(
 
     def products(x: Array, errors: Array) -> tuple[Array, Array, Array]:
         squares = lambda y: jnp.sum(jnp.square(y.astype(jnp.int32)), 0, dtype=jnp.int32)
-        # Transposed for itself: XLA's CPU compiler is several times as fast than if it were a part of
-        # the product.
-        turned = isolated(jnp.transpose, (x[0, 0] & 1) != 2, x)
 
         def times(part: Array) -> Array:
-            return jax.lax.dot(turned, part.astype(jnp.int8), preferred_element_type=jnp.int32)
+            return jax.lax.dot(x.T, part.astype(jnp.int8), preferred_element_type=jnp.int32)
 
         # Errors have 15 bits: the upper eight, in whose unit all sums are, and the lower seven.
         upper, lower = errors >> 7, errors & 127
