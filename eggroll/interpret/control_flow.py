@@ -44,7 +44,13 @@ def inline(context: Context, eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     What a custom vmap rule would do faster it does not do here: that rule knows arrays alone.
     """
     jaxpr, consts = compat.called_jaxpr(eqn)
-    return evaluate(context, jaxpr, consts, list(values), context.origins_of(eqn))
+    follow = context.nodes.follow if context.nodes is not None else lambda value: None
+    for value in values:
+        follow(value)
+    outs = evaluate(context, jaxpr, consts, list(values), context.origins_of(eqn))
+    for out in outs:
+        follow(out)
+    return outs
 
 
 @control_flow("custom_linear_solve", keeps="what its solver keeps")

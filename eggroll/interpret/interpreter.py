@@ -24,6 +24,7 @@ from eggroll.interpret.context import DenseBuildWarning as DenseBuildWarning
 from eggroll.interpret.context import Origin, check_integers, origin_of, union
 from eggroll.interpret.equations import type_of
 from eggroll.interpret.member_loops import must_enter
+from eggroll.interpret.node_pass import uses_of
 from eggroll.interpret.registry import Entry, Rounding, Unhandled, entry
 from eggroll.interpret.upcasting import apply
 from eggroll.values.deferred import Deferred
@@ -123,14 +124,17 @@ def evaluate(
     env.update(zip(jaxpr.invars, args, strict=True))
     context.origins.update(zip(jaxpr.constvars, map(origin_of, consts), strict=True))
     context.origins.update(zip(jaxpr.invars, origins, strict=True))
-    place = context.site
+    place, uses = context.site, None
+    if context.nodes is not None:
+        uses = uses_of(jaxpr)
+        context.nodes.begin_uses(jaxpr.invars, args, uses)
     for i, eqn in enumerate(jaxpr.eqns):
         values = [read(atom) for atom in eqn.invars]
         context.site = f"{place}/{i}"
         with eqn.ctx.manager:
             outs = step(context, eqn, values)
-        if context.nodes is not None:
-            context.nodes.hand_on(eqn, values, outs)
+        if context.nodes is not None and uses is not None:
+            context.nodes.hand_on(eqn, values, outs, uses)
         env.update(zip(eqn.outvars, outs, strict=True))
         origin = union([*context.origins_of(eqn), *map(origin_of, values)])
         context.origins.update(dict.fromkeys(eqn.outvars, origin))

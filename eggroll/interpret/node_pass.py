@@ -6,6 +6,7 @@ adds up for every parameter what its products received (:mod:`eggroll.values.pul
 """
 
 import abc
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -19,12 +20,15 @@ from jax.extend import core
 from jax.typing import DTypeLike
 
 from eggroll import _compat as compat
-from eggroll.values.lowrank import LateBroadcast
+from eggroll.values.lowrank import LateBroadcast, is_lazy
 from eggroll.values.node import Node, Operation, root
-from eggroll.values.pullback import sum_type, summed, transposed
+from eggroll.values.pullback import sum_type, summed, transposed, type_of
 
 # Noise of a site: (name, indices of the loops around it, shape, type) -> samples.
 Draw = Callable[[str, tuple[Array, ...], tuple[int, ...], DTypeLike], Array]
+
+# How often variables are used.
+Uses = collections.Counter[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +90,16 @@ class Part:
 
     Attributes:
       site: its name.
-      amplitude: the factor that it comes with, beside the strategy's sigma.
+      amplitude: the factor that it comes with, beside the strategy's sigma; 0 for the result of a
+        comparison, which the noise decides.
       weighed: credit times noise, with the axes of the array; None in the first pass.
+      form: what was done to the axes of the site's outputs.
     """
 
     site: str
     amplitude: float
     weighed: Array | None
+    form: str = ""
 
 
 class Region:
@@ -104,7 +111,19 @@ class Region:
         # By the identity of an array, which is kept beside it: an identity is only good while its
         # object lives.
         self.noise: dict[int, tuple[Array, tuple[Part, ...]]] = {}
+        self.numbers: dict[int, tuple[Array, float]] = {}
+        # For each site the number of uses of what carries its noise that were not followed yet.
+        self.open: collections.Counter[str] = collections.Counter()
         self.realised: dict[int, tuple[Node, Array]] = {}
+
+    def number(self, x: Any) -> float | None:
+        """The one number of a constant."""
+        x = x.value if isinstance(x, LateBroadcast) else x
+        if isinstance(x, jax.core.Tracer):
+            return self.numbers.get(id(x), (None, None))[1]
+        if is_lazy(x) or np.size(x) != 1:
+            return None
+        return float(np.asarray(x).reshape(()))
 
     def adopt(self, node: Node, w: Array | None = None) -> Node:
         """A root for a parameter, or for a slice of it."""
@@ -306,76 +325,149 @@ class NodePass:
         return self.region.noise.get(id(x), (None, ()))[1]
 
     def share(self, y: Any, out: Array, node: tuple[Sequence[int], Operation, Any]) -> bool:
-        """Whether a parameter that is added to ``y`` shares the noise that ``y`` carries."""
+        """Whether a parameter that is added to ``y`` shares noise that ``y`` carries.
+
+        It does if all that the noise reaches is reached through this sum. Otherwise the credit of the
+        noise would contain what it does elsewhere, which the parameter does not do.
+        """
         parts = self.carried(y)
-        if not parts:
+        own = [p for p in parts if self.region.open[p.site] == 1]
+        if not own:
             return False
         if self.sums:
-            weighed = [(p.weighed, p.amplitude) for p in parts if p.weighed is not None]
+            weighed = [(p.weighed, p.amplitude) for p in own if p.weighed is not None]
             self.region.add(*node, self.arithmetic.cotangent(weighed), (self.sign, self.pair))
+        self.follow(y)
         self.region.noise[id(out)] = (out, parts)
         return True
 
-    def hand_on(self, eqn: core.JaxprEqn, values: Sequence[Any], outs: Sequence[Any]) -> None:
-        """Notes which noise the outputs of an equation carry."""
+    def follow(self, x: Any) -> None:
+        """Notes that a use of an array was followed to what it gives."""
+        for part in self.carried(x):
+            self.region.open[part.site] -= 1
+
+    def begin_uses(self, variables: Sequence[Any], values: Sequence[Any], uses: Uses) -> None:
+        """Notes how often variables are used that carry noise."""
+        for variable, value in zip(variables, values, strict=True):
+            for part in self.carried(value):
+                self.region.open[part.site] += uses[variable]
+
+    def hand_on(
+        self, eqn: core.JaxprEqn, values: Sequence[Any], outs: Sequence[Any], uses: Uses
+    ) -> None:
+        """Notes which noise the outputs of an equation carry, and how often they are used."""
         noise = [self.carried(v) for v in values]
-        if not any(noise) or len(outs) != 1 or id(outs[0]) in self.region.noise:
-            return
-        parts = _moved(eqn, values, noise)
-        if parts:
-            self.region.noise[id(outs[0])] = (outs[0], parts)
+        if len(outs) == 1 and not self.carried(outs[0]):
+            if any(noise):
+                parts = _moved(self.region, eqn, values, noise)
+                if parts:
+                    self.region.noise[id(outs[0])] = (outs[0], parts)
+                    followed = {part.site for part in parts}
+                    for part in (part for n in noise for part in n if part.site in followed):
+                        self.region.open[part.site] -= 1
+            elif eqn.primitive.name == "convert_element_type":
+                number = self.region.number(values[0])
+                if number is not None:
+                    self.region.numbers[id(outs[0])] = (outs[0], number)
+        self.begin_uses(eqn.outvars, outs, uses)
+
+
+def uses_of(jaxpr: core.Jaxpr) -> Uses:
+    """How often each variable is used."""
+    uses: Uses = collections.Counter()
+    for eqn in jaxpr.eqns:
+        uses.update(v for v in eqn.invars if not isinstance(v, core.Literal))
+    uses.update(v for v in jaxpr.outvars if not isinstance(v, core.Literal))
+    return uses
+
+
+# What integers saturate at: a sum that is cut off there still carries its noise, but one that is cut off at
+# 0 does not.
+LARGEST = 127
 
 
 def _moved(
-    eqn: core.JaxprEqn, values: Sequence[Any], noise: Sequence[tuple[Part, ...]]
+    region: Region,
+    eqn: core.JaxprEqn,
+    values: Sequence[Any],
+    noise: Sequence[tuple[Part, ...]],
 ) -> tuple[Part, ...]:
     """The noise of an output, from that of the operands, where it stays a known multiple of it."""
     name = eqn.primitive.name
+    if name in ("lt", "le", "gt", "ge", "eq", "ne"):
+        return _times((*noise[0], *noise[1]), 0.0)
+    if name == "select_n":
+        return _selected(noise)
+    if any(part.amplitude == 0 for n in noise for part in n):
+        return ()
     if name in ("convert_element_type", "copy", "reduce_precision"):
         return noise[0]
     if name in ("max", "min", "clamp"):
-        some = [n for n in noise if n]
-        bounds = [v for v, n in zip(values, noise, strict=True) if not n]
-        return some[0] if len(some) == 1 and all(map(_is_one_number, bounds)) else ()
+        return _saturated(region, eqn, values, noise)
     if name == "neg":
         return _times(noise[0], -1.0)
     if name in ("add", "sub"):
         second = _times(noise[1], -1.0) if name == "sub" else noise[1]
-        return (*noise[0], *second)
+        return _together((*noise[0], *second))
     if name in ("mul", "div", "shift_left", "shift_right_arithmetic"):
-        by = _number(values[1]) if noise[0] else _number(values[0])
+        by = region.number(values[1] if noise[0] else values[0])
         if by is None or not by or (name != "mul" and not noise[0]):
             return ()
         factors = {"mul": by, "div": 1 / by, "shift_left": 2.0**by}
         return _times(noise[0] or noise[1], factors.get(name, 0.5**by))
-    if name == "select_n":
-        first, *rest = noise[1:]
-        same = all(
-            [(p.site, p.amplitude) for p in n] == [(p.site, p.amplitude) for p in first]
-            for n in rest
-        )
-        return first if same else ()
     if name in ("transpose", "reshape", "squeeze", "expand_dims"):
         op: Callable[..., Array] = lambda x: eqn.primitive.bind(x, **eqn.params)
+        form = f"{name}{sorted(eqn.params.items(), key=str)}"
         return tuple(
-            dataclasses.replace(p, weighed=None if p.weighed is None else op(p.weighed))
+            dataclasses.replace(
+                p, weighed=None if p.weighed is None else op(p.weighed), form=p.form + form
+            )
             for p in noise[0]
         )
     return ()
 
 
+def _selected(noise: Sequence[tuple[Part, ...]]) -> tuple[Part, ...]:
+    """The noise of one of several arrays that carry the same; noise may decide which."""
+    which, first, *rest = noise
+    signature = lambda parts: [(p.site, p.amplitude, p.form) for p in parts]
+    same = all(signature(n) == signature(first) for n in rest)
+    decided = {p.site for p in which} <= {p.site for p in first}
+    return first if same and decided else ()
+
+
+def _together(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The noise of a sum: one part for each site and form."""
+    merged: dict[tuple[str, str], Part] = {}
+    for p in parts:
+        before = merged.get((p.site, p.form))
+        amplitude = p.amplitude + (before.amplitude if before else 0)
+        merged[p.site, p.form] = dataclasses.replace(p, amplitude=amplitude)
+    # What cancels may not stand for the result of a comparison.
+    return tuple(p for p in merged.values() if p.amplitude != 0)
+
+
+def _saturated(
+    region: Region,
+    eqn: core.JaxprEqn,
+    values: Sequence[Any],
+    noise: Sequence[tuple[Part, ...]],
+) -> tuple[Part, ...]:
+    """The noise of integers that are cut off at the ends of their range."""
+    bounds = {"max": (-1, 0), "min": (1, 0), "clamp": (-1, None, 1)}[eqn.primitive.name]
+    if not jnp.issubdtype(type_of(eqn.outvars[0]).dtype, jnp.integer):
+        return ()
+    carried: tuple[Part, ...] = ()
+    for k, (value, own) in enumerate(zip(values, noise, strict=True)):
+        if own:
+            carried = own
+            continue
+        side = bounds[0] if len(values) == 2 else bounds[k]
+        number = region.number(value)
+        if side is None or number is None or number * side < LARGEST:
+            return ()
+    return carried
+
+
 def _times(parts: tuple[Part, ...], factor: float) -> tuple[Part, ...]:
     return tuple(dataclasses.replace(p, amplitude=p.amplitude * factor) for p in parts)
-
-
-def _is_one_number(x: Any) -> bool:
-    """Whether an operand is one number, known or not, such as a bound."""
-    return jnp.size(x.value if isinstance(x, LateBroadcast) else x) == 1
-
-
-def _number(x: Any) -> float | None:
-    """The one number of a constant."""
-    x = x.value if isinstance(x, LateBroadcast) else x
-    if isinstance(x, jax.core.Tracer) or jnp.size(x) != 1:
-        return None
-    return float(np.asarray(x).reshape(()))

@@ -78,6 +78,8 @@ def realise(ctx: Context, node: Node) -> Array:
         out = ctx.nodes.site(
             f"{ctx.site}=", node.w, of, node.paths, node.sigma, 1, certain, possible
         )
+        # How often it will be used is not known: nothing shares its noise.
+        ctx.nodes.region.noise.pop(id(out), None)
         known[id(node)] = (node, out)
     return known[id(node)][1]
 
