@@ -148,8 +148,7 @@ def weigh(
     table = values if values.ndim == 2 else values[:, None]
 
     def of(table: Array, groups: Array | None, sigma: Array) -> Weighed:
-        weighed = g.arithmetic.weigh(table, groups, g.settings.shaping, sigma)
-        return weighed._replace(moves=weighed.rows_move) if g.plan.has_nodes else weighed
+        return g.arithmetic.weigh(table, groups, g.settings.shaping, sigma, g.plan.has_nodes)
 
     if g.arithmetic.exact_sums or not g.settings.schedule.is_reproducible:
         return of(table, groups, g.sigma)
@@ -208,7 +207,9 @@ def _sums(
 def credit_of(g: Generation, differences: Num[Array, "pairs rows"]) -> RowCredit:
     """The credit of the rows of every pair, from the differences of its two members' scores."""
     how = g.settings.credit or (causal() if differences.shape[1] > 1 else episode())
-    return RowCredit(*g.arithmetic.credit(how, differences))
+    rows, whole = g.arithmetic.credit(how, differences)
+    # One credit for all rows needs no rows in the program.
+    return RowCredit(whole[:, None] if how == episode() else rows, whole)
 
 
 def _weighted_noise(

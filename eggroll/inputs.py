@@ -67,15 +67,21 @@ class Generation:
 
 def begin(settings: Settings, state: State) -> Generation:
     """Makes the coming generation of a state."""
-    number = state.generation
+    return generation_of(settings, state.params, state.generation, state.seed)
+
+
+def generation_of(
+    settings: Settings, params: PyTree, number: Int[Array, ""], seed: UInt32[Array, "2"]
+) -> Generation:
+    """Makes a generation of parameters, from its number and the words of the run's seed."""
     # In isolation, since XLA may round the sigma schedule differently in another program.
     schedule = functools.partial(sigma_of, settings)
     sigma = settings.schedule.isolate(schedule, number >= 0, number)
     return Generation(
         settings=settings,
-        plan=plan_of(settings, state.params),
+        plan=plan_of(settings, params),
         arithmetic=settings.arithmetic,
-        seed=state.seed,
+        seed=seed,
         number=number,
         epoch=number // settings.noise_reuse,
         sigma=sigma,

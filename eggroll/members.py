@@ -16,13 +16,12 @@ from eggroll import estimator
 from eggroll._calling import Function, call
 from eggroll._checks import member_data
 from eggroll._settings import Settings
-from eggroll.inputs import Generation, node_arithmetic
+from eggroll.inputs import Generation
 from eggroll.interpret import Context, interpret
 from eggroll.interpret.node_pass import NodePass, Rows, Site
 from eggroll.nodes import node_pass
 from eggroll.noise import Role, stream
 from eggroll.perturbation import Draw, draw, draw_pairs, perturb
-from eggroll.plan.leaf import Plan
 from eggroll.plan.treatments import Nodes
 from eggroll.population.pairs import map_pairs, sum_pairs
 from eggroll.population.placement import constrain_all
@@ -75,9 +74,11 @@ def map_members(g: Generation, params: PyTree, task: Task, draws: Draws | None) 
     context = Context(on_dense=g.settings.dense_report)
 
     def of_pair(params: PyTree, pair: Array, drawn: Draws, own: PyTree) -> PyTree:
-        run = functools.partial(_member, g, context, task, params, pair, drawn)
-        alone = lambda sign, which, own: run(sign, which, own, None)[0]
-        return _both_members(g, alone, own, 0)
+        def of_member(sign: Array, which: Array, own: PyTree) -> PyTree:
+            nodes = _pass(g, pair, sign)
+            return _member(g, context, task, params, pair, drawn, sign, which, own, nodes)
+
+        return _both_members(g, of_member, own, 0)
 
     def of_chunk(ids: Array, data: tuple[Draws | None, PyTree]) -> PyTree:
         drawn, own = data
@@ -113,26 +114,23 @@ def _member(
     sign: Array,
     which: Array,
     own: PyTree,
-    credit: RowCredit | None,
-) -> tuple[PyTree, list[Array]]:
-    """Runs one member: the outputs of the function, and with credit the sums of node noise."""
-    words = stream(g.seed, "", g.number, pair, Role.FITNESS_KEY)
-    key = typed_key(words)
+    nodes: NodePass | None,
+) -> PyTree:
+    """Runs one member, with a pass of node noise if parameters have it."""
+    key = typed_key(stream(g.seed, "", g.number, pair, Role.FITNESS_KEY))
     if not g.settings.shared_keys:
         key = jax.random.fold_in(key, which)
-    nodes = None
-    if g.plan.has_nodes:
-        rows = None if credit is None else rows_of(g.settings, credit.rows.shape[0])
-        given = () if credit is None else tuple(credit)
-        nodes = node_pass(g.node_arithmetic, g.noise, g.seed, g.epoch, pair, sign, rows, *given)
-        context = dataclasses.replace(context, nodes=nodes)
     perturbed = perturb(g.plan, params, drawn, g.noise_sigma, sign, nodes)
-    out = call(interpret(task.fn, context), perturbed, key, own, task.args)
-    if credit is None:
-        return out, []
-    assert nodes is not None
-    _check_rows(nodes)
-    return out, nodes.region.sums()
+    traced = interpret(task.fn, dataclasses.replace(context, nodes=nodes))
+    return call(traced, perturbed, key, own, task.args)
+
+
+def _pass(g: Generation, pair: Array, sign: Array, *rows_and_credit: Any) -> NodePass | None:
+    """A pass of node noise: the first one, or with rows and credit the second."""
+    if not g.plan.has_nodes:
+        return None
+    how = g.node_arithmetic
+    return node_pass(how, g.noise, g.seed, g.epoch, pair, sign, *rows_and_credit)
 
 
 def rows_of(settings: Settings, scores: int) -> Rows:
@@ -181,9 +179,16 @@ def node_sums(
     def of_pair(
         params: PyTree, pair: Array, drawn: Draws, own: PyTree, credit: RowCredit
     ) -> list[Array]:
-        run = functools.partial(_member, g, context, task, params, pair, drawn)
-        sums = lambda sign, which, own: run(sign, which, own, credit)[1]
-        return _both_members(g, sums, own, None)
+        rows = rows_of(g.settings, credit.rows.shape[0])
+
+        def of_member(sign: Array, which: Array, own: PyTree) -> list[Array]:
+            nodes = _pass(g, pair, sign, rows, *credit)
+            assert nodes is not None
+            _member(g, context, task, params, pair, drawn, sign, which, own, nodes)
+            _check_rows(nodes)
+            return nodes.region.sums()
+
+        return _both_members(g, of_member, own, None)
 
     def of_chunk(ids: Array, data: tuple[Draws | None, PyTree], credit: RowCredit) -> list[Array]:
         drawn, own = data
@@ -214,40 +219,34 @@ def node_sums(
 
 
 def trace(
-    settings: Settings,
-    plan: Plan,
-    context: Context,
-    params: PyTree,
-    fitness: Function,
-    member: PyTree,
-    args: tuple,
+    g: Generation, context: Context, params: PyTree, task: Task, member: PyTree
 ) -> list[Site]:
     """Traces one member abstractly; what is built is noted in the context.
+
+    Args:
+      g: a generation.
+      context: of the interpretation.
+      params: the mean.
+      task: what is traced.
+      member: the shapes of one member's data.
 
     Returns:
       The products that get node noise.
     """
-    arithmetic = settings.arithmetic
     sites: dict[str, Site] = {}
 
     def run(rows: Rows | None, params: PyTree, member: PyTree, args: tuple) -> PyTree:
-        words, zero = jnp.zeros(2, jnp.uint32), jnp.int32(0)
-        sign = jnp.ones((), arithmetic.sign_type)
-        sigma = arithmetic.noise_sigma(settings.sigma, jnp.float32(1))
-        nodes = None
-        if plan.has_nodes:
-            how = node_arithmetic(arithmetic, sigma)
-            nodes = node_pass(how, settings.noise, words, zero, zero, sign, rows)
+        zero, sign = jnp.int32(0), jnp.ones((), g.arithmetic.sign_type)
+        nodes = _pass(g, zero, sign, rows)
+        if nodes is not None:
             nodes = dataclasses.replace(nodes, sites=sites)
-        drawn = draw(plan, settings.noise, words, zero, zero)
-        lazy = perturb(plan, params, drawn, sigma, sign, nodes)
-        traced = interpret(fitness, dataclasses.replace(context, nodes=nodes))
-        return call(traced, lazy, typed_key(words), member, args)
+        drawn = draw(g.plan, g.noise, g.seed, g.epoch, zero)
+        own = task._replace(args=args)
+        return _member(g, context, own, params, zero, drawn, sign, zero, member, nodes)
 
-    out = jax.eval_shape(functools.partial(run, None), params, member, args)
-    if plan.has_nodes:
+    out = jax.eval_shape(functools.partial(run, None), params, member, task.args)
+    if g.plan.has_nodes:
         scores = out[0] if has_aux(out) else out
-        count = scores.shape[0] if getattr(scores, "ndim", 0) else 1
-        rows = rows_of(settings, count)
-        jax.eval_shape(functools.partial(run, rows), params, member, args)
+        rows = rows_of(g.settings, scores.shape[0] if getattr(scores, "ndim", 0) else 1)
+        jax.eval_shape(functools.partial(run, rows), params, member, task.args)
     return list(sites.values())

@@ -21,6 +21,7 @@ from eggroll._calling import Function, one_of
 from eggroll._settings import Settings
 from eggroll.arithmetic import Outcome
 from eggroll.interpret import Context
+from eggroll.members import Task
 from eggroll.plan import Nodes, Plan, table
 from eggroll.population.placement import Specs, specs_of, spread
 from eggroll.state import Metrics, State, trainable_of
@@ -267,11 +268,8 @@ class EvolutionStrategy(Settings):
         Raises:
           ValueError: ``values`` or ``groups`` has a wrong shape or dtype.
         """
-        fitness, groups = _fitness_and_groups(fitness, groups)
-        es, groups = self.placed(state), checks.groups(groups, self.population)
-        values = checks.scores(values, self.population, self.noise.integer)
-        done = programs.update(es, state, values, groups, fitness, args, members)
-        return self._with_metrics(done)
+        given = self._second_half(state, values, fitness, args, members, groups)
+        return self._with_metrics(programs.update(*given))
 
     tell = update
 
@@ -289,10 +287,24 @@ class EvolutionStrategy(Settings):
         Leaves are float32 (float64 for float64 parameters), or int32 for integer noise. Arguments
         as in :meth:`update`.
         """
-        fitness, groups = _fitness_and_groups(fitness, groups)
-        es, groups = self.placed(state), checks.groups(groups, self.population)
+        return programs.gradient(*self._second_half(state, values, fitness, args, members, groups))
+
+    def _second_half(
+        self,
+        state: State,
+        values: Values,
+        fitness: Function | Groups,
+        args: tuple,
+        members: PyTree,
+        groups: Groups,
+    ) -> tuple[Any, ...]:
+        """The checked arguments of the programs that follow an evaluation."""
+        if fitness is not None and not callable(fitness):
+            # Groups stood in the place of the fitness in version 0.1.
+            fitness, groups = None, fitness
+        es, checked = self.placed(state), checks.groups(groups, self.population)
         values = checks.scores(values, self.population, self.noise.integer)
-        return programs.gradient(es, state, values, groups, fitness, args, members)
+        return es, state, values, checked, fitness, args, members
 
     def apply_gradient(
         self,
@@ -379,10 +391,12 @@ class EvolutionStrategy(Settings):
           w          64x32 float32  low rank, rows 0, columns 1  1     384 B         by shape
           noise a pair of members: 512 B, where dense noise would take 8.125 KiB
         """
-        plan, context, sites = self.plan_of(params), Context(on_dense="ignore"), []
+        context, sites = Context(on_dense="ignore"), []
+        g = inputs.generation_of(self, params, jnp.int32(0), jnp.zeros(2, jnp.uint32))
         if fitness is not None:
-            sites = member_runs.trace(self, plan, context, params, fitness, one_of(members), args)
-        return table.describe(plan, context.built, sites)
+            task = Task(fitness, args)
+            sites = member_runs.trace(g, context, params, task, one_of(members))
+        return table.describe(g.plan, context.built, sites)
 
     # ------------------------------------------------------------ parts
 
@@ -434,13 +448,6 @@ class EvolutionStrategy(Settings):
         """Adds metrics to a state if the program of the update returned an outcome instead."""
         state, result = done
         return state, programs.metrics(self, result) if isinstance(result, Outcome) else result
-
-
-def _fitness_and_groups(fitness: Any, groups: Groups) -> tuple[Function | None, Groups]:
-    """Groups may stand in the place of the fitness, where they stood in version 0.1."""
-    if fitness is None or callable(fitness):
-        return fitness, groups
-    return None, fitness
 
 
 def _deprecated(old: str, new: str) -> None:

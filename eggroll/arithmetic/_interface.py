@@ -52,7 +52,6 @@ class Weighed(NamedTuple):
       report: the scores or their statistics, for metrics; None if scores are unknown.
       differences: of the weights (floats) or scores (integers) of a pair's two members, for every task
         or row, ``[pairs, tasks]``; 0 where a score is invalid.
-      rows_move: whether any of them is not 0; as ``moves``, for node noise.
     """
 
     weights: Num[AnyArray, "pairs"]
@@ -60,7 +59,6 @@ class Weighed(NamedTuple):
     moves: Bool[AnyArray, ""]
     report: Statistics | Num[AnyArray, "population _"] | None
     differences: Num[AnyArray, "pairs _"]
-    rows_move: Bool[AnyArray, ""]
 
 
 class Outcome(NamedTuple):
@@ -242,8 +240,18 @@ class Arithmetic(abc.ABC):
         groups: Int[AnyArray, "population"] | None,
         shaping: Shaping | None,
         sigma: Sigma,
+        rows: bool,
     ) -> Weighed:
-        """The weights of the pairs, from scores ``[population, tasks]``."""
+        """The weights of the pairs, from scores ``[population, tasks]``.
+
+        Args:
+          values: the scores.
+          groups: as in :meth:`eggroll.EvolutionStrategy.step`.
+          shaping: maps scores to weights; None for the scores themselves.
+          sigma: of the generation.
+          rows: whether the differences of single rows are used, as by node noise: a pair then
+            contributes if any of them is not 0, and otherwise if their mean or vote is not.
+        """
 
     @abc.abstractmethod
     def credit(

@@ -139,6 +139,7 @@ class Floats(Arithmetic):
         groups: Int[AnyArray, "population"] | None,
         shaping: Shaping | None,
         sigma: Sigma,
+        rows: bool,
     ) -> Weighed:
         if not jnp.issubdtype(values.dtype, jnp.floating) or is_narrow(values.dtype):
             values = values.astype(jnp.float32)
@@ -157,16 +158,13 @@ class Floats(Arithmetic):
             says |= paired & (groups[0::2] != groups[1::2])[:, None]
         differences = jnp.where(says, shaped[0::2] - shaped[1::2], 0)
         weights = differences.mean(1)
-
         # Nothing moves if sums would overflow: raw scores near the largest float, or a sigma
         # schedule that reached zero. A NaN size compares False.
-        def moving(x: Array, rows: int) -> Array:
-            size = jnp.abs(x.astype(jnp.float32)).sum() / (rows * jnp.abs(sigma))
-            return jnp.any(x != 0) & (size < LARGEST_SUM)
-
-        moves, rows_move = moving(weights, 1), moving(differences, differences.shape[1])
+        used = differences / differences.shape[1] if rows else weights
+        size = jnp.abs(used.astype(jnp.float32)).sum() / jnp.abs(sigma)
+        moves = jnp.any(used != 0) & (size < LARGEST_SUM)
         members = 2 * paired.any(1).sum(dtype=jnp.int32)
-        return Weighed(weights, members, moves, statistics(values), differences, rows_move)
+        return Weighed(weights, members, moves, statistics(values), differences)
 
     def credit(
         self, how: Credit, differences: Num[AnyArray, "pairs rows"]

@@ -155,11 +155,13 @@ class Integers(Arithmetic):
         groups: Int[AnyArray, "population"] | None,
         shaping: Shaping | None,
         sigma: Sigma,
+        rows: bool,
     ) -> Weighed:
         signs = pair_signs(values)
-        decided = jnp.sum(signs != 0, dtype=jnp.int32)
         differences = pair_differences(values)
-        return Weighed(signs, decided, decided > 0, values, differences, jnp.any(differences != 0))
+        says = jnp.any(differences != 0, axis=1) if rows else signs != 0
+        decided = jnp.sum(says, dtype=jnp.int32)
+        return Weighed(signs, decided, decided > 0, values, differences)
 
     def credit(
         self, how: Credit, differences: Num[AnyArray, "pairs rows"]

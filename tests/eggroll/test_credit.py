@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from eggroll import credit, integer
+from eggroll import EvolutionStrategy, credit, integer
 from eggroll.arithmetic import INTEGERS
 
 DIFFERENCES = np.random.default_rng(0).normal(size=(3, 7))
@@ -87,3 +88,38 @@ def test_credits_are_settings_and_print_as_they_are_made():
     assert integer.strategy(
         population=2, optimizer=integer.threshold(0.1), perturb="nodes", credit=credit.own()
     ).credit == credit.causal(0)
+
+
+def test_one_credit_for_all_rows_needs_no_rows_in_the_program():
+    """Scores of seven tasks, where nothing in the program has seven rows: as their mean alone."""
+    params, x = {"w": jnp.ones((4, 5)) / 3}, jnp.linspace(-1, 1, 12).reshape(3, 4)
+    tasks = lambda p, key, x: jnp.arange(7.0) * jnp.tanh(x @ p["w"]).sum()
+    mean = lambda p, key, x: tasks(p, key, x).mean()
+    found = []
+    for fitness in (tasks, mean):
+        es = EvolutionStrategy(
+            optimizer=optax.sgd(0.1),
+            population=8,
+            sigma=0.1,
+            perturb="nodes",
+            credit=credit.episode(),
+        )
+        state = es.init(params, 0)
+        found.append(es.gradient(state, es.evaluate(state, fitness, x), fitness, x)["w"])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
+def test_integers_move_by_rows_that_cancel_in_the_vote_of_their_pair():
+    """Each pair is ahead in one row and behind in the other: no vote, but two rows that say something."""
+    es = integer.strategy(
+        population=4,
+        optimizer=optax.chain(integer.by_rows(), integer.threshold(0.9)),
+        perturb="nodes",
+        credit=credit.own(),
+    )
+    fitness = lambda p, key, x: jax.lax.dot(x, p["w"], preferred_element_type=jnp.int32).sum(1)
+    params, x = {"w": jnp.ones((4, 3), jnp.int8)}, jnp.array([[3] * 4, [-3] * 4], jnp.int8)
+    state = es.init(params, 0)
+    values = jnp.array([[5, -5], [-5, 5]] * 2, jnp.int32)
+    new, metrics = es.update(state, values, fitness, x)
+    assert metrics.updated and jnp.any(new.params["w"] != params["w"])
