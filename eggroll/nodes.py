@@ -89,7 +89,7 @@ class IntegerNodes(NodeArithmetic):
         return fixed_point.saturate(fixed_point.shift_round(product, SHIFT)).astype(jnp.int8)
 
     def cotangent(self, parts: Sequence[tuple[Array, float]]) -> Array:
-        # Of several sources the sum of their votes: amplitudes only give signs.
+        # The votes of several sources are added up; an amplitude gives a vote its sign alone.
         if len(parts) == 1 and parts[0][1] > 0:
             return parts[0][0]
         total = jnp.zeros(parts[0][0].shape, jnp.int32)

@@ -14,7 +14,7 @@ from jax import Array
 
 from eggroll.values.lowrank import Lazy
 
-# Of the arrays of a region's roots, and of other arrays: ``fn(roots, captured) -> array``.
+# ``fn(roots, captured) -> array`` takes the roots of a region and the other arrays of an operation.
 Operation = Callable[[tuple[Array, ...], tuple[Any, ...]], Array]
 
 

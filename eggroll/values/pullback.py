@@ -236,7 +236,13 @@ def _by_vjp(
         out = compat.bind(eqn, every, {})
         return list(out) if eqn.primitive.multiple_results else [out]
 
-    outs, pull = jax.vjp(of, *(values[i] for i in at))
+    try:
+        outs, pull = jax.vjp(of, *(values[i] for i in at))
+    except NotImplementedError as error:
+        raise ValueError(
+            f"a parameter with node noise enters {name!r}, which has no derivative in JAX: must have weight "
+            "noise, by eggroll.Matrix(...) or Dense() in the plan's overrides"
+        ) from error
     given = [
         jnp.zeros_like(out) if ct is None else ct.astype(out.dtype)
         for out, ct in zip(outs, cts, strict=True)

@@ -69,11 +69,11 @@ class Config(RunSettings):
     """What the noise of members is on: "weights", or "nodes", which is what comes out of products, anew for
     every byte."""
     gamma: float = 0.5
-    """Of node noise: what the loss of the next byte counts in the credit of a byte, to its own; in int8
-    0 or a power of 1/2."""
+    """With node noise, the weight of the next byte's loss in the credit of a byte, whose own loss weighs 1;
+    for int8 models 0 or a power of 1/2."""
     head: Literal["local", "noise"] = "local"
-    """Of node noise: "local" trains the last matrix by its exact gradient, which needs no noise, "noise" as
-    all others."""
+    """With node noise, how the last matrix is trained: "local" by its exact gradient, which needs no noise,
+    or "noise" as all others."""
     rank: int = 1
     """Rank of the noise on matrices."""
     sigma: float = 0.0625

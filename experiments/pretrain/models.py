@@ -20,7 +20,7 @@ class Head(NamedTuple):
     Attributes:
         name: of the parameter.
         errors: (matrix, what it receives [N, m], next bytes [N]) -> the derivatives of the N losses by what
-            comes out of the product; in integers 127 times those.
+            comes out of the product; in integers 127 * 2^7 times those.
     """
 
     name: str

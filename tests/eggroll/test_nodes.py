@@ -659,16 +659,18 @@ def test_the_estimate_is_five_times_closer_to_the_gradient_than_that_of_weight_n
 
 # ---------------------------------------------------------------- the interpreter's tables of cases
 
-# A loop that vmap has one condition of for each of its elements; a shard_map; a function of a parameter
+# A loop that vmap has one condition of for each of its elements; a function of a parameter
 # that JAX itself has no derivative of.
 REFUSED = {
     "while, each row in its own time": "in a while loop under vmap: must be a loop of a fixed number",
     "while, with a key in each row": "in a while loop under vmap: must be a loop of a fixed number",
     "while, carried by each row": "in a while loop under vmap: must be a loop of a fixed number",
-    "a function of a row": "scatter_apply JVP not implemented",
+    "a function of a row": "which has no derivative in JAX: must have weight noise",
 }
 # Other tests have the same solver; the oracle unrolls it.
 TOO_LONG = ("solved",)
+# What these cases compute is narrower than their weights and outputs.
+NARROW = {"interpreter: cast": 1e-4}
 
 
 def table_cases():
@@ -683,7 +685,8 @@ def table_cases():
                     file = module.__name__.removeprefix("test_")
                     found += [(f"{file}: {case.id}", *case.values) for case in mark.args[1]]
     # The oracle unrolls loops and does not divide arrays; test_nodes_sharded.py is about shard_map.
-    kept = [c for c in found if c[0].partition(": ")[2] not in TOO_LONG and "shard" not in c[0]]
+    left_out = ("shard", "pcast", *TOO_LONG)
+    kept = [case for case in found if not any(word in case[0] for word in left_out)]
     return [
         pytest.param(*case, id=case[0], marks=[] if i % 9 == 0 else pytest.mark.soak)
         for i, case in enumerate(kept)
@@ -696,13 +699,11 @@ def test_the_sums_of_every_case_are_the_gradient_of_outputs_against_their_noise(
     case = name.partition(": ")[2]
     refused = REFUSED.get(case)
     with checked_in_float64():
-        try:
-            node_oracle.run_case(fn, makers, own=True)
-        except (ValueError, NotImplementedError) as error:
-            expected = refused or "enters a shard_map with check_vma=False"
-            assert expected in str(error)
+        if refused is None:
+            node_oracle.run_case(fn, makers, own=True, tolerance=NARROW.get(name))
         else:
-            assert refused is None
+            with pytest.raises(ValueError, match=refused):
+                node_oracle.run_case(fn, makers, own=True)
 
 
 # ---------------------------------------------------------------- what is built
