@@ -1,13 +1,13 @@
 """Differences between JAX versions (0.10.2 and 0.11), in one file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.extend import core
-from jax.interpreters import batching
+from jax import Array, api_util, lax
+from jax.extend import core, linear_util
+from jax.interpreters import batching, partial_eval
 from jax.sharding import AxisType
 
 # XLA's older CPU emitters round sums and products differently from program to program. Before JAX
@@ -133,3 +133,41 @@ def has_batching_rule(primitive: core.Primitive) -> bool:
     rules = batching.fancy_primitive_batchers
     table = getattr(batching, "primitive_batchers", {})
     return primitive in rules or (isinstance(table, Mapping) and primitive in table)
+
+
+class Halves(NamedTuple):
+    """A function that was run as far as one argument allows that is not known yet.
+
+    Attributes:
+      known: the leaves of its result that do not depend on the argument; None in the place of others.
+      kept: the arrays that the rest needs.
+      rest: ``rest(leaves of the argument)`` gives all leaves of the result.
+    """
+
+    known: list[Array | None]
+    kept: list[Array]
+    rest: Callable[[Sequence[Array]], list[Array]]
+
+
+# Whether this version of JAX has the trace of :func:`halves`.
+HALVES = hasattr(partial_eval, "trace_to_jaxpr_nounits")
+
+
+def halves(fn: Callable[..., list[Array]], later: Sequence[Any]) -> Halves:
+    """Runs ``fn(*later)`` as far as it does not depend on ``later``, of which the shapes are known.
+
+    This is what JAX does for derivatives, whose tangents are the unknown argument. Needs :data:`HALVES`.
+    """
+    unknown = [
+        partial_eval.PartialVal.unknown(jax.core.ShapedArray(x.shape, x.dtype)) for x in later
+    ]
+    told = api_util.debug_info("halves", fn, tuple(later), {})
+    whole = linear_util.wrap_init(fn, debug_info=told)
+    jaxpr, outs, kept = partial_eval.trace_to_jaxpr_nounits(whole, unknown)
+
+    def rest(given: Sequence[Array]) -> list[Array]:
+        computed = iter(jax.core.eval_jaxpr(jaxpr, kept, *given))
+        return [out.get_known() if out.is_known() else next(computed) for out in outs]
+
+    known = [out.get_known() if out.is_known() else None for out in outs]
+    return Halves(known, list(kept), rest)

@@ -17,8 +17,8 @@ from eggroll._calling import Function
 from eggroll._checks import gradients as check_gradients
 from eggroll._settings import Settings
 from eggroll.arithmetic import Outcome
-from eggroll.inputs import begin
-from eggroll.members import Task, has_aux, map_members
+from eggroll.inputs import Generation, begin
+from eggroll.members import SecondPass, Task, map_members
 from eggroll.perturbation import built_member, draw
 from eggroll.population.placement import tracing
 from eggroll.population.schedule import EXACT
@@ -61,9 +61,7 @@ def evaluate(
     settings: Settings, state: State, fitness: Function, args: tuple, members: PyTree
 ) -> PyTree:
     g = begin(settings, state)
-    out = map_members(g, state.params, Task(fitness, args, members), None)
-    scores = generation.scores_of(g, out)
-    return tuple(scores) if has_aux(out) else scores.values
+    return generation.evaluate(g, state.params, Task(fitness, args, members), None).out
 
 
 @_program(0, 2)
@@ -88,13 +86,17 @@ def update(
     args: tuple = (),
     members: PyTree = None,
 ) -> tuple[State, Outcome | Metrics]:
-    g, task = begin(settings, state), task_of(fitness, args, members)
-    return generation.finish(g, state, values, groups, None, task)
+    g = begin(settings, state)
+    second = second_pass(g, state, fitness, args, members)
+    return generation.finish(g, state, values, groups, None, second)
 
 
-def task_of(fitness: Function | None, args: tuple, members: PyTree) -> Task | None:
-    """The task of a second pass; None where there is none."""
-    return None if fitness is None else Task(fitness, args, members)
+def second_pass(
+    g: Generation, state: State, fitness: Function | None, args: tuple, members: PyTree
+) -> SecondPass | None:
+    """The second pass of node noise; None without node noise or without a fitness."""
+    task = None if fitness is None else Task(fitness, args, members)
+    return generation.second_pass(g, state.params, task, None)
 
 
 @_program(0)
@@ -112,10 +114,28 @@ def gradient(
     args: tuple = (),
     members: PyTree = None,
 ) -> PyTree:
-    g, task = begin(settings, state), task_of(fitness, args, members)
+    g = begin(settings, state)
     weighed = generation.weigh(g, values, groups)
-    grads, _ = generation.estimate(g, state.params, weighed, None, task)
+    second = second_pass(g, state, fitness, args, members)
+    grads, _ = generation.estimate(g, weighed, None, second)
     return jax.tree.unflatten(jax.tree.structure(state.params), grads)
+
+
+@_program(0, 2)
+def value_and_gradient(
+    settings: Settings,
+    state: State,
+    fitness: Function,
+    args: tuple,
+    members: PyTree,
+    groups: Groups,
+) -> tuple[PyTree, PyTree]:
+    g = begin(settings, state)
+    draws = generation.kept_draws(g)
+    scores, second = generation.run(g, state.params, Task(fitness, args, members), groups, draws)
+    weighed = generation.weigh(g, scores.values, groups)
+    grads, _ = generation.estimate(g, weighed, draws, second)
+    return scores.out, jax.tree.unflatten(jax.tree.structure(state.params), grads)
 
 
 @_program(0)

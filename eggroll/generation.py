@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
+from eggroll import _compat as compat
 from eggroll import estimator
 from eggroll._calling import Function
 from eggroll._checks import is_real
@@ -27,11 +28,21 @@ from eggroll._settings import Settings
 from eggroll.arithmetic import Outcome, Sigma, Weighed
 from eggroll.credit import causal, episode
 from eggroll.inputs import Generation, begin, sigma_of
-from eggroll.members import RowCredit, Task, has_aux, map_members, node_sums
+from eggroll.members import (
+    RowCredit,
+    SecondPass,
+    Task,
+    has_aux,
+    keep,
+    map_members,
+    node_sums,
+    rows_are_steps,
+)
 from eggroll.perturbation import Draw, draw_pairs
 from eggroll.plan.treatments import Given
 from eggroll.population.pairs import split_pairs
 from eggroll.population.placement import AXIS, constrain_all, devices, replicated
+from eggroll.population.schedule import share
 from eggroll.state import Metrics, State, trainable_of
 
 Out = TypeVar("Out", bound=PyTree)
@@ -51,10 +62,9 @@ def step(
 ) -> tuple[State, Outcome | Metrics]:
     """Evaluates the population and updates the parameters."""
     g = begin(settings, state)
-    draws = all_draws(g) if _keeps_noise(g) else None
-    task = Task(fitness, args, members)
-    values, _ = evaluate(g, state.params, task, draws)
-    return finish(g, state, values, groups, draws, task)
+    draws = kept_draws(g)
+    scores, second = run(g, state.params, Task(fitness, args, members), groups, draws)
+    return finish(g, state, scores.values, groups, draws, second)
 
 
 def finish(
@@ -63,9 +73,9 @@ def finish(
     values: Num[Array, "..."],
     groups: Int[Array, "population"] | None,
     draws: Draws | None,
-    task: Task | None = None,
+    second: SecondPass | None,
 ) -> tuple[State, Outcome | Metrics]:
-    """Computes the next state from the scores of a population; node noise runs the task again."""
+    """Computes the next state from the scores of a population."""
     given = [leaf.path for leaf in g.plan.leaves if isinstance(leaf.treatment, Given)]
     if given:
         raise ValueError(
@@ -73,7 +83,7 @@ def finish(
             "es.evaluate, es.gradient and es.apply_gradient instead of es.step or es.update"
         )
     weighed = weigh(g, values, groups)
-    grads, agreement = estimate(g, state.params, weighed, draws, task)
+    grads, agreement = estimate(g, weighed, draws, second)
     value = g.arithmetic.value(weighed)
     new, change = apply(g, state, grads, weighed.moves, weighed.members, value)
     return told(g, new, Outcome(g.number, weighed.report, weighed.moves, change, agreement))
@@ -83,19 +93,70 @@ def finish(
 
 
 def evaluate(g: Generation, params: PyTree, task: Task, draws: Draws | None) -> "Scores":
-    """Scores of all members, ``[population]`` or ``[population, tasks]``, and aux."""
+    """Scores of all members, ``[population]`` or ``[population, tasks]``."""
     return scores_of(g, map_members(g, params, task, draws))
 
 
+def run(
+    g: Generation,
+    params: PyTree,
+    task: Task,
+    groups: Int[Array, "population"] | None,
+    draws: Draws | None,
+) -> tuple["Scores", SecondPass | None]:
+    """Evaluates all members, and gives the second pass of node noise; None without node noise.
+
+    The inputs of products are kept for the second pass if they fit into ``factor_memory`` and rows are not
+    steps of a loop; otherwise the second pass computes them again. (On a CPU, writing and reading them
+    step by step took as long as computing them.)
+    """
+    second = second_pass(g, params, task, draws)
+    if second is None or not _runs_at_once(g):
+        return evaluate(g, params, task, draws), second
+
+    def credit() -> RowCredit:
+        scores = evaluate(g, params, task, draws)
+        return credit_of(g, weigh(g, scores.values, groups).differences)
+
+    # First, since it finds what is wrong with a fitness or its arguments.
+    like = jax.eval_shape(credit)
+    if rows_are_steps(g, params, task):
+        return evaluate(g, params, task, draws), second
+    first = functools.partial(keep, g, params, task, draws, like)
+    arrays = jax.eval_shape(lambda: first().arrays)
+    size = sum(x.size * x.dtype.itemsize for x in arrays)
+    if size > g.settings.factor_memory * devices(g.settings.mesh):
+        return evaluate(g, params, task, draws), second
+    kept = first()
+    return scores_of(g, kept.out), kept.sums
+
+
+def second_pass(
+    g: Generation, params: PyTree, task: Task | None, draws: Draws | None
+) -> SecondPass | None:
+    """The second pass of node noise, which computes inputs again; None without node noise or a task."""
+    if task is None or not g.plan.has_nodes:
+        return None
+    return functools.partial(node_sums, g, params, task, draws)
+
+
+def _runs_at_once(g: Generation) -> bool:
+    """Whether a device evaluates all of its members at a time, in a program of one step."""
+    s = g.settings
+    if s.schedule.is_reproducible or not s.factor_memory or not compat.HALVES:
+        return False
+    return s.schedule.pairs_at_once(g.pairs, s.mesh) >= share(g.pairs, s.mesh)
+
+
 class Scores(NamedTuple):
-    """Scores of all members, and aux; None if the fitness returned scores alone."""
+    """Scores of all members, and the output of the fitness that they come from, scores or (scores, aux)."""
 
     values: Num[Array, "..."]
-    aux: PyTree
+    out: PyTree
 
 
 def scores_of(g: Generation, out: PyTree) -> Scores:
-    """The scores and aux in the output of a fitness.
+    """The scores in the output of a fitness.
 
     Raises:
       ValueError: the output is not a score ``[]``, scores ``[tasks]`` or ``(scores, aux)``, or the
@@ -114,7 +175,8 @@ def scores_of(g: Generation, out: PyTree) -> Scores:
         )
     if not is_real(values.dtype):
         raise ValueError(f"fitness: expected scores that are real numbers, got {values.dtype}")
-    return Scores(g.arithmetic.scores(values), aux)
+    values = g.arithmetic.scores(values)
+    return Scores(values, (values, aux) if has_aux(out) else values)
 
 
 def all_draws(g: Generation) -> Draws:
@@ -124,6 +186,11 @@ def all_draws(g: Generation) -> Draws:
         return draw_pairs(g.plan, g.noise, g.seed, g.epoch, ids)
 
     return split_pairs(on_device, g.pairs, None, g.settings.mesh, jax.P(AXIS))
+
+
+def kept_draws(g: Generation) -> Draws | None:
+    """The noise of all pairs, where a step keeps it from the evaluation to the update."""
+    return all_draws(g) if _keeps_noise(g) else None
 
 
 def _keeps_noise(g: Generation) -> bool:
@@ -160,19 +227,18 @@ def weigh(
 
 
 def estimate(
-    g: Generation, params: PyTree, weighed: Weighed, draws: Draws | None, task: Task | None
+    g: Generation, weighed: Weighed, draws: Draws | None, second: SecondPass | None
 ) -> tuple[estimator.Sums, Float[Array, ""] | None]:
     """The gradient estimate of every leaf, and the cosine between two halves of the pairs.
 
     Args:
       g: the generation.
-      params: the mean.
       weighed: the weight of each pair, and of each row.
       draws: the noise of all pairs, or None to draw it again.
-      task: what was evaluated, for the second pass of node noise; None without node noise.
+      second: the second pass of node noise; None without node noise.
     """
     if not g.settings.agreement:
-        total = _sums(g, params, weighed, draws, task)
+        total = _sums(g, weighed, draws, second)
         gradient = functools.partial(estimator.gradient, g.plan)
         return g.isolate(gradient, total, g.noise_sigma, weighed.members), None
     first = jnp.arange(g.pairs) < g.pairs // 2
@@ -182,25 +248,25 @@ def estimate(
             weights=jnp.where(half, weighed.weights, 0),
             differences=jnp.where(half[:, None], weighed.differences, 0),
         )
-        halves.append(_sums(g, params, of_half, draws, task))
+        halves.append(_sums(g, of_half, draws, second))
     return g.isolate(
         lambda *args: _joined_halves(g, *args), *halves, g.noise_sigma, weighed.members
     )
 
 
 def _sums(
-    g: Generation, params: PyTree, weighed: Weighed, draws: Draws | None, task: Task | None
+    g: Generation, weighed: Weighed, draws: Draws | None, second: SecondPass | None
 ) -> estimator.Sums:
     """The sums of noise by weights, and for node noise those of the second pass."""
     total = _weighted_noise(g, weighed.weights, draws)
     if not g.plan.has_nodes:
         return total
-    if task is None:
+    if second is None:
         raise ValueError(
             "perturb='nodes': update and gradient need the fitness and its arguments for the second pass, "
             "as in es.update(state, values, fitness, *args)"
         )
-    sums = node_sums(g, params, task, credit_of(g, weighed.differences), draws)
+    sums = second(credit_of(g, weighed.differences))
     return [a if b is None else b for a, b in zip(total, sums, strict=True)]
 
 

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num, PyTree, UInt32
 
+from eggroll import _compat as compat
 from eggroll import estimator
-from eggroll._calling import Function, call
+from eggroll._calling import Function, call, one_of
 from eggroll._checks import member_data
 from eggroll._settings import Settings
 from eggroll.inputs import Generation
@@ -23,7 +24,7 @@ from eggroll.nodes import node_pass
 from eggroll.noise import Role, stream
 from eggroll.perturbation import Draw, draw, draw_pairs, perturb
 from eggroll.plan.treatments import Nodes
-from eggroll.population.pairs import map_pairs, sum_pairs
+from eggroll.population.pairs import map_and_sum, map_pairs, sum_pairs
 from eggroll.population.placement import constrain_all
 
 Out = TypeVar("Out", bound=PyTree)
@@ -151,13 +152,19 @@ def rows_of(settings: Settings, scores: int) -> Rows:
 def _check_rows(nodes: NodePass) -> None:
     """Raises ValueError if the scores have rows and no product does."""
     assert nodes.rows is not None
-    if nodes.rows.length > 1 and not any(site.in_row for site in nodes.sites.values()):
+    if nodes.rows.length > 1 and not any(site.rows for site in nodes.sites.values()):
         shapes = sorted({site.paths[0] for site in nodes.sites.values()})
         raise ValueError(
             f"rows={nodes.rows.length}: must be the length of a loop or of an axis of the activations; "
             f"no product with the parameters {shapes} has one (for one score of a member, return a number "
             "or use credit=eggroll.credit.episode())"
         )
+
+
+def rows_are_steps(g: Generation, params: PyTree, task: Task) -> bool:
+    """Whether the rows of the scores are steps of a loop around a product, and not an axis."""
+    sites = trace(g, Context(on_dense="ignore"), params, task, one_of(task.members))
+    return any(site.rows == "loop" for site in sites)
 
 
 def typed_key(words: UInt32[Array, "2"]) -> Array:
@@ -170,48 +177,127 @@ def has_aux(out: PyTree) -> bool:
     return isinstance(out, tuple) and len(out) == 2
 
 
+# The sums of node noise for every leaf, from the credit of all pairs.
+SecondPass = Callable[[RowCredit], estimator.Sums]
+
+
 def node_sums(
-    g: Generation, params: PyTree, task: Task, credit: RowCredit, draws: Draws | None
+    g: Generation, params: PyTree, task: Task, draws: Draws | None, credit: RowCredit
 ) -> estimator.Sums:
     """The second pass: what every product received, times credit, summed over rows and members."""
-    context = Context(on_dense="ignore")
+    of_chunk = functools.partial(_both_passes, g, Context(on_dense="ignore"), params, task)
+
+    def sums(ids: Array, data: tuple[Draws | None, PyTree], credit: RowCredit) -> list[Array]:
+        return of_chunk(ids, data, credit)[1]
+
+    totals = sum_pairs(
+        sums,
+        g.pairs,
+        (draws, _by_pair(g, task)),
+        credit,
+        g.settings.schedule,
+        g.settings.mesh,
+        g.arithmetic.exact_sums,
+        g.number >= 0,
+    )
+    return _of_leaves(g, totals)
+
+
+class Kept(NamedTuple):
+    """The first pass over all members, with what the second pass needs of it.
+
+    Attributes:
+      out: as from :func:`map_members`.
+      arrays: what is kept: the inputs of products and their noise.
+      sums: the second pass.
+    """
+
+    out: PyTree
+    arrays: list[Array]
+    sums: SecondPass
+
+
+def keep(g: Generation, params: PyTree, task: Task, draws: Draws | None, credit: RowCredit) -> Kept:
+    """Runs all members at a time, and keeps what their products received for the second pass.
+
+    Both passes are traced as one with the credit unknown, so that all that does not depend on it is
+    computed once.
+
+    Args:
+      g: the generation.
+      params: the mean.
+      task: what is run.
+      draws: the noise of all pairs, or None to draw it.
+      credit: the shapes of the credit of all pairs.
+    """
+    member_data(task.members, g.settings.population)
+    later, tree = jax.tree.flatten(credit)
+    context = Context(on_dense=g.settings.dense_report)
+    of_out: list[Any] = []
+
+    def both(*leaves: Array) -> list[Array]:
+        data = draws, _by_pair(g, task)
+        out = map_and_sum(
+            functools.partial(_both_passes, g, context, params, task),
+            g.pairs,
+            data,
+            jax.tree.unflatten(tree, leaves),
+            g.settings.mesh,
+        )
+        flat, structure = jax.tree.flatten(out)
+        of_out.append(structure)
+        return flat
+
+    halves = compat.halves(both, later)
+
+    def sums(credit: RowCredit) -> estimator.Sums:
+        _, totals = jax.tree.unflatten(of_out[0], halves.rest(jax.tree.leaves(credit)))
+        return _of_leaves(g, totals)
+
+    # The sums depend on the credit: None stands in their place.
+    out, _ = jax.tree.unflatten(of_out[0], halves.known)
+    return Kept(out, halves.kept, sums)
+
+
+def _both_passes(
+    g: Generation,
+    context: Context,
+    params: PyTree,
+    task: Task,
+    ids: Array,
+    data: tuple[Draws | None, PyTree],
+    credit: RowCredit,
+) -> tuple[PyTree, list[Array]]:
+    """The outputs ``[n, 2, ...]`` of the members of ``n`` pairs, and the sums of all of them."""
 
     def of_pair(
         params: PyTree, pair: Array, drawn: Draws, own: PyTree, credit: RowCredit
-    ) -> list[Array]:
+    ) -> tuple[PyTree, list[Array]]:
         rows = rows_of(g.settings, credit.rows.shape[0])
 
-        def of_member(sign: Array, which: Array, own: PyTree) -> list[Array]:
+        def of_member(sign: Array, which: Array, own: PyTree) -> tuple[PyTree, list[Array]]:
             nodes = _pass(g, pair, sign, rows, *credit)
             assert nodes is not None
-            _member(g, context, task, params, pair, drawn, sign, which, own, nodes)
+            out = _member(g, context, task, params, pair, drawn, sign, which, own, nodes)
             _check_rows(nodes)
-            return nodes.region.sums()
+            return out, nodes.region.sums()
 
-        return _both_members(g, of_member, own, None)
+        return _both_members(g, of_member, own, (0, None))
 
-    def of_chunk(ids: Array, data: tuple[Draws | None, PyTree], credit: RowCredit) -> list[Array]:
-        drawn, own = data
-        if drawn is None:
-            drawn = draw_pairs(g.plan, g.noise, g.seed, g.epoch, ids)
-        here = constrain_all(params, g.plan.specs)
-        # Every operation that sums over members does so by itself: nothing is mapped out.
-        return jax.vmap(lambda *each: of_pair(here, *each), out_axes=None)(ids, drawn, own, credit)
+    drawn, own = data
+    if drawn is None:
+        drawn = draw_pairs(g.plan, g.noise, g.seed, g.epoch, ids)
+    here = constrain_all(params, g.plan.specs)
+    # Every operation that sums over members does so by itself: sums are not mapped out.
+    over_pairs = jax.vmap(lambda *each: of_pair(here, *each), out_axes=(0, None))
+    return over_pairs(ids, drawn, own, credit)
 
-    totals = iter(
-        sum_pairs(
-            of_chunk,
-            g.pairs,
-            (draws, _by_pair(g, task)),
-            credit,
-            g.settings.schedule,
-            g.settings.mesh,
-            g.arithmetic.exact_sums,
-            g.number >= 0,
-        )
-    )
+
+def _of_leaves(g: Generation, totals: list[Array]) -> estimator.Sums:
+    """The sums of the parameters with node noise, at their leaves."""
+    left = iter(totals)
     return [
-        estimator.follow(leaf, next(totals), g.settings.mesh)
+        estimator.follow(leaf, next(left), g.settings.mesh)
         if isinstance(leaf.treatment, Nodes)
         else None
         for leaf in g.plan.leaves

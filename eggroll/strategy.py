@@ -81,7 +81,9 @@ class EvolutionStrategy(Settings):
         away.
       factor_memory: the largest number of bytes a device that a step keeps of its noise from the
         evaluation to the update; more noise is drawn twice. The result is the same. Once the noise
-        exceeds a CPU's cache, drawing it twice is faster.
+        exceeds a CPU's cache, drawing it twice is faster. Under node noise the same number of bytes may
+        hold the inputs of products and their noise, where all members are evaluated at a time; more is
+        computed again. In models without loops, keeping them saves a quarter to a third of a step.
       specs: the partition specs of a state's leaves. :meth:`placed` sets them; None otherwise.
 
     Example:
@@ -288,6 +290,35 @@ class EvolutionStrategy(Settings):
         as in :meth:`update`.
         """
         return programs.gradient(*self._second_half(state, values, fitness, args, members, groups))
+
+    def value_and_gradient(
+        self,
+        state: State,
+        fitness: Function,
+        *args: PyTree,
+        members: PyTree = None,
+        groups: Groups = None,
+    ) -> tuple[PyTree, PyTree]:
+        """:meth:`evaluate` and :meth:`gradient` in one program; arguments as in :meth:`step`.
+
+        Under node noise, the second pass takes the inputs of products from the first one if they fit into
+        ``factor_memory``.
+
+        Returns:
+          The results of :meth:`evaluate` and of :meth:`gradient`.
+
+        Example:
+          >>> import optax
+          >>> es = EvolutionStrategy(optimizer=optax.sgd(0.1), population=8, sigma=0.1)
+          >>> state = es.init({"w": jnp.ones(3)}, 0)
+          >>> fitness = lambda params, key: -jnp.sum(params["w"] ** 2)
+          >>> scores, gradient = es.value_and_gradient(state, fitness)
+          >>> scores.shape, gradient["w"].shape
+          ((8,), (3,))
+        """
+        checks.fitness(self._seen, fitness)
+        es, groups = self.placed(state), checks.groups(groups, self.population)
+        return programs.value_and_gradient(es, state, fitness, args, members, groups)
 
     def _second_half(
         self,

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -172,14 +172,15 @@ class Site:
       nodes: number of outputs in a row, over the iterations of loops within it; in a member, if the
         site belongs to no row.
       fan_in: number of products in an output.
-      in_row: whether it belongs to the rows of the scores.
+      rows: whether the rows of the scores are steps of a loop around it or an axis of its outputs; None if
+        it belongs to no row.
     """
 
     place: str
     paths: tuple[str, ...]
     nodes: int
     fan_in: int
-    in_row: bool
+    rows: Literal["loop", "axis"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,9 +267,13 @@ class NodePass:
         out = self.arithmetic.add(y, noise, self.sign, sigma, fan_in)
         weighed = None
         at = self._row_of(y.shape, certain, possible, paths) if self.rows else None
-        self.sites[name] = Site(place, paths, self._nodes(y.shape, at), fan_in, at is not None)
+        kind: Literal["loop", "axis"] | None
+        kind = None if at is None else "loop" if isinstance(at, Loop) else "axis"
+        self.sites[name] = Site(place, paths, self._nodes(y.shape, at), fan_in, kind)
         if self.sums:
-            weighed = self.arithmetic.weigh(self._credit(at, y.ndim), noise)
+            # Noise that is kept from the first pass is kept as narrow as it is drawn.
+            weigh = jax.checkpoint(lambda credit, noise: self.arithmetic.weigh(credit, noise))
+            weighed = weigh(self._credit(at, y.ndim), noise)
             cotangent = self.arithmetic.cotangent([(weighed, sigma)])
             self.region.add(*node, cotangent, (self.sign, self.pair))
         self.region.noise[id(out)] = (out, (Part(name, sigma, weighed),))

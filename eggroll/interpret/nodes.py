@@ -145,7 +145,10 @@ def _site(ctx: Context, eqn: core.JaxprEqn, values: list[Any]) -> Array:
     at = [i for i, v in enumerate(values) if isinstance(v, Node)]
     nodes = [values[i] for i in at]
     y = bind(eqn, *(v.w if isinstance(v, Node) else v for v in values))
-    node = merged(lambda *xs: bind(eqn, *xs), values)
+    # A sum's derivative by its parameters does not depend on its data, which need not be kept for it.
+    apart = eqn.primitive.name in SUMS
+    of = [jnp.zeros_like(v) if apart and not isinstance(v, Node) else v for v in values]
+    node = merged(lambda *xs: bind(eqn, *xs), of)
     paths = tuple(dict.fromkeys(p for v in nodes for p in v.paths))
     certain, possible, fan_in = _axes(eqn, values, at[0], y.ndim)
     if eqn.primitive.name in SUMS and len(at) == 1:

@@ -65,7 +65,7 @@ def _nodes(path: str, sites: Sequence[Site]) -> str:
     if not own:
         return "shared" if sites else "-"
     fan_in = "/".join(map(str, sorted({site.fan_in for site in own})))
-    per = "row" if any(site.in_row for site in own) else "member"
+    per = "row" if any(site.rows for site in own) else "member"
     return f"{_count(own)} nodes/{per}, fan-in {fan_in}"
 
 

@@ -187,4 +187,43 @@ def map_pairs(
 
     block = at_once if schedule.is_reproducible else 1
     out = split_pairs(on_device, pairs, data, mesh, jax.P(AXIS), block)
+    return _by_member(out, pairs)
+
+
+def map_and_sum(
+    fn: Callable[[Array, PyTree, PyTree], tuple[PyTree, PyTree]],
+    pairs: int,
+    data: PyTree,
+    weights: PyTree,
+    mesh: Mesh | None = None,
+) -> tuple[PyTree, PyTree]:
+    """:func:`map_pairs` and :func:`sum_pairs` of one function, over all pairs of a device at a time.
+
+    Args:
+      fn: ``fn(pairs [n], data [n, ...], weights [n, ...])`` returns leaves ``[n, 2, ...]``, which do not
+        depend on the weights, and sums over these pairs.
+      pairs: number of pairs.
+      data: a tree with the data of each pair, leaves ``[pairs, ...]``.
+      weights: a tree with the weights of each pair, leaves ``[pairs, ...]``.
+      mesh: divides pairs over its axis "population".
+
+    Example:
+      >>> fn = lambda pairs, data, weights: (jnp.stack([data, -data], 1), (data * weights).sum())
+      >>> out, total = map_and_sum(fn, 3, jnp.array([1, 10, 100]), jnp.array([1, 2, 3]))
+      >>> out.tolist(), total.tolist()
+      ([1, -1, 10, -10, 100, -100], 321)
+    """
+
+    def on_device(ids: Array, valid: Array, given: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        data, weights = given
+        along = lambda x: valid.reshape(-1, *(1,) * (x.ndim - 1))
+        out, total = fn(ids, data, jax.tree.map(lambda x: jnp.where(along(x), x, 0), weights))
+        return out, total if devices(mesh) == 1 else lax.psum(total, AXIS)
+
+    out, total = split_pairs(on_device, pairs, (data, weights), mesh, (jax.P(AXIS), jax.P()))
+    return _by_member(out, pairs), total
+
+
+def _by_member(out: PyTree, pairs: int) -> PyTree:
+    """Leaves ``[2 * pairs, ...]`` of leaves ``[pairs or more, 2, ...]``."""
     return jax.tree.map(lambda x: x[:pairs].reshape(2 * pairs, *x.shape[2:]), out)

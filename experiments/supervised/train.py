@@ -121,18 +121,19 @@ def pieces(config: Config, data: Data, rates: Rates | None = None, layout: Layou
     rates = rates or rates_of(config)
     optimizer = make_optimizer(config.optimizer, rates.step)
     size, nodes = min(config.batch, len(data.y)), config.perturb == "nodes"
+    # An image does not act on the scores of the others. What products receive is kept for the second
+    # pass, which saves a third of the time.
+    of_nodes: dict[str, Any] = dict(credit=eggroll.credit.own(), rows=size, factor_memory=2**28)
     es = eggroll.EvolutionStrategy(
         optimizer=optimizer,
         population=config.population,
         sigma=rates.noise,
         rank=config.rank,
         perturb=config.perturb,
-        # An image does not act on the scores of the others.
-        credit=eggroll.credit.own() if nodes else None,
-        rows=size if nodes else None,
         on_dense="error",
         mesh=layout.mesh,
         deterministic=layout.same_bits,
+        **(of_nodes if nodes else {}),
     )
     x, y = jnp.asarray(data.x), jnp.asarray(data.y)
 
