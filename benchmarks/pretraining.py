@@ -1,8 +1,9 @@
-"""Integer language models by population, by rule of the update, and beside models in floats.
+"""Language models by population, by rule of the update, by kind of noise, and beside backpropagation.
 
     python -m benchmarks.pretraining population      # a table, and population.png
     python -m benchmarks.pretraining rules           # threshold, error feedback, momentum
     python -m benchmarks.pretraining baselines       # presets in floats, and other optimizers
+    python -m benchmarks.pretraining noises          # weights, nodes, backpropagation; noises-MODEL.png
 
 Every line is one run of `eggroll pretrain` in a folder of its own; where an earlier call left it
 unfinished it is continued. Seconds are of training, so nothing else should run beside.
@@ -51,7 +52,24 @@ BASELINES: Runs = {
         for name, r in RATES.items()
     },
 }
-PARTS = {"population": POPULATIONS, "rules": RULES, "baselines": BASELINES}
+# As many bytes as "laptop" reads, but for backpropagation, which needs fewer.
+LONG = ["--preset", "gru-nodes", "--learning-rate-decay", "0.9991"]
+NOISES: Runs = {
+    "int8, weights": ["--preset", "laptop"],
+    "int8, nodes": ["--preset", "laptop-nodes"],
+    "gru, weights": ["--preset", "float-es", "--model", "gru"],
+    "gru, nodes": [*LONG, "--learning-rate", "0.1", "--max-generations", "3200"],
+    "gru, backpropagation": ["--preset", "gru-adamw"],
+    "transformer, weights": ["--preset", "float-es", "--model", "transformer"],
+    "transformer, nodes": [
+        *[*LONG, "--model", "transformer", "--learning-rate", "0.03"],
+        *["--population", "512", "--tokens", "64", "--max-generations", "4000"],
+    ],
+    "transformer, backpropagation": ["--preset", "transformer-adamw"],
+}
+# Forward passes for each byte that is read: node noise computes inputs again, and a pass backwards is two.
+PASSES = {"weights": 1, "nodes": 2, "backpropagation": 3}
+PARTS = {"population": POPULATIONS, "rules": RULES, "baselines": BASELINES, "noises": NOISES}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,6 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(line(name, results[name]), flush=True)
     if options.part == "population":
         draw(results, options.out / "population.png")
+    if options.part == "noises":
+        for model in dict.fromkeys(name.partition(", ")[0] for name in results):
+            of_model = {k: r for k, r in results.items() if k.startswith(f"{model}, ")}
+            draw_noises(model, of_model, options.out / f"noises-{model}.png")
 
 
 def run(flags: list[str], folder: Path) -> dict[str, Any]:
@@ -122,6 +144,44 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_title("Larger populations learn more in as many updates", loc="left", fontsize=11)
     finish(axes)
     axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def draw_noises(model: str, results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Bits per byte against bytes, forward passes and seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    colors = {"weights": POPULATION, "nodes": HELD_OUT, "backpropagation": "#54A24B"}
+    for name, result in results.items():
+        kind = name.partition(", ")[2]
+        an_update = result["tokens"] / result["generations"]
+        rows = [r for r in result["rows"] if r["held_out_bits_per_byte"] is not None][1:]
+        bits = [*(r["held_out_bits_per_byte"] for r in rows), result["held_out_bits_per_byte"]]
+        read = [*(r["generation"] * an_update for r in rows), result["tokens"]]
+        times = [r["timing"]["since_start"] for r in result["rows"]]
+        seconds = [*(r["timing"]["since_start"] for r in rows), times[-1]]
+        passes = [x * PASSES[kind] for x in read]
+        for a, x in zip(axes, (read, passes, seconds), strict=True):
+            a.plot(x, bits, color=colors[kind], lw=1.8, label=kind)
+    anchors = next(iter(results.values()))["anchors"]
+    for a, what in zip(axes, ("bytes read", "forward passes of a byte", "seconds"), strict=True):
+        for name, bits in anchors.items():
+            if name in ("unigram", "bigram", "trigram"):
+                a.axhline(bits, color=GREY, lw=0.8, ls=":", zorder=0)
+                where = a.get_yaxis_transform()
+                a.text(
+                    1, bits, name, transform=where, va="bottom", ha="right", fontsize=7, color=GREY
+                )
+        a.set_xscale("log")
+        a.set_xlabel(what)
+        finish(a)
+    axes[0].set_ylim(top=6.0)
+    axes[0].set_ylabel("bits per byte of held-out text")
+    axes[0].set_title(f"{model}: what a byte, a pass and a second teach", loc="left", fontsize=11)
+    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
