@@ -38,11 +38,11 @@ demo: setup
 	$(BIN)/eggroll rl --preset cartpole --run-dir runs/demo --overwrite
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) -rs $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -rs $(ARGS)
 
 # A marker of a later -m takes the place of the one in pyproject.toml.
 quick: setup
-	$(BIN)/python -m pytest -n $(WORKERS) -m 'not soak and not slow' $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not soak and not slow' $(ARGS)
 
 # What some tests compare with or log to, where it is installed: other people's optimizers and models, W&B. PyTorch
 # first, by itself: what needs any PyTorch then finds this one. It asks for a newer setuptools than the pinned.

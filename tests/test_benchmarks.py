@@ -167,10 +167,18 @@ def test_reasoning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "--hidden 33: a multiple of 32 is right" in capsys.readouterr().err
 
 
-def test_estimators(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "some",
+    [
+        list(estimators.ESTIMATORS)[::5],
+        pytest.param(list(estimators.ESTIMATORS), marks=pytest.mark.soak),
+    ],
+    ids=["some", "all"],
+)
+def test_estimators(tmp_path: Path, capsys: pytest.CaptureFixture, some: list[str]) -> None:
     path = tmp_path / "table.json"
-    rows = estimators.main(["--quick", "--json", str(path)])
-    assert [row.name for row in rows] == list(estimators.ESTIMATORS)
+    rows = estimators.main(["--quick", "--json", str(path), "--estimators", *some])
+    assert [row.name for row in rows] == some
     assert rows[0].cosine == pytest.approx(1)
     told = capsys.readouterr().out
     for row in rows:
@@ -229,14 +237,21 @@ def test_an_estimate_from_many_pairs_is_the_gradient() -> None:
         np.testing.assert_allclose(found[name], x, atol=1.0)
 
 
-def test_nodes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    tiny = "--egg tiny --egg-population 4 --tokens 3 --rounds 1 --factor-memory 1024"
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [
+        ("mlp", f"mlp D={estimators.HIDDEN} N=4 rows=64"),
+        pytest.param("egg", "tiny D=32 N=4 rows=3", marks=pytest.mark.soak),
+    ],
+)
+def test_nodes(tmp_path: Path, capsys: pytest.CaptureFixture, model: str, title: str) -> None:
+    tiny = "--egg tiny --egg-population 4 --tokens 3 --rounds 1 --factor-memory 1024 --population 4"
     path = tmp_path / "table.json"
-    rows = nodes.main([*tiny.split(), "--models", "egg", "--json", str(path)])
+    rows = nodes.main([*tiny.split(), "--models", model, "--json", str(path)])
     names = [nodes.FORWARD, nodes.WEIGHTS, nodes.EVALUATE, nodes.STEP]
     assert [row.name for row in rows] == names
     told = capsys.readouterr().out
-    assert "tiny D=32 N=4 rows=3" in told and "a generation with node noise takes" in told
+    assert title in told and "a generation with node noise takes" in told
     document = json.loads(path.read_text())
     assert document["factor_memory"] == 1024
     assert all(row["seconds"] > 0 for row in document["rows"])

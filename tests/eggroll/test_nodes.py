@@ -612,7 +612,10 @@ LAWS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize(
+    "name",
+    ["MLP", *(pytest.param(name, marks=pytest.mark.soak) for name in ("GRU", "transformer"))],
+)
 def test_the_noise_of_the_estimate_obeys_the_law(name, float64):
     model, fitness, params, gamma = LAWS[name]
     x = normal(LAW_ROWS, 12, name="law")
@@ -1032,7 +1035,13 @@ def trained_integers(**changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(devices=1), dict(devices=2), dict(devices=4, chunk=2), dict(devices=8), dict(chunk=6)],
+    [
+        dict(devices=4, chunk=2),
+        *(
+            pytest.param(changes, marks=pytest.mark.soak)
+            for changes in (dict(devices=1), dict(devices=2), dict(devices=8), dict(chunk=6))
+        ),
+    ],
     ids=str,
 )
 def test_integers_are_the_same_bits_on_any_devices_and_in_any_chunks(changes):

@@ -151,7 +151,7 @@ def test_integers_of_two_processes_are_those_of_one_though_one_was_killed(tmp_pa
     assert samples[0] == samples[1]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_preempted_run_goes_on_elsewhere_with_the_same_bits(tmp_path: Path) -> None:
     """Eight devices, then two processes of two of which one gets SIGTERM, then four devices."""
     command, folder = [*COMMANDS["rl"], "--same-bits"], tmp_path / "moved"

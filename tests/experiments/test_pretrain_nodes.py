@@ -155,8 +155,8 @@ def run(config: Config, generations: int) -> tuple[Carry, dict[str, Any], float]
     [
         (dict(), 40, 6.0),
         (dict(model="gru"), 30, 4.5),
-        pytest.param(dict(head="noise", gamma=0.0), 40, 7.0, marks=pytest.mark.slow),
-        pytest.param(dict(model="float-egg"), 30, 6.0, marks=pytest.mark.slow),
+        pytest.param(dict(head="noise", gamma=0.0), 40, 7.0, marks=pytest.mark.soak),
+        pytest.param(dict(model="float-egg"), 30, 6.0, marks=pytest.mark.soak),
         pytest.param(dict(model="transformer", sigma=0.5), 30, 4.5, marks=pytest.mark.slow),
     ],
 )
@@ -168,7 +168,9 @@ def test_every_model_learns(changes: dict[str, Any], generations: int, bits: flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [dict(), dict(model="gru", same_bits=True)])
+@pytest.mark.parametrize(
+    "changes", [dict(), pytest.param(dict(model="gru", same_bits=True), marks=pytest.mark.soak)]
+)
 def test_devices_change_no_bit(changes: dict[str, Any]) -> None:
     one, four = (run(settings(devices=n, **changes), 2)[0] for n in (1, 4))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):

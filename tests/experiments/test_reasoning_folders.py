@@ -162,7 +162,7 @@ def test_a_qwen3_in_shards_is_trained_otherwise(words: str, tmp_path: Path) -> N
     jax.tree.map(np.testing.assert_array_equal, after, training[0])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_documented_command_of_an_rwkv7(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

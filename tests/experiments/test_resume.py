@@ -109,7 +109,9 @@ def kill_and_compare(driver: str, tmp_path: Path, kills: list[int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("driver", "kills"), [("rl", [4]), ("pretrain", [3])])
+@pytest.mark.parametrize(
+    ("driver", "kills"), [("rl", [4]), pytest.param("pretrain", [3], marks=pytest.mark.soak)]
+)
 def test_killed_runs_are_continued_bit_for_bit(
     driver: str, kills: list[int], tmp_path: Path
 ) -> None:
