@@ -7,7 +7,7 @@ Python through which they could change what they are given.
 import datetime
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -40,7 +40,7 @@ def environment() -> "ImmutableSandboxedEnvironment":
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 - as in the base class
 
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.models.chat_templates import environment
-from experiments.models.hugging_face import read_json
+from experiments.models.config_json import read_json, shown
 from experiments.run.errors import UsageError
 from experiments.run.folder import write_json, write_whole
 
@@ -239,8 +239,12 @@ def _end_tokens(folder: Path) -> Iterable[int]:
         found = _json(folder / name).get("eos_token_id")
         if found is not None:
             several = found if isinstance(found, list) else [found]
-            if not all(isinstance(one, int) for one in several):
-                raise UsageError(f"{folder / name}: eos_token_id {found!r} must be whole numbers")
+            # By type, since True is an int of Python.
+            if not all(type(one) is int and 0 <= one < 2**31 for one in several):
+                raise UsageError(
+                    f"{folder / name}: eos_token_id {shown(found)} must be a token's number, or a list "
+                    "of them"
+                )
             return several
     return []
 

@@ -87,9 +87,12 @@ def test_a_folder_says_what_is_wrong_with_it(folder: Path) -> None:
     write(folder / "tokenizer_config.json")
     with refused("names no token that ends a text"):
         from_folder(folder)
-    write(folder / "generation_config.json", eos_token_id="0")
-    with refused("eos_token_id '0' must be whole numbers"):
-        from_folder(folder)
+    for wrong in ("0", True, [1, False], 1.0, -1, 10**30, {"id": 0}, [[0]], float("nan")):
+        for name in ("generation_config.json", "config.json"):
+            write(folder / name, eos_token_id=wrong)
+            with refused(f"{name}: eos_token_id .* must be a token's number, or a list of them"):
+                from_folder(folder)
+            (folder / name).unlink()
     (folder / "tokenizer.json").write_text("{}")
     with refused("tokenizer.json is not a tokenizer"):
         from_folder(folder)
