@@ -308,6 +308,7 @@ def test_what_config_json_may_hold_is_taken() -> None:
         config_of({**told, **changes})
 
 
+@pytest.mark.slow
 def test_the_largest_sizes_end_in_a_sentence(tmp_path: Path) -> None:
     ours(tmp_path)
     edit(
