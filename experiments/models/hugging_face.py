@@ -6,7 +6,6 @@ all layers stacked; `save` goes back. Pickled checkpoints are not read.
 """
 
 import dataclasses
-import json
 import math
 import shutil
 import textwrap
@@ -20,6 +19,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from eggroll.plan import leaf_paths
+from experiments.models import config_json as fields
+from experiments.models.config_json import read_json
 from experiments.models.transformer import Params, RopeScaling, TransformerConfig, init
 from experiments.run.errors import UsageError, suggestion
 from experiments.run.folder import full_disk_in_one_sentence, write_json, write_whole
@@ -30,10 +31,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {"num_key_value_heads": 32},
     "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128},
 }
-SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size"),
-    *("num_hidden_layers", "num_attention_heads"),
-)
+ROPE_TYPES = ("linear", "llama3")
+MOST_POSITIONS = 2**31 - 1
 # Settings that other models have: any value but these would change what the model computes.
 ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -41,7 +40,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
     "quantization_config": (None,),
-    "partial_rotary_factor": (1, None),
+    "partial_rotary_factor": (1, 1.0, None),
 }
 # What goes along with a model: its tokenizer's files, and how it wants to be sampled.
 COMPANIONS = (
@@ -185,7 +184,8 @@ def config_of(told: Mapping[str, Any]) -> TransformerConfig:
         told: the settings as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) has them.
 
     Raises:
-        UsageError: for an architecture or a setting that is not supported, or a size that is missing.
+        UsageError: for an architecture or a setting that is not supported, a size that is missing, and a
+            field of a wrong type or out of its range; in one sentence with the field and its value.
 
     Example:
         >>> told = dict(architectures=["Qwen2ForCausalLM"], vocab_size=7, hidden_size=8,
@@ -195,60 +195,102 @@ def config_of(told: Mapping[str, Any]) -> TransformerConfig:
         >>> config.qkv_bias, config.kv_heads, config.rope_theta
         (True, 2, 1000000.0)
     """
-    names = told.get("architectures") or []
+    names = fields.texts(told, "architectures")
     if len(names) != 1 or names[0] not in ARCHITECTURES:
         raise UsageError(
-            f"config.json: architectures {names!r} is not supported; one of {', '.join(ARCHITECTURES)} is"
-            + suggestion(str(names[0]) if names else "", ARCHITECTURES)
+            f"config.json: architectures {fields.shown(names)} is not supported; "
+            f"one of {', '.join(ARCHITECTURES)} is" + suggestion(names[0], ARCHITECTURES)
         )
     told = {**ARCHITECTURES[names[0]], **told}
-    for name in SIZES:
-        if not isinstance(told.get(name), int) or told[name] < 1:
+    _check_only(told)
+    if told.get("layer_types") is not None:
+        layers = fields.texts(told, "layer_types")
+        if set(layers) != {"full_attention"}:
             raise UsageError(
-                f"config.json: {name} {told.get(name)!r} must be a whole number above 0"
+                f"config.json: layer_types {fields.shown(layers)} must all be 'full_attention'"
             )
-    for name, right in ONLY.items():
-        if told.get(name, right[0]) not in right:
-            raise UsageError(
-                f"config.json: {name} {told[name]!r} is not supported; {right[0]!r} is"
-            )
-    layers = told.get("layer_types") or ["full_attention"]
-    if set(layers) != {"full_attention"}:
-        raise UsageError(f"config.json: layer_types {layers!r} must all be 'full_attention'")
-    known = {field.name for field in dataclasses.fields(TransformerConfig)} - {"rope_scaling"}
     theta, scaling = _rope(told)
-    kept = {k: told[k] for k in known & told.keys()} | {
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "qkv_bias": names[0] == "Qwen2ForCausalLM",
-        "qk_norm": names[0] == "Qwen3ForCausalLM",
+    size = lambda name, most=fields.MOST: fields.whole(told, name, most=most)
+    heads = fields.MOST_HEADS
+    found: dict[str, Any] = {
+        "vocab_size": size("vocab_size"),
+        "hidden_size": size("hidden_size"),
+        "intermediate_size": size("intermediate_size"),
+        "num_hidden_layers": size("num_hidden_layers", fields.MOST_LAYERS),
+        "num_attention_heads": size("num_attention_heads", heads),
     }
+    for name in ("num_key_value_heads", "head_dim"):
+        if told.get(name) is not None:
+            found[name] = size(name, heads)
+    # A mean square is of the order of 1.
+    if "rms_norm_eps" in told:
+        found["rms_norm_eps"] = fields.number(told, "rms_norm_eps", most=1.0)
+    if "initializer_range" in told:
+        found["initializer_range"] = fields.number(told, "initializer_range", least=0.0)
+    if "tie_word_embeddings" in told:
+        found["tie_word_embeddings"] = fields.flag(told, "tie_word_embeddings")
     try:
-        return TransformerConfig(**kept)
-    except (TypeError, ValueError) as error:
+        return TransformerConfig(
+            **found,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            qkv_bias=names[0] == "Qwen2ForCausalLM",
+            qk_norm=names[0] == "Qwen3ForCausalLM",
+        )
+    except ValueError as error:
         raise UsageError(f"config.json: {error}") from error
+
+
+def _check_only(told: Mapping[str, Any], within: str = "") -> None:
+    """Refuses what would change the model and is not supported."""
+    for name, right in ONLY.items():
+        # By type too: 1 equals True, which is no factor.
+        if name in told and not any(
+            told[name] == one and type(told[name]) is type(one) for one in right
+        ):
+            field = f"{within}.{name}" if within else name
+            raise UsageError(
+                f"config.json: {field} {fields.shown(told[name])} is not supported; {right[0]!r} is"
+            )
 
 
 def _rope(told: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """The base of rotary positions and how they are stretched, from either form."""
-    form = told.get("rope_scaling") or told.get("rope_parameters") or {}
-    if not isinstance(form, dict):
-        raise UsageError(f"config.json: rope_scaling {form!r} must be an object")
-    theta = form.get("rope_theta") or told.get("rope_theta") or 10000.0
-    if form.get("partial_rotary_factor", 1) != 1:
-        factor = form["partial_rotary_factor"]
-        raise UsageError(f"config.json: partial_rotary_factor {factor!r} is not supported; 1 is")
-    kind = form.get("rope_type", form.get("type", "default"))
+    forms = {name: fields.nested(told, name) for name in ("rope_scaling", "rope_parameters")}
+    within = "rope_scaling" if forms["rope_scaling"] else "rope_parameters"
+    form = forms[within]
+    theta = 10000.0
+    if "rope_theta" in form:
+        theta = fields.number(form, "rope_theta", least=1.0, within=within)
+    elif "rope_theta" in told:
+        theta = fields.number(told, "rope_theta", least=1.0)
+    factor = {name: form[name] for name in ("partial_rotary_factor",) if name in form}
+    _check_only(factor, within)
+    kind = "default"
+    for name in ("rope_type", "type"):  # the second is the older
+        if name in form:
+            kind = fields.text(form, name, within)
+            break
     if kind == "default":
-        return float(theta), None
-    known = {field.name for field in dataclasses.fields(RopeScaling)}
-    given = {k: form[k] for k in known & form.keys()} | {"rope_type": kind}
-    if kind == "llama3" and "max_position_embeddings" in told:
-        given.setdefault("original_max_position_embeddings", told["max_position_embeddings"])
+        return theta, None
+    if kind not in ROPE_TYPES:
+        raise UsageError(
+            f"config.json: {within}.{name} {fields.shown(kind)} is not supported; 'default', "
+            f"{' and '.join(map(repr, ROPE_TYPES))} are"
+        )
+    found: dict[str, Any] = {"factor": fields.number(form, "factor", within=within)}
+    for name in ("low_freq_factor", "high_freq_factor"):
+        if name in form:
+            found[name] = fields.number(form, name, within=within)
+    name = "original_max_position_embeddings"
+    if name in form:
+        found[name] = fields.whole(form, name, most=MOST_POSITIONS, within=within)
+    elif kind == "llama3" and "max_position_embeddings" in told:
+        found[name] = fields.whole(told, "max_position_embeddings", most=MOST_POSITIONS)
     try:
-        return float(theta), RopeScaling(**{"factor": 0.0, **given})
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"config.json: {error}") from error
+        return theta, RopeScaling(rope_type=kind, **found)
+    except ValueError as error:
+        raise UsageError(f"config.json: {within}: {error}") from error
 
 
 def _settings_of(
@@ -277,25 +319,6 @@ def _settings_of(
         "hidden_act": "silu",
         "torch_dtype": dtype,
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model's folder.
-
-    Raises:
-        UsageError: if the file is absent, or holds something else.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"{path.parent} is not a folder of a model: it has no {path.name}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} holds {type(found).__name__}; a JSON object is right")
-    return found
 
 
 # ---------------------------------------------------------------- the layout of tensors

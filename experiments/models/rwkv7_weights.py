@@ -6,7 +6,6 @@ layer has tensors of its own. Layer 0 may have v0, v1 and v2, which nothing uses
 """
 
 import dataclasses
-import json
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
+from experiments.models import config_json as fields
+from experiments.models.config_json import read_json
 from experiments.models.rwkv7 import Params, RWKV7Config, init
 from experiments.run.errors import UsageError
 from experiments.run.folder import write_json, write_whole
@@ -30,7 +31,7 @@ LINEAR = ("receptance", "key", "value", "output", "head")
 def is_folder(path: Path) -> bool:
     """Whether a folder is one for :func:`load`, by the model_type of its config.json."""
     file = path / "config.json"
-    return file.is_file() and _read_json(file).get("model_type") == MODEL_TYPE
+    return file.is_file() and read_json(file).get("model_type") == MODEL_TYPE
 
 
 def load(
@@ -238,30 +239,32 @@ def _config_of(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> RWKV7Config
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} holds no JSON object")
-    return content
-
-
 def _read_config(file: Path) -> RWKV7Config:
-    content = _read_json(file)
+    content = read_json(file)
     kind = content.pop("model_type", None)
     if kind != MODEL_TYPE:
-        raise UsageError(f"{file} has the model_type {kind!r}; {MODEL_TYPE!r} is right")
-    names = {field.name for field in dataclasses.fields(RWKV7Config)}
-    if set(content) != names or not all(type(value) is int for value in content.values()):
-        wrong = {name: value for name, value in content.items() if type(value) is not int}
-        told = wrong or f"not exactly {', '.join(sorted(set(content) ^ names))}"
-        raise UsageError(f"{file}: {told}; whole numbers for {', '.join(sorted(names))} are right")
+        raise UsageError(f"{file} has the model_type {fields.shown(kind)}; {MODEL_TYPE!r} is right")
+    names = [field.name for field in dataclasses.fields(RWKV7Config)]
+    extra = sorted(set(content) - set(names))
+    if extra:
+        raise UsageError(
+            f"{file}: {extra[0]} is no setting of RWKV-7; {', '.join(sorted(names))} are"
+        )
+    most = {"num_hidden_layers": fields.MOST_LAYERS, "head_dim": fields.MOST_HEADS}
     try:
-        return RWKV7Config(**content)
+        return RWKV7Config(
+            **{
+                name: fields.whole(content, name, most=most.get(name, fields.MOST))
+                for name in names
+            }
+        )
     except ValueError as error:
-        raise UsageError(f"{file}: {error}") from error
+        raise UsageError(f"{file.parent}: {_in_file(error)}") from error
+
+
+def _in_file(error: ValueError) -> str:
+    """Errors of single fields name config.json already."""
+    return str(error) if isinstance(error, UsageError) else f"config.json: {error}"
 
 
 def _from_torch(tensor: Any) -> np.ndarray:

@@ -1,13 +1,12 @@
 """Text as tokens: tokenizer.json of a model's folder, bytes, or byte pairs learned from texts."""
 
-import datetime
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.models.hugging_face import read_json
+from experiments.models.chat_templates import environment
+from experiments.models.config_json import read_json, shown
 from experiments.run.errors import UsageError
 from experiments.run.folder import write_json, write_whole
 
@@ -69,7 +68,9 @@ class Tokenizer:
 
         Raises:
             UsageError: without a template, where it fails or refuses the messages, or writes more than
-                a million characters. It runs in a sandbox; a loop that writes nothing may take long.
+                a million characters. It runs in the sandbox of
+                :func:`experiments.models.chat_templates.environment`; a loop that writes nothing may
+                take long.
         """
         if self.template is None:
             raise UsageError(
@@ -238,21 +239,32 @@ def _end_tokens(folder: Path) -> Iterable[int]:
         found = _json(folder / name).get("eos_token_id")
         if found is not None:
             several = found if isinstance(found, list) else [found]
-            if not all(isinstance(one, int) for one in several):
-                raise UsageError(f"{folder / name}: eos_token_id {found!r} must be whole numbers")
+            # By type, since True is an int of Python.
+            if not all(type(one) is int and 0 <= one < 2**31 for one in several):
+                raise UsageError(
+                    f"{folder / name}: eos_token_id {shown(found)} must be a token's number, or a list "
+                    "of them"
+                )
             return several
     return []
 
 
 def _template(folder: Path, told: Mapping[str, Any]) -> str | None:
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text()
+        try:
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"{folder / 'chat_template.jinja'} cannot be read as text in UTF-8: {error}"
+            ) from error
     found = told.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = {one.get("name"): one.get("template") for one in found}.get("default")
+    if isinstance(found, list) and all(isinstance(one, dict) for one in found):
+        # Several, by name.
+        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
     if found is not None and not isinstance(found, str):
         raise UsageError(
-            f"{folder / 'tokenizer_config.json'}: chat_template is {type(found).__name__}; a text is right"
+            f"{folder / 'tokenizer_config.json'}: chat_template is {type(found).__name__}; it must be a "
+            'text, or a list of {"name": ..., "template": ...}'
         )
     return found
 
@@ -261,30 +273,15 @@ def _template(folder: Path, told: Mapping[str, Any]) -> str | None:
 
 
 def _render(template: str, variables: Mapping[str, Any]) -> str:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2 import TemplateError
 
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    # Without the escapes for HTML that Jinja's own has.
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(
-        x, ensure_ascii=False, indent=indent
-    )
-    environment.globals |= {
-        "raise_exception": refuse,
-        "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-    }
     parts, length = [], 0
     try:
-        for part in environment.from_string(template).generate(**variables):
+        for part in environment().from_string(template).generate(**variables):
             parts.append(part)
             length += len(part)
             if length > LONGEST_CHAT:
-                raise jinja2.TemplateError(f"it writes more than {LONGEST_CHAT} characters")
+                raise TemplateError(f"it writes more than {LONGEST_CHAT} characters")
     # What a template raises is its maker's choice.
     except Exception as error:
         raise UsageError(f"the chat_template fails on these messages: {error}") from error

@@ -74,9 +74,12 @@ class Config(RunSettings):
     """Rewards with weights, such as "countdown=1,format=0.1" or "my_rewards.py:score"; the task's own by
     default. What has 1 or more counts as right."""
     reward_workers: int = 2
-    """Processes that compute rewards; 0 for this one, without limits of time."""
+    """Processes that compute rewards; 0 for this one, without limits."""
     reward_seconds: float = 5.0
     """Seconds after which the reward of a completion is given up, which leaves the completion out."""
+    reward_memory_gib: float | None = 4.0
+    """Memory that a reward may take beyond what its process holds when it begins, which is counted as address
+    space; None for no limit, which a reward needs that has a model on a GPU."""
     held_out_questions: int = 256
     """Questions that are measured on, none of which is trained on."""
 
@@ -145,8 +148,9 @@ class Config(RunSettings):
         at_least_one(self, "layers", "width", "prompts", "noise_reuse", "chunk", "prompt_chunk")
         at_least_one(self, "tensor_parallel")
         at_least_one(self, "samples", "max_new_tokens", "held_out_questions", "rank", "patience")
-        if self.memory_gib is not None:
-            positive(self, "memory_gib")
+        for name in ("memory_gib", "reward_memory_gib"):
+            if getattr(self, name) is not None:
+                positive(self, name)
         at_least_one(self.grpo, "epochs", "micro_batch", prefix="grpo.")
         positive(self.grpo, "clip_high", prefix="grpo.")
         fraction(self.grpo, "clip_low", prefix="grpo.")

@@ -1,27 +1,22 @@
 """Processes that compute rewards while others go on; nothing here imports JAX, so that they start fast.
 
-What a model wrote may make a reward hang, die or take all memory. So each part of a batch has a time limit
-that holds in any case: the process is killed, another takes its place, and the reward is None. A process
-answers in JSON, so that one which is no longer itself cannot run anything here.
+What a model wrote may make a reward hang, die, take all memory, begin other processes or write where it
+should not. So each part of a batch has a limit of time that holds in any case: the process is killed with
+all that it began, another takes its place, and the reward is None.
 """
 
-import json
-import multiprocessing
-import os
+import math
 import queue
-import signal
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from experiments.reasoning.rewards import Reward, RewardError, call, load, names
+from experiments.reasoning.worker import START_S, Part, Worker
 from experiments.run.errors import UsageError
-
-# Seconds for a new process to import what its reward needs.
-START_S = 300.0
 
 
 class Batch(NamedTuple):
@@ -30,29 +25,13 @@ class Batch(NamedTuple):
     Attributes:
         rewards: None for those that cannot be told.
         parts: the same for each reward that these are summed from, by its name.
-        failures: how many are None for a "timeout", a "crash" of the process, or for lack of "memory".
+        failures: how many are None for a "timeout", a "crash" of the process (which ended, or wrote
+            something else than its answer into its pipe), or for lack of "memory".
     """
 
     rewards: list[float | None]
     parts: dict[str, list[float | None]]
     failures: dict[str, int]
-
-
-class Part(NamedTuple):
-    """Some completions, and what belongs to them."""
-
-    completions: list[str]
-    answers: list[str]
-    columns: dict[str, list[Any]]
-
-    def cut(self, begin: int, end: int) -> "Part":
-        """Those from `begin` to `end`."""
-        columns = {name: column[begin:end] for name, column in self.columns.items()}
-        return Part(self.completions[begin:end], self.answers[begin:end], columns)
-
-    def cuts(self, size: int) -> list["Part"]:
-        """All of them, `size` at a time."""
-        return [self.cut(i, i + size) for i in range(0, len(self.completions), size)]
 
 
 class Handle:
@@ -79,13 +58,20 @@ class Handle:
 class RewardPool:
     """Worker processes for one reward; ends with its ``with``, or by `close`.
 
+    A worker leaves SIGTERM, SIGINT and SIGHUP to the run, and is killed when the run ends. Processes that a
+    reward begins live as long as its worker at most; :mod:`experiments.reasoning.guard` says what is out
+    of reach.
+
     Args:
         workers: how many processes; 0 computes in this one, without limits.
         timeout_s: seconds for `task_size` completions. Where these take longer, each is tried alone with
             as much time, so that none but the guilty is None.
         reward: a function of a module, or a name for :func:`experiments.reasoning.rewards.load`.
         task_size: completions that a process is given at once.
-        memory_mb: address space of a process at most, where the system can limit it.
+        memory_gib: address space that a process may take beyond what it holds when it has imported its
+            reward and computed it for no completions; None for no limit, which a reward needs that has a
+            model on a GPU. On Linux alone. Each process that a reward begins has the same limit for
+            itself.
 
     Attributes:
         failures: completions so far that are None, by the kind of failure.
@@ -108,19 +94,25 @@ class RewardPool:
         reward: Reward | str,
         *,
         task_size: int = 8,
-        memory_mb: int | None = None,
+        memory_gib: float | None = 4.0,
     ) -> None:
         if workers < 0 or task_size < 1 or not timeout_s > 0:
             raise UsageError(
                 f"a pool of {workers} workers, {task_size} completions a task and {timeout_s} seconds: "
                 "choose at least 0, at least 1, and a positive number"
             )
+        if memory_gib is not None and not 0 < memory_gib < math.inf:
+            raise UsageError(f"memory_gib={memory_gib!r} must be a positive number, or None")
         self.failures: Counter[str] = Counter()
         self._reward = load(reward) if isinstance(reward, str) else reward
-        self._timeout_s, self._task_size, self._memory_mb = timeout_s, task_size, memory_mb
+        self._timeout_s, self._task_size, self._memory_gib = timeout_s, task_size, memory_gib
         self._closed = False
         self._lock = threading.Lock()
-        self._workers = [Worker(self._reward, memory_mb) for _ in range(workers)]
+        self._workers: list[Worker] = []
+        # Where nobody closes the pool.
+        self._end = weakref.finalize(self, _end, self._workers)
+        for _ in range(workers):
+            self._workers.append(Worker(self._reward, memory_gib))
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -168,10 +160,9 @@ class RewardPool:
         with self._lock:
             self._closed = True
             for worker in self._workers:
-                worker.process.kill()  # the thread that waits for it is told by its pipe
+                worker.stop()  # the thread that waits for it is told by its pipe
         self._threads.shutdown(cancel_futures=True)
-        for worker in self._workers:
-            worker.end()
+        self._end()
 
     def _score(self, part: Part) -> Batch:
         answer = self._ask(part)
@@ -190,6 +181,9 @@ class RewardPool:
         """The answer of a process that is free, which is replaced where it fails."""
         worker = self._idle.get()
         try:
+            # What a process wrote after its last answer is no fault of these completions.
+            if worker.warm and not worker.clean():
+                worker = self._replaced(worker)
             if not worker.warm:
                 # What a reward imports is not its time: it is called once without completions.
                 answer = worker.ask(part.cut(0, 0), START_S)
@@ -197,7 +191,7 @@ class RewardPool:
                     worker = self._replaced(worker)
                     raise RewardError(
                         f"a worker process for {', '.join(names(self._reward))} does not start "
-                        f"({answer['failure']} within {START_S:.0f} seconds, memory_mb={self._memory_mb})"
+                        f"({answer['failure']} within {START_S:.0f} seconds)"
                     )
                 worker.warm = "error" not in answer
                 if not worker.warm:
@@ -214,7 +208,7 @@ class RewardPool:
             if self._closed:
                 raise CancelledError
             worker.end()
-            new = Worker(self._reward, self._memory_mb)
+            new = Worker(self._reward, self._memory_gib)
             self._workers[self._workers.index(worker)] = new
         return new
 
@@ -227,93 +221,8 @@ def _joined(reward: Reward, batches: Sequence[Batch]) -> Batch:
     return Batch([x for batch in batches for x in batch.rewards], parts, dict(failures))
 
 
-class Worker:
-    """One process, and this end of its pipe.
-
-    Attributes:
-        process: the process.
-        warm: whether it has imported what it needs.
-    """
-
-    def __init__(self, reward: Reward, memory_mb: int | None) -> None:
-        # Spawned, not forked: a fork of a process with JAX's threads may hang.
-        context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
-        self.process = context.Process(target=work, args=(there, memory_mb), daemon=True)
-        self.process.start()
-        there.close()
-        self.warm = False
-        try:
-            self._pipe.send(reward)
-        except BrokenPipeError:
-            pass  # it has died, as the first question will tell
-        # Of what cannot be pickled, every type tells in its own way.
-        except Exception as error:
-            self.end()
-            raise RewardError(
-                f"the reward {names(reward)[0]!r} cannot be sent to a worker process ({error}): define it "
-                "at the top of a module, or name it as module:function"
-            ) from error
-
-    def ask(self, part: Part, limit_s: float) -> dict[str, Any]:
-        """Its rewards and parts, or an "error" of the reward, or the kind of its "failure"."""
-        try:
-            self._pipe.send((part, limit_s))
-            if not self._pipe.poll(limit_s):
-                return {"failure": "timeout"}
-            return json.loads(self._pipe.recv_bytes())
-        except (EOFError, OSError):
-            return {"failure": "crash"}
-
-    def end(self) -> None:
-        """Kills the process, at once."""
-        self.process.kill()
-        self.process.join()
-        self._pipe.close()
-
-
-def work(pipe: Connection, memory_mb: int | None) -> None:
-    """What a worker process does until its pipe closes."""
-    # Ctrl-C reaches the whole group of processes; it is the main one that decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    # One process is one core, and threads of BLAS that wait would take address space.
-    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-    if memory_mb is not None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20,) * 2)
-    try:
-        reward, broken = pipe.recv(), None
-    # The module that the function is in may raise anything when it is imported here.
-    except Exception as error:
-        reward, broken = None, f"a worker process cannot load the reward: {error!r}"
-    while True:
-        try:
-            part, limit_s = pipe.recv()
-        except (EOFError, OSError):
-            return
-        # Where the parent is dead and a C function holds the lock that the thread waits for, nothing but
-        # a signal without a handler ends this; while it lives, the parent is long before that.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, limit_s + 5)
-        pipe.send_bytes(json.dumps(_answer(reward, part, broken)).encode())
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _answer(reward: Reward, part: Part, broken: str | None) -> dict[str, Any]:
-    if broken is not None:
-        return {"error": broken}
-    try:
-        return call(reward, *part)._asdict()
-    except RewardError as error:
-        return {"error": str(error)}
-    except MemoryError:
-        return {"failure": "memory"}
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def _end(workers: Sequence[Worker]) -> None:
+    for worker in workers:
+        worker.stop()
+    for worker in workers:
+        worker.end()

@@ -3,8 +3,13 @@
 A reward is ``reward(completions, answers, **columns) -> list[float | None]``. Columns are what else is
 known of the questions, a list each, as long as the completions. It may be given any part of a batch, and
 of an empty one makes an empty list. What a model wrote is never run as a program.
+
+One rule holds for the values of every reward. A number counts: of Python, NumPy, JAX or another library,
+bool, and an array without axes that holds one. None is no score, and so is a number that is not finite or
+does not fit a float32, in which scores are kept. Anything else is an error.
 """
 
+import decimal
 import functools
 import importlib
 import importlib.util
@@ -13,7 +18,7 @@ import logging
 import math
 import numbers
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +31,10 @@ Reward = Callable[..., Any]
 
 # Characters at the end of a completion in which an answer is looked for.
 LIMIT = 20_000
+# The largest float32: scores are kept in this type.
+LARGEST = (2 - 2**-23) * 2.0**127
+# Kinds of NumPy's types that are dates and spans of time, which it counts among the whole numbers.
+TIMES = ("m", "M")
 
 
 class RewardError(RunError):
@@ -91,14 +100,23 @@ def weighted(parts: dict[str, tuple[Reward, float]]) -> Weighted:
 def call(
     reward: Reward, completions: list[str], answers: list[str], columns: dict[str, list[Any]]
 ) -> Scores:
-    """Rewards, checked; NaN and infinities are None, since they cannot be told either.
+    """Rewards, checked by the rule that stands at the top of this module.
+
+    Args:
+        reward: gives a list, a tuple or an array with one axis, ``[completions]``.
+        completions: what was written.
+        answers: the right ones, as many.
+        columns: what else the reward takes, as many of each.
 
     Raises:
-        RewardError: where a function raises, or gives a wrong number of values, or no numbers.
+        RewardError: where a function raises, gives a wrong number of values, or one that is no number; in
+            one sentence with the reward, the value, and an example of what it was given.
 
     Example:
         >>> call(exact, ["so 4", "5"], ["4", "4"], {})
         Scores(rewards=[1.0, 0.0], parts={'exact': [1.0, 0.0]})
+        >>> call(lambda completions, answers: [True, float("inf")], ["a", "b"], ["", ""], {}).rewards
+        [1.0, None]
     """
     if not isinstance(reward, Weighted):
         name = names(reward)[0]
@@ -125,7 +143,7 @@ def _sum(row: Sequence[float | None], weights: list[float]) -> float | None:
     known = [value for value in row if value is not None]
     if len(known) < len(row):
         return None
-    return sum(weight * value for weight, value in zip(weights, known, strict=True))
+    return _finite(sum(weight * value for weight, value in zip(weights, known, strict=True)))
 
 
 def _checked(
@@ -150,17 +168,80 @@ def _checked(
         raise RewardError(
             f"the reward {name!r} raised {type(error).__name__}: {error}; {example}"
         ) from error
-    if not hasattr(found, "__len__") or len(found) != len(completions):
-        size = f"{len(found)} values" if hasattr(found, "__len__") else repr(found)
+    if not _is_list(found):
         raise RewardError(
-            f"the reward {name!r} gave {size} for {len(completions)} completions; {example}"
+            f"the reward {name!r} gave {shown(found)}, where a list of {len(completions)} values is right; "
+            f"{example}"
         )
+    if len(found) != len(completions):
+        raise RewardError(
+            f"the reward {name!r} gave {len(found)} values for {len(completions)} completions; {example}"
+        )
+    scores = []
     for value in found:
-        if value is not None and not isinstance(value, numbers.Real):
+        try:
+            scores.append(_number(value))
+        except TypeError as error:
             raise RewardError(
-                f"the reward {name!r} gave {value!r}, where a number or None is right; {example}"
-            )
-    return [None if x is None or not math.isfinite(x) else float(x) for x in found]
+                f"the reward {name!r} gave {shown(value)}, where a number or None is right; {example}"
+            ) from error
+    return scores
+
+
+def _is_list(found: object) -> bool:
+    """Whether values stand in an order: a list, a tuple, an array with axes, and the like."""
+    if isinstance(found, str | bytes | bytearray | memoryview | Mapping | Set):
+        return False
+    if getattr(found, "shape", None) == ():
+        return False
+    return hasattr(found, "__len__") and hasattr(found, "__iter__")
+
+
+def _number(value: object) -> float | None:
+    """A value as a score, by the rule of this module; TypeError for what is no number."""
+    if value is None:
+        return None
+    if getattr(value, "shape", None) == ():  # a scalar of NumPy or JAX, or an array without axes
+        if getattr(value, "mask", False):
+            return None
+        if getattr(getattr(value, "dtype", None), "kind", None) in TIMES:
+            raise TypeError
+        value = _item(value)
+    if not isinstance(value, numbers.Real | decimal.Decimal):
+        raise TypeError
+    try:
+        return _finite(float(value))
+    # OverflowError: more than a float holds. ValueError: a Decimal that signals that it is no number.
+    except (OverflowError, ValueError):
+        return None
+
+
+def _item(array: Any) -> object:
+    """The only entry of an array; the array itself where it does not give one."""
+    try:
+        return array.item()
+    # What looks like an array may be of any library; keys of JAX, for one, have no entry.
+    except Exception:
+        return array
+
+
+def _finite(value: float) -> float | None:
+    return value if abs(value) <= LARGEST else None
+
+
+def shown(value: object) -> str:
+    """A value in a message: its type, and the beginning of how it prints.
+
+    Example:
+        >>> shown({0: 1.0}), shown("x" * 200)[-8:]
+        ('{0: 1.0} (dict)', '... (str)')
+    """
+    try:
+        text = " ".join(repr(value).split())
+    # An object of anybody's making may fail here, and whole numbers of more than 4,300 digits do.
+    except Exception:
+        return f"a value of the type {type(value).__name__}"
+    return f"{text if len(text) <= 100 else text[:97] + '...'} ({type(value).__name__})"
 
 
 # ---------------------------------------------------------------- finding the answer

@@ -159,8 +159,12 @@ class Course:
     @contextlib.contextmanager
     def examiner(self) -> Iterator[Examiner]:
         """Processes for rewards, as long as they are needed."""
+        config = self.config
         with RewardPool(
-            self.config.reward_workers, self.config.reward_seconds, self.reward
+            config.reward_workers,
+            config.reward_seconds,
+            self.reward,
+            memory_gib=config.reward_memory_gib,
         ) as pool:
             yield Examiner(self.config, self.begin, self.task, pool)
 

@@ -1,5 +1,6 @@
 """Processes that step Gymnasium environments; nothing here imports JAX, so that they start fast."""
 
+import atexit
 import multiprocessing
 import weakref
 from collections.abc import Sequence
@@ -8,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from experiments.run.children import leave_stops_to_parent, starting
 from experiments.run.errors import RunError, UsageError
 
 
 class Workers:
     """Environments of one kind, shared out over worker processes and stepped together.
 
-    An environment that is over is not stepped again: its rewards are 0 and its observation stays.
+    An environment that is over is not stepped again: its rewards are 0 and its observation stays. SIGTERM,
+    SIGINT and SIGHUP do nothing in worker processes, so that the run can finish its generation and save.
 
     Args:
         name: of a Gymnasium environment.
@@ -42,11 +45,14 @@ class Workers:
         for size in self._sizes:
             here, there = context.Pipe()
             process = context.Process(target=work, args=(there, name, size), daemon=True)
-            process.start()
+            with starting():
+                process.start()
             there.close()
             self._pipes.append(here)
             self.processes.append(process)
         self.close = weakref.finalize(self, end, self._pipes, self.processes)
+        # Before multiprocessing's own, which sends SIGTERM and waits.
+        atexit.register(self.close)
 
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
         """First observations of new episodes, float32 [environments, observations]."""
@@ -97,12 +103,9 @@ def end(pipes: Sequence[Connection], processes: Sequence[Any]) -> None:
 
 def work(pipe: Connection, name: str, size: int) -> None:
     """What a worker process does until its pipe closes."""
-    import signal
-
+    leave_stops_to_parent()
     import gymnasium
 
-    # Ctrl-C reaches the whole group of processes; it is the main one that decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     environments = [gymnasium.make(name) for _ in range(size)]
     observations = np.zeros((size, *shape_of(environments[0].observation_space)), np.float32)
     over = np.ones(size, bool)

@@ -1,6 +1,10 @@
 """Environments in worker processes: what they give is what Gymnasium gives, and a policy learns."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium
@@ -105,6 +109,37 @@ def test_a_dead_worker_is_told() -> None:
         for _ in range(2):
             workers.step(np.zeros(4, int))
     workers.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_do_nothing_in_workers(number: signal.Signals) -> None:
+    workers = Workers("CartPole-v1", 2, 2)
+    for process in workers.processes:  # while they start, too
+        os.kill(process.pid, number)
+    workers.reset([0, 1])
+    for process in workers.processes:
+        os.kill(process.pid, number)
+    workers.step(np.zeros(2, int))
+    workers.close()
+    assert [process.exitcode for process in workers.processes] == [0, 0]
+
+
+@pytest.mark.slow
+def test_workers_that_nobody_closed_end_with_the_program() -> None:
+    program = """
+import tempfile
+folder = tempfile.TemporaryDirectory()  # what weakref ends now comes last of all
+from experiments.rl.workers import Workers
+if __name__ == "__main__":
+    workers = Workers("CartPole-v1", 2, 2)
+    workers.reset([0, 1])
+    print("ready")
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert (told.returncode, told.stdout) == (0, "ready\n"), told.stderr
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def test_saving_replaces_a_model_and_takes_companions_along(tmp_path: Path) -> N
     ("changes", "words"),
     [
         (dict(architectures=["MistralForCausalLM"]), "Mistral.* is not supported; one of LlamaForCausalLM,"),
-        (dict(hidden_size=...), "hidden_size None must be a whole number above 0"),
+        (dict(hidden_size=...), "hidden_size is missing; it must be a whole number from 1"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported; 'silu' is"),
         (dict(mlp_bias=True), "mlp_bias True is not supported; False is"),
         (dict(attention_bias=True), "attention_bias True is not supported"),
@@ -180,8 +180,8 @@ def test_saving_replaces_a_model_and_takes_companions_along(tmp_path: Path) -> N
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5 is not supported; 1 is"),
         (dict(rope_scaling={"partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5 is not"),
         (dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "rope_type 'yarn' is not supported"),
-        (dict(rope_scaling="linear"), "rope_scaling 'linear' must be an object"),
-        (dict(rope_scaling={"rope_type": "linear"}), "factor 0.0, .* must be positive"),
+        (dict(rope_scaling="linear"), "rope_scaling 'linear' must be an object or null"),
+        (dict(rope_scaling={"rope_type": "linear"}), "rope_scaling.factor is missing; it must be a number"),
         (dict(num_key_value_heads=3), "num_attention_heads 4 is no multiple of num_key_value"),
         (dict(intermediate_size=25), r"layers.0.mlp.down_proj.weight has the shape \[16, 24\]; \[16, 25\]"),
         (dict(num_hidden_layers=3), "has no tensor model.layers.2."),
@@ -197,6 +197,138 @@ def test_settings_that_do_not_fit_are_named(
     edit(tmp_path, **changes)
     with pytest.raises(UsageError, match=words):
         load(tmp_path)
+
+
+LISTED = float("nan"), float("inf"), -1, 10**400, "1", True, [1], {"a": 1}
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+WHOLE = (*LISTED, 0, 2.0, 2**40)
+LINEAR, STRETCHED = {"rope_type": "linear", "factor": 2.0}, {**LLAMA3}
+# A field, and values that JSON may hold there and that are not right.
+FIELDS: list[tuple[str, tuple[Any, ...]]] = [
+    *((name, (*WHOLE, None)) for name in SIZES),
+    ("num_key_value_heads", WHOLE),
+    ("head_dim", WHOLE),
+    ("rms_norm_eps", (*LISTED, 0, 2.0, None)),
+    ("rope_theta", (*LISTED, 0, 0.5, 1e40, None)),
+    ("initializer_range", (*LISTED, 1e40, None)),
+    ("tie_word_embeddings", (0, 1, "true", None, [True], {})),
+    ("architectures", ("LlamaForCausalLM", None, [], [1], [["LlamaForCausalLM"]], {}, 5, True)),
+    ("layer_types", ("full_attention", [], [1], [["full_attention"]], {}, 5, True)),
+    ("hidden_act", (None, 1, ["silu"], {}, True)),
+    ("attention_bias", (0, 1, "false", [], {})),
+    ("mlp_bias", (0, 1, "false", [], {})),
+    ("use_sliding_window", (0, 1, "false", [], {})),
+    ("quantization_config", ({}, [], False, "")),
+    ("partial_rotary_factor", (*LISTED[:-3], True, [1], 0.5)),
+    ("rope_scaling", (0, 1, "", "linear", [], [LINEAR], False, True, float("nan"))),
+    ("rope_parameters", (0, 1, "", "linear", [], [LINEAR], False, True, float("nan"))),
+]  # fmt: skip
+NESTED: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = [
+    ("rope_theta", LINEAR, (*LISTED, 0, 0.5, None)),
+    ("factor", LINEAR, (*LISTED, 0, None, ...)),
+    ("rope_type", LINEAR, (None, 1, ["linear"], {}, True, "yarn")),
+    ("type", {"factor": 2.0}, (None, 1, ["linear"], {}, True, "yarn")),
+    ("partial_rotary_factor", LINEAR, (*LISTED[:-3], True, [1], 0.5)),
+    ("low_freq_factor", STRETCHED, (*LISTED, 0, None, 5.0)),
+    ("high_freq_factor", STRETCHED, (*LISTED, 0, None, 0.5)),
+    ("original_max_position_embeddings", STRETCHED, (*WHOLE, None)),
+]
+
+
+def llama() -> dict[str, Any]:
+    """Settings that are right."""
+    return {**SMALL, "architectures": ["LlamaForCausalLM"]}
+
+
+def refused(name: str, told: dict[str, Any]) -> str:
+    """The sentence about config.json, after it went through a file."""
+    with pytest.raises(UsageError) as error:
+        config_of(json.loads(json.dumps(told)))
+    sentence = str(error.value)
+    assert sentence.startswith("config.json: ")
+    assert name in sentence and len(sentence) < 400
+    assert "not supported between" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize(("name", "values"), FIELDS, ids=[name for name, _ in FIELDS])
+def test_fields_of_config_json_are_checked(name: str, values: tuple[Any, ...]) -> None:
+    told = llama()
+    config_of(told)
+    for value in values:
+        refused(name, {**told, name: value})
+
+
+@pytest.mark.parametrize("form", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize(("name", "right", "values"), NESTED, ids=[name for name, *_ in NESTED])
+def test_fields_within_rope_scaling_are_checked(
+    name: str, right: dict[str, Any], values: tuple[Any, ...], form: str
+) -> None:
+    told = llama()
+    for value in values:
+        inner = {k: v for k, v in {**right, name: value}.items() if v is not ...}
+        sentence = refused(name, {**told, form: inner})
+        assert form in sentence
+    without = {k: v for k, v in STRETCHED.items() if k != "original_max_position_embeddings"}
+    for value in (*WHOLE, None):
+        wrong = {**told, "max_position_embeddings": value, form: without}
+        refused("max_position_embeddings", wrong)
+
+
+def test_a_sentence_has_the_field_the_value_and_what_is_right() -> None:
+    told = llama()
+    cases: list[tuple[dict[str, Any], str]] = [
+        (dict(rms_norm_eps="1e-5"), "rms_norm_eps '1e-5' must be a number from 1e-18 to 1"),
+        (dict(head_dim=10**400), "head_dim (a number of 1329 bits) must be a whole number from 1 to 4096"),
+        (dict(tie_word_embeddings="no"), "tie_word_embeddings 'no' must be true or false"),
+        (dict(rope_scaling={**LINEAR, "factor": "2"}), "rope_scaling.factor '2' must be a number from 1e-18 to 1e+18"),
+        (dict(rope_theta=[1e4]), "rope_theta [10000.0] must be a number from 1 to 1e+18"),
+    ]  # fmt: skip
+    for changes, sentence in cases:
+        assert refused("", {**told, **changes}) == f"config.json: {sentence}"
+
+
+def test_what_config_json_may_hold_is_taken() -> None:
+    told = llama()
+    taken: list[dict[str, Any]] = [
+        dict(rms_norm_eps=1e-6, rope_theta=500000, tie_word_embeddings=True, initializer_range=0),
+        dict(head_dim=None, num_key_value_heads=None, rope_scaling=None, rope_parameters=None),
+        dict(
+            rope_scaling={}, layer_types=None, partial_rotary_factor=1.0, quantization_config=None
+        ),
+        dict(attention_bias=None, layer_types=["full_attention"] * 2, use_sliding_window=False),
+    ]
+    for changes in taken:
+        config_of({**told, **changes})
+
+
+@pytest.mark.slow
+def test_the_largest_sizes_end_in_a_sentence(tmp_path: Path) -> None:
+    ours(tmp_path)
+    edit(
+        tmp_path, vocab_size=2**24, hidden_size=2**24, intermediate_size=2**24, head_dim=2**12,
+        num_attention_heads=2**12, num_key_value_heads=2**12, num_hidden_layers=10_000,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=r"embed_tokens.weight has the shape \[23, 16\]; \[16777"):
+        load(tmp_path)
+
+
+def test_config_json_that_is_no_json_is_named(tmp_path: Path) -> None:
+    ours(tmp_path)
+    for content in (b"\xff\xfe{", b"[" * 10**5, b'{"a": ' + b"9" * 5000 + b"}", b"", b"\0"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(UsageError, match="config.json cannot be read as JSON"):
+            load(tmp_path)
+    for text in ("[]", "5", "null", '"x"', "NaN"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UsageError, match="config.json holds .*; a JSON object is right"):
+            load(tmp_path)
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:

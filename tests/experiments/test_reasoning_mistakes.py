@@ -154,8 +154,8 @@ def test_a_reward_that_fails_ends_the_run_which_then_goes_on(
     for bad, sentence in {
         "1 / 0": "mine.py:mine' raised ZeroDivisionError: division by zero; the first of 8",
         "fine[1:]": "mine.py:mine' gave 7 values for 8 completions; the first of 8",
-        "['high'] * len(fine)": "mine.py:mine' gave 'high', where a number or None is right",
-        "None": "mine.py:mine' gave None for 8 completions",
+        "['high'] * len(fine)": "mine.py:mine' gave 'high' (str), where a number or None is right",
+        "None": "mine.py:mine' gave None (NoneType), where a list of 8 values is right",
     }.items():
         (tmp_path / "bad").write_text(bad)
         told = refused([*words, "--generations", "2"], capsys, code=1)

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from experiments.reasoning.pool import RewardPool
+from experiments.reasoning.guard import descendants
+from experiments.reasoning.pool import Batch, RewardPool
 from experiments.reasoning.rewards import RewardError, exact, format_, weighted
 from experiments.run.errors import UsageError
 
@@ -81,7 +83,7 @@ def test_rewards_keep_their_order() -> None:
 @pytest.mark.slow
 def test_whatever_a_completion_does_the_others_have_their_rewards() -> None:
     texts = ["a", "sleep", "bb", "memory", "hold", "ccc", "die", "dddd"]
-    with RewardPool(2, 2.0, act, task_size=4, memory_mb=4096) as pool:
+    with RewardPool(2, 2.0, act, task_size=4, memory_gib=1.0) as pool:
         batch = pool.submit(texts, texts).result()
         assert batch.rewards == [1.0, None, 2.0, None, None, 3.0, None, 4.0]
         assert batch.parts == {"act": batch.rewards}
@@ -129,12 +131,12 @@ def test_closing_ends_processes_that_are_at_work() -> None:
         2, 1000.0, weighted({"pid": (pid, 1.0), "act": (act, 0.0)}), task_size=1
     ) as pool:
         pids = {int(x) for x in pool.submit(["x"] * 20, ["x"] * 20).result().parts["pid"] if x}
-        processes = [worker.process for worker in pool._workers]
+        guards = [worker.process for worker in pool._workers]
+        assert pids <= {one for guard in guards for one in descendants(guard.pid)}
         late = pool.submit(["sleep"] * 5, ["x"] * 5)
         time.sleep(0.2)
         assert not late.done()
-    assert not any(process.is_alive() for process in processes)
-    assert pids <= {process.pid for process in processes}
+    assert [guard.poll() for guard in guards] == [0, 0]
     assert gone(pids)
     with pytest.raises(CancelledError):
         late.result()
@@ -184,9 +186,328 @@ def test_what_cannot_be_is_told() -> None:
         UsageError, match="a pool of -1 workers, 8 completions a task and 1.0 seconds"
     ):
         RewardPool(-1, 1.0, "exact")
+    for memory in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(
+            UsageError, match=f"memory_gib={memory} must be a positive number, or None"
+        ):
+            RewardPool(0, 1.0, "exact", memory_gib=memory)
     with pytest.raises(UsageError, match="there is no reward 'exat'; .*; did you mean 'exact'"):
         RewardPool(0, 1.0, "exat")
     with pytest.raises(
         RewardError, match="cannot be sent to a worker process .*at the top of a module"
     ):
         RewardPool(1, 1.0, lambda completions, answers: [])
+
+
+# ---------------------------------------------------------------- what a reward begins ends with it
+
+
+def note(folder: str) -> None:
+    """Leaves the number of this process in a folder."""
+    Path(folder, str(os.getpid())).touch()
+
+
+SLEEPER = [sys.executable, "-c", "import os, sys, time; open(sys.argv[1] + '/' + str(os.getpid()), 'w').close(); time.sleep(1000)"]  # fmt: skip
+
+
+def begin_others(folder: str) -> None:
+    """A fork, a program in a session of its own, and one whose parent has ended; waits for all three."""
+    if os.fork() == 0:
+        note(folder)
+        time.sleep(1000)
+    subprocess.Popen([*SLEEPER, folder], start_new_session=True, env={})
+    if (child := os.fork()) == 0:
+        subprocess.Popen([*SLEEPER, folder], start_new_session=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+    while len(os.listdir(folder)) < 3:
+        time.sleep(0.01)
+
+
+def begins_others(completions: list[str], answers: list[str], **_: Any) -> list[float]:
+    """Begins processes that note themselves in the folder of the answer, then does what it is told."""
+    for text, folder in zip(completions, answers, strict=True):
+        begin_others(folder)
+        act([text], [folder])
+    return [float(len(text)) for text in completions]
+
+
+def noted(folder: Path) -> set[int]:
+    return {int(name) for name in os.listdir(folder)}
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere they may step out of reach")
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["fine", "die", "sleep", "hold"])
+def test_all_that_a_reward_begins_ends_with_its_worker(text: str, tmp_path: Path) -> None:
+    with RewardPool(1, 3.0, begins_others) as pool:
+        batch = pool.submit([text], [str(tmp_path)]).result()
+        assert len(noted(tmp_path)) == 3
+        if text == "fine":
+            assert batch.rewards == [4.0]
+            assert not gone_now(noted(tmp_path))
+        else:
+            assert batch.failures == {"crash" if text == "die" else "timeout": 1}
+            assert gone_now(noted(tmp_path))
+    assert gone_now(noted(tmp_path))
+
+
+def gone_now(pids: set[int]) -> bool:
+    return not any(Path(f"/proc/{one}").exists() for one in pids)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["sleep", "hold"])
+def test_all_that_a_reward_begins_ends_with_the_run(text: str, tmp_path: Path) -> None:
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from experiments.reasoning.pool import RewardPool
+from test_reasoning_pool import begins_others
+pool = RewardPool(1, 1000.0, begins_others)
+pool.submit([{text!r}], [sys.argv[1]])
+time.sleep(1000)
+"""
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    run = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    for _ in range(600):
+        if len(noted(tmp_path)) == 3:
+            break
+        time.sleep(0.1)
+    run.kill()
+    run.wait()
+    assert len(noted(tmp_path)) == 3
+    assert gone(noted(tmp_path))
+
+
+def flees(completions: list[str], answers: list[str], **_: Any) -> list[float]:
+    """Begins a process that forks and ends, as does its child, and so on, in a session of their own."""
+    for folder in answers:
+        if os.fork() == 0:
+            os.setsid()
+            note(folder)
+            while not os.fork():
+                pass
+            os._exit(0)
+        while not os.listdir(folder):
+            time.sleep(0.01)
+    return [1.0 for _ in completions]
+
+
+@linux
+@pytest.mark.slow
+def test_processes_that_fork_faster_than_they_are_listed_end_too(tmp_path: Path) -> None:
+    with RewardPool(1, 20.0, flees) as pool:
+        assert pool.submit(["x"], [str(tmp_path)]).result().rewards == [1.0]
+        (group,) = noted(tmp_path)
+        time.sleep(0.2)
+        os.killpg(group, 0)  # they are there
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def kills_its_guard(completions: list[str], answers: list[str], **_: Any) -> list[float]:
+    if completions:
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(1000)
+    return []
+
+
+@pytest.mark.slow
+def test_a_reward_that_kills_its_guard_or_leaves_is_a_crash() -> None:
+    with RewardPool(1, 20.0, kills_its_guard) as pool:
+        assert pool.submit(["x"], [""]).result().failures == {"crash": 1}
+    with RewardPool(1, 20.0, leaves) as pool:
+        assert pool.submit(["x"], [""]).result().failures == {"crash": 1}
+
+
+def leaves(completions: list[str], answers: list[str], **_: Any) -> list[float]:
+    if completions:
+        sys.exit(0)
+    return []
+
+
+def forks(completions: list[str], answers: list[str], **_: Any) -> list[float]:
+    """Both processes return; the child gives other values."""
+    mine = os.fork() if completions else 1
+    return [float(text) if mine else -1.0 for text in completions]
+
+
+@pytest.mark.slow
+def test_a_child_that_returns_from_a_reward_answers_nothing() -> None:
+    with RewardPool(1, 20.0, forks, task_size=1) as pool:
+        batch = pool.submit([str(i) for i in range(20)], [""] * 20).result()
+    assert batch == Batch([float(i) for i in range(20)], {"forks": batch.rewards}, {})
+
+
+# ---------------------------------------------------------------- junk in the pipe
+
+
+def sockets() -> list[int]:
+    """File descriptors of this process's pipe."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                found.append(int(name))
+        except OSError:
+            pass
+    return found
+
+
+FORGED = {"number": 2, "rewards": [9.0], "parts": {"writes": [9.0]}}
+JUNK = {
+    "text": b"hello", "a line": b"hello\n", "half an answer": json.dumps(FORGED).encode()[:20],
+    "bytes": bytes(range(256)), "a length of gigabytes": b"\x7f\xff\xff\xff", "brackets": b"[" * 10**5,
+    "no object": b"[1]\n", "null": b"null\n", "megabytes": b"x" * 10**7,
+    "another question's": json.dumps({**FORGED, "number": 1}).encode() + b"\n",
+    "two answers": 2 * (json.dumps(FORGED).encode() + b"\n"),
+    **{
+        f"values {wrong}": json.dumps({**FORGED, "rewards": wrong}).encode() + b"\n"
+        for wrong in (None, [], [1.0, 2.0], ["1"], [True], [float("nan")], {"0": 1.0}, [[1.0]])
+    },
+    "other parts": json.dumps({**FORGED, "parts": {"others": [9.0]}}).encode() + b"\n",
+    "no parts": json.dumps({**FORGED, "parts": None}).encode() + b"\n",
+    "another failure": json.dumps({"number": 2, "failure": "timeout"}).encode() + b"\n",
+    "an error that is no text": json.dumps({"number": 2, "error": 5}).encode() + b"\n",
+}  # fmt: skip
+
+
+def writes(completions: list[str], answers: list[str], **_: Any) -> list[float]:
+    for text in completions:
+        if text in JUNK:
+            for one in sockets():
+                left = JUNK[text]
+                while left:
+                    left = left[os.write(one, left) :]
+            time.sleep(1000)
+        if text == "close":
+            os.closerange(3, 100)
+        if text == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if text == "later" and os.fork() == 0:
+            time.sleep(0.5)
+            for one in sockets():
+                os.write(one, b"later\n")
+            os._exit(0)
+    return [float(len(text)) for text in completions]
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("case", JUNK)
+def test_junk_in_the_pipe_is_a_crash_of_its_reward_alone(case: str) -> None:
+    with RewardPool(1, 1.0, writes, task_size=1) as pool:
+        batch = pool.submit([case, "fine"], ["", ""]).result()
+    assert batch.rewards == [None, 4.0]
+    # Where more may come, it was waited for.
+    assert batch.failures == {"crash": 1}
+
+
+@linux
+@pytest.mark.slow
+def test_pipes_that_are_closed_stopped_or_written_to_later() -> None:
+    with RewardPool(1, 2.0, writes, task_size=1) as pool:
+        batch = pool.submit(["close", "fine", "stop", "fine"], [""] * 4).result()
+        assert batch.rewards == [None, 4.0, None, 4.0]
+        assert batch.failures == {"crash": 1, "timeout": 1}
+        # More than a stopped process's pipe takes in: what is sent has a limit of time, too.
+        batch = pool.submit(["stop", "x" * 10**7], ["", ""]).result()
+        assert batch.rewards == [None, 1e7]
+        assert pool.submit(["later"], [""]).result().rewards == [5.0]
+        time.sleep(1)
+        assert pool.submit(["fine"], [""]).result() == ([4.0], {"writes": [4.0]}, {})
+
+
+def test_large_batches_go_through_the_pipe() -> None:
+    texts, level = ["x" * 1000] * 3000, [1 / 3] * 3000
+    with RewardPool(1, 60.0, column, task_size=3000) as pool:
+        assert pool.submit(texts, texts, level=level).result().rewards == level
+
+
+# ---------------------------------------------------------------- memory, signals
+
+
+def takes(completions: list[str], answers: list[str], **_: Any) -> list[float]:
+    """Takes so many MiB, in this process or in another."""
+    out = []
+    for text, where in zip(completions, answers, strict=True):
+        if where == "here":
+            bytearray(int(text) * 2**20)
+            out.append(1.0)
+        else:
+            words = [sys.executable, "-c", f"bytearray({text} * 2**20)"]
+            out.append(float(subprocess.run(words, stderr=subprocess.DEVNULL).returncode == 0))
+    return out
+
+
+@linux
+@pytest.mark.slow
+def test_the_limit_of_memory_is_beyond_what_a_worker_holds() -> None:
+    with RewardPool(1, 30.0, takes, memory_gib=0.5, task_size=4) as pool:
+        batch = pool.submit(["300", "700", "300"], ["here"] * 3).result()
+        assert (batch.rewards, batch.failures) == ([1.0, None, 1.0], {"memory": 1})
+        # Others that it begins have the limit for themselves.
+        assert pool.submit(["1000", "100"], ["there"] * 2).result().rewards == [0.0, 1.0]
+    with RewardPool(1, 30.0, takes, memory_gib=None) as pool:
+        assert pool.submit(["1000"], ["here"]).result().rewards == [1.0]
+
+
+def ends_a_program(completions: list[str], answers: list[str], **_: Any) -> list[float]:
+    """How a program ends that is sent SIGTERM."""
+    out = []
+    for _ in completions:
+        program = subprocess.Popen(["sleep", "1000"])
+        program.terminate()
+        out.append(float(program.wait()))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_that_ask_to_stop_do_nothing_in_workers(number: signal.Signals) -> None:
+    with RewardPool(1, 60.0, pid) as pool:
+        guard = pool._workers[0].process
+        os.kill(guard.pid, number)  # while it starts, too
+        (worker,) = pool.submit(["x"], [""]).result().rewards
+        assert worker is not None
+        for one in (guard.pid, int(worker)):
+            os.kill(one, number)
+        assert pool.submit(["x"], [""]).result().rewards == [worker]
+        assert os.getpgid(guard.pid) != os.getpgid(0)
+        assert os.getpgid(int(worker)) == int(worker)
+    with RewardPool(1, 60.0, ends_a_program) as pool:
+        assert pool.submit(["x"], [""]).result().rewards == [-signal.SIGTERM]
+
+
+@pytest.mark.slow
+def test_a_main_module_that_makes_a_pool_when_it_is_imported_is_told(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "from experiments.reasoning.pool import RewardPool\n"
+        "def one(completions, answers):\n    return [1.0] * len(completions)\n"
+        "with RewardPool(1, 60.0, one) as pool:\n    print(pool.submit(['a'], ['']).result().rewards)\n"
+    )
+    words = [sys.executable, str(tmp_path / "program.py")]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    told = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 1
+    assert "a worker process cannot load the reward: RuntimeError" in told.stderr
+
+
+def test_descendants_are_children_and_theirs() -> None:
+    code = "import subprocess, time; print(subprocess.Popen(['sleep', '100']).pid, flush=True); time.sleep(100)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    grandchild = int(child.stdout.readline())
+    try:
+        assert descendants(child.pid) == {grandchild: os.getpgid(0)}
+        assert {child.pid, grandchild} <= set(descendants(os.getpid()))
+        assert os.getpid() not in descendants(os.getpid())
+    finally:
+        os.kill(grandchild, signal.SIGKILL)
+        child.kill()
+        child.communicate()

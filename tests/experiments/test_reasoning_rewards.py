@@ -5,17 +5,32 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.reasoning import rewards
 from experiments.reasoning.arithmetic import ExpressionError, evaluate, numbers_used
-from experiments.reasoning.rewards import RewardError, call, extract, load, number, tagged, weighted
+from experiments.reasoning.rewards import (
+    LARGEST,
+    RewardError,
+    call,
+    extract,
+    load,
+    number,
+    tagged,
+    weighted,
+)
 from experiments.run.errors import UsageError
 
 # ---------------------------------------------------------------- arithmetic
@@ -229,8 +244,8 @@ def test_weighted_sums_and_keeps_apart() -> None:
     ("gives", "words"),
     [
         ([1.0], "the reward 'bad' gave 1 values for 2 completions; .*'first', the right answer 'x'"),
-        (1.0, "the reward 'bad' gave 1.0 for 2 completions"),
-        ([1.0, "2"], "the reward 'bad' gave '2', where a number or None is right"),
+        (1.0, r"the reward 'bad' gave 1.0 \(float\), where a list of 2 values is right; the first of 2"),
+        ([1.0, "2"], r"the reward 'bad' gave '2' \(str\), where a number or None is right; the first of 2"),
         (KeyError("k"), "the reward 'bad' raised KeyError: 'k'; the first of 2 completions was 'first'"),
     ],
 )  # fmt: skip
@@ -245,12 +260,116 @@ def test_a_reward_that_fails_is_told(gives: Any, words: str) -> None:
             call(reward, ["first", "second"], ["x", "y"], {})
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
-    import numpy as np
+def gives(values: Any, completions: int = 2) -> list[float | None]:
+    """What `call` makes of the values that a reward gives."""
+    texts = ["first", "second", "third", "fourth"][:completions]
+    return call(lambda completions, answers: values, texts, ["right"] * completions, {}).rewards
 
-    scores = call(lambda completions, answers: np.array([1, 0]), ["a", "b"], ["", ""], {})
-    assert scores.rewards == [1.0, 0.0]
-    assert all(type(x) is float for x in scores.rewards)
+
+HUGE = 10**400
+# What a reward may give for two completions, and what counts.
+NUMBERS: dict[str, tuple[Callable[[], Any], list[float | None]]] = {
+    "numbers": (lambda: [1, 0.5], [1.0, 0.5]),
+    "truth": (lambda: (True, False), [1.0, 0.0]),
+    "None": (lambda: [None, 1], [None, 1.0]),
+    "fractions": (lambda: [Fraction(1, 2), Fraction(HUGE, HUGE // 2)], [0.5, 2.0]),
+    "decimals": (lambda: [Decimal("0.5"), Decimal("sNaN")], [0.5, None]),
+    "not finite": (lambda: [float("nan"), -float("inf")], [None, None]),
+    "not finite, NumPy": (lambda: np.array([np.nan, np.inf]), [None, None]),
+    "more than a float": (lambda: [-HUGE, Decimal(HUGE)], [None, None]),
+    "more than a float, a fraction": (lambda: [Fraction(HUGE, 3), 1], [None, 1.0]),
+    "more than a float32": (lambda: [1e39, -3.4028235677973366e38], [None, None]),
+    "the largest float32": (lambda: [LARGEST, -LARGEST], [LARGEST, -LARGEST]),
+    "less than a float": (lambda: [Fraction(1, HUGE), 5e-324], [0.0, 5e-324]),
+    "an equality of arrays": (lambda: np.array(["a", "b"]) == np.array(["a", "c"]), [1.0, 0.0]),
+    "np.bool_": (lambda: [np.bool_(True), np.bool_(False)], [1.0, 0.0]),
+    "scalars of NumPy": (lambda: [np.float16(0.5), np.uint8(3)], [0.5, 3.0]),
+    "long doubles": (lambda: np.array([1, "1e400"], np.longdouble), [1.0, None]),
+    "bfloat16": (lambda: np.array([1.5, 2], ml_dtypes.bfloat16), [1.5, 2.0]),
+    "an array": (lambda: np.array([1, 0]), [1.0, 0.0]),
+    "arrays without axes": (lambda: [np.array(1.0), np.array(True)], [1.0, 1.0]),
+    "an array of objects": (lambda: np.array([None, Fraction(1, 2)], object), [None, 0.5]),
+    "a masked entry": (lambda: np.ma.array([1.0, 7.0], mask=[False, True]), [1.0, None]),
+    "an array of JAX": (lambda: jnp.array([1.0, 0.0]), [1.0, 0.0]),
+    "scalars of JAX": (lambda: [jnp.bfloat16(2), jnp.array(False)], [2.0, 0.0]),
+    "a range": (lambda: range(2), [0.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_numbers_of_all_kinds_count(case: str) -> None:
+    make, right = NUMBERS[case]
+    found = gives(make())
+    assert found == right
+    assert all(x is None or type(x) is float for x in found)
+
+
+def test_numbers_of_other_libraries_count() -> None:
+    torch, sympy = pytest.importorskip("torch"), pytest.importorskip("sympy")
+    assert gives(torch.tensor([1.0, float("nan")], requires_grad=True)) == [1.0, None]
+    assert gives([torch.tensor(2), torch.tensor(True)]) == [2.0, 1.0]
+    assert gives([sympy.Integer(3), sympy.Rational(1, 2)]) == [3.0, 0.5]
+    with pytest.raises(RewardError, match=r"gave sqrt\(2\) .*a number or None is right"):
+        gives([sympy.sqrt(2), 1])
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+# What is no list of two numbers, and how it is named.
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "a dict": (lambda: {0: 1.0, 1: 2.0}, r"gave {0: 1.0, 1: 2.0} \(dict\), where a list of 2 values"),
+    "a set": (lambda: {1.0, 2.0}, r"\(set\), where a list of 2 values"),
+    "text": (lambda: "10", r"gave '10' \(str\), where a list of 2 values"),
+    "bytes": (lambda: b"10", r"\(bytes\), where a list of 2 values"),
+    "None": (lambda: None, r"gave None \(NoneType\), where a list of 2 values"),
+    "a generator": (lambda: (x for x in [1, 2]), r"\(generator\), where a list of 2 values"),
+    "an array without axes": (lambda: np.array(1.0), r"\(ndarray\), where a list of 2 values"),
+    "a number of JAX": (lambda: jnp.array(1.0), r"where a list of 2 values"),
+    "too many": (lambda: np.zeros(3), "gave 3 values for 2 completions"),
+    "numbers as text": (lambda: ["1", "0"], r"gave '1' \(str\), where a number or None is right"),
+    "an array of text": (lambda: np.array(["1", "0"]), r"where a number or None is right"),
+    "complex": (lambda: [1, 1j], r"gave 1j \(complex\), where a number or None is right"),
+    "complex of NumPy": (lambda: np.array([1, 1j]), r"where a number or None is right"),
+    "complex of JAX": (lambda: jnp.array([1, 1j]), r"where a number or None is right"),
+    "nested": (lambda: [[1.0], [0.0]], r"gave \[1.0\] \(list\), where a number or None is right"),
+    "a column": (lambda: np.zeros((2, 1)), r"gave array\(\[0.\]\) \(ndarray\), where a number"),
+    "dicts": (lambda: [{"score": 1}, {}], r"gave {'score': 1} \(dict\), where a number or None"),
+    "spans of time": (lambda: np.array([1, 2], "timedelta64[ns]"), "where a number or None is right"),
+    "dates": (lambda: np.array(["2020", "2021"], "datetime64[ns]"), "where a number or None is right"),
+    "a key of JAX": (lambda: [jax.random.key(0), 1], "where a number or None is right"),
+    "an array within itself": (lambda: [itself(), 1], "where a number or None is right"),
+    "what does not print": (lambda: [Unprintable(), 1], "gave a value of the type Unprintable, where"),
+    "what is too large to print": (lambda: [[10**5000], 1], "gave a value of the type list, where"),
+    "what is long": (lambda: ["x" * 10**6, 1], r"gave 'x{96}\.\.\. \(str\), where"),
+}  # fmt: skip
+
+
+def itself() -> np.ndarray:
+    array = np.empty((), object)
+    array[()] = array
+    return array
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_number_is_told(case: str) -> None:
+    make, words = WRONG[case]
+    with pytest.raises(
+        RewardError,
+        match=f"the reward '<lambda>' (?s:.*){words}.*'first', the right answer 'right'",
+    ):
+        gives(make())
+
+
+def test_a_sum_that_is_too_large_is_no_score() -> None:
+    level: Any = lambda completions, answers, *, level: level
+    reward = weighted({"a": (level, 2.0), "b": (level, 2.0)})
+    scores = call(reward, ["x", "y"], ["", ""], {"level": [LARGEST / 2, 1.0]})
+    assert scores.rewards == [None, 4.0]
+    huge = weighted({"a": (level, 1e308)})
+    assert call(huge, ["x"], [""], {"level": [10.0]}).rewards == [None]
 
 
 # ---------------------------------------------------------------- a user's own

@@ -145,3 +145,27 @@ def test_sigterm_saves_and_says_run_me_again(tmp_path: Path) -> None:
     assert f"Stopped by SIGTERM after {done} generations" in told
     assert "Run the same command again" in told
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_group_of_processes_saves(tmp_path: Path) -> None:
+    """Workers of Gymnasium get it too, and go on until the run has saved."""
+    command = [*COMMANDS["gymnasium"], "--workers", "2", "--run-dir", str(tmp_path / "run")]
+    code = "import sys; from experiments.run.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *command, "--generations", "4000"],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while rows(tmp_path / "run") < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    told = finish(process, code=75)
+    assert f"Stopped by SIGTERM after {rows(tmp_path / 'run')} generations" in told
+    # The process of multiprocessing that cleans up ends a little later.
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)

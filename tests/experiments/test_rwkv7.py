@@ -348,8 +348,26 @@ def test_wrong_tensors_are_named(change: Callable, words: str, params: Any, tmp_
     ("changes", "words"),
     [
         ({"model_type": "llama"}, "has the model_type 'llama'; 'rwkv7' is right"),
-        ({"hidden_size": "16"}, "{'hidden_size': '16'}; whole numbers for"),
-        ({"rope": 1}, "not exactly rope; whole numbers for"),
+        ({"hidden_size": "16"}, "config.json: hidden_size '16' must be a whole number from 1"),
+        ({"hidden_size": True}, "config.json: hidden_size True must be a whole number"),
+        ({"head_dim": 8.0}, "config.json: head_dim 8.0 must be a whole number"),
+        ({"head_dim": None}, "config.json: head_dim None must be a whole number"),
+        ({"intermediate_size": 0}, "config.json: intermediate_size 0 must be a whole number"),
+        ({"vocab_size": -1}, "config.json: vocab_size -1 must be a whole number"),
+        (
+            {"num_hidden_layers": 10**30},
+            "config.json: num_hidden_layers 1000.* must be a whole number",
+        ),
+        (
+            {"gate_low_rank_dim": [8]},
+            r"config.json: gate_low_rank_dim \[8\] must be a whole number",
+        ),
+        (
+            {"a_low_rank_dim": float("nan")},
+            "config.json: a_low_rank_dim nan must be a whole number",
+        ),
+        ({"vocab_size": ...}, "config.json: vocab_size is missing; it must be a whole number"),
+        ({"rope": 1}, "config.json: rope is no setting of RWKV-7; a_low_rank_dim, .* are"),
         ({"hidden_size": 17}, "hidden_size 17 is no multiple of head_dim 8"),
     ],
 )
@@ -358,14 +376,15 @@ def test_wrong_settings_are_named(
 ) -> None:
     save(tmp_path, CONFIG, params)
     content = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**content, **changes}))
+    content = {k: v for k, v in {**content, **changes}.items() if v is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(UsageError, match=words):
         load(tmp_path)
 
 
 def test_files_that_are_missing_or_torn_are_named(params: Any, tmp_path: Path) -> None:
     assert not is_folder(tmp_path)
-    with pytest.raises(UsageError, match="config.json cannot be read as JSON"):
+    with pytest.raises(UsageError, match="is not a folder of a model: it has no config.json"):
         load(tmp_path)
     save(tmp_path, CONFIG, params)
     file = tmp_path / "model.safetensors"

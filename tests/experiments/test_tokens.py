@@ -87,9 +87,12 @@ def test_a_folder_says_what_is_wrong_with_it(folder: Path) -> None:
     write(folder / "tokenizer_config.json")
     with refused("names no token that ends a text"):
         from_folder(folder)
-    write(folder / "generation_config.json", eos_token_id="0")
-    with refused("eos_token_id '0' must be whole numbers"):
-        from_folder(folder)
+    for wrong in ("0", True, [1, False], 1.0, -1, 10**30, {"id": 0}, [[0]], float("nan")):
+        for name in ("generation_config.json", "config.json"):
+            write(folder / name, eos_token_id=wrong)
+            with refused(f"{name}: eos_token_id .* must be a token's number, or a list of them"):
+                from_folder(folder)
+            (folder / name).unlink()
     (folder / "tokenizer.json").write_text("{}")
     with refused("tokenizer.json is not a tokenizer"):
         from_folder(folder)
@@ -151,3 +154,98 @@ def test_hostile_templates_end_in_a_sentence(
 def test_without_a_template_there_is_no_chat() -> None:
     with pytest.raises(UsageError, match="has no chat_template: use a plain prompt"):
         bytes_tokenizer().chat(MESSAGES)
+
+
+# ---------------------------------------------------------------- the environment of templates
+
+TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": "2+2 <b>"},
+    {"role": "assistant", "content": "é\n4", "calls": [{"name": "f", "arguments": {"b": 1, "a": [None, True]}}]},
+    {"role": "user", "content": "3+3"},
+    {"role": "assistant", "content": "6"},
+]  # fmt: skip
+# Each is rendered with TALK, here and by transformers.
+ENVIRONMENT = {
+    "generation": "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
+    "generation, spaces cut": "{%- for m in messages -%}\n  {%- generation -%}\n  {{ m.content }}\n  {%- endgeneration -%}\n{%- endfor -%}",
+    "generation on lines of its own": "{% for m in messages %}\n  {% generation %}\n  {{ m.content }}\n  {% endgeneration %}\n{% endfor %}\n",
+    "generation, assignments inside": "{% set x = 1 %}{% generation %}{% set x = x + 1 %}{{ x }}{% endgeneration %}{{ x }}",
+    "generation, a namespace inside": "{% set n = namespace(x=1) %}{% generation %}{% set n.x = n.x + 1 %}{% endgeneration %}{{ n.x }}",
+    "generation, the loop inside": "{% for m in messages %}{% generation %}{{ loop.index }}{% if loop.last %}.{% endif %}{% endgeneration %}{% endfor %}",
+    "generation in a generation": "{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}",
+    "generation around a loop": "{% generation %}{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}{% endgeneration %}",
+    "generation in a macro": "{% macro say(m) %}{% generation %}{{ m.content }}{% endgeneration %}{% endmacro %}{{ say(messages[1]) | trim }}",
+    "generation of nothing": "a{% generation %}{% endgeneration %}b",
+    "a name called generation": "{% set generation = 3 %}{{ generation }}",
+    "tojson": "{{ messages | tojson }}",
+    "tojson, ascii": "{{ messages | tojson(ensure_ascii=True) }}",
+    "tojson, no ascii": "{{ messages | tojson(ensure_ascii=False) }}",
+    "tojson, indent": "{{ messages | tojson(indent=2) }}",
+    "tojson, indent of text": "{{ messages | tojson(indent='\t') }}",
+    "tojson, separators": "{{ messages | tojson(separators=(',', ':')) }}",
+    "tojson, sorted": "{{ messages | tojson(sort_keys=True, indent=1) }}",
+    "tojson by place": "{{ messages | tojson(true, 4, (', ', ' : '), true) }}",
+    "break and continue": "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}{{ m.content }}{% break %}{% endfor %}",
+    "year": "{{ strftime_now('%Y') }}",
+    "trimmed blocks": "a\n    {% if true %}\n    b\n    {% endif %}\nc\n",
+    "dict": "{{ dict(messages[0], more=1) | tojson }}{{ dict([('a', 1)]) }}{{ dict.fromkeys(['k']) }}{{ dict.fromkeys('ab', 2) }}",
+    "namespace": "{% set n = namespace(a=1) %}{% set n.b = 2 %}{{ n.a + n.b }}",
+    "namespace of an object": "{% set n = namespace({'a': 1}, b=2) %}{{ n.a + n.b }}",
+    "undefined": "[{{ nothing }}]{{ messages[0].nothing is defined }}",
+    "joined": "{{ messages | map(attribute='role') | unique | join(',') }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ENVIRONMENT)
+def test_templates_render_as_with_transformers(case: str) -> None:
+    utils = pytest.importorskip("transformers.utils.chat_template_utils")
+    template = ENVIRONMENT[case]
+    (right,), _ = utils.render_jinja_template([TALK], chat_template=template)
+    assert bytes_with(template).chat(TALK, add_generation_prompt=False) == right
+
+
+def test_what_templates_write() -> None:
+    render = lambda template: bytes_with(template).chat([{"role": "user", "content": "é"}])
+    assert render("{% generation %}a{{ messages[0].content }}{% endgeneration %}b") == "aéb"
+    assert render("{{ messages[0] | tojson(ensure_ascii=False) }}") == (
+        '{"role": "user", "content": "é"}'
+    )
+    assert render("{{ [1, 2] | tojson(separators=(',', ':')) }}") == "[1,2]"
+    assert render("{{ {'b': 'é', 'a': 1} | tojson(true, none, none, true) }}") == (
+        '{"a": 1, "b": "\\u00e9"}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% generation %}a", "endgeneration"),
+        ("a{% endgeneration %}", "endgeneration"),
+        ("{% set n = namespace(__class__=1) %}", "'__class__' in a namespace must not begin"),
+        ("{% set n = namespace() %}{% set n._a = 1 %}", "'_a' in a namespace must not begin"),
+        ("{{ dict.update(messages[0], content='') }}", "no attribute 'update'|is unsafe"),
+        ("{{ messages | tojson(ident=2) }}", "unexpected keyword argument 'ident'"),
+        ("{% generation %}{% for i in range(99999) %}{{ 'ab' * 99 }}{% endfor %}{% endgeneration %}", "more than"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_templates_are_told(template: str, words: str) -> None:
+    messages = [{"role": "user", "content": "é"}]
+    with pytest.raises(UsageError, match=f"the chat_template fails on these messages: .*({words})"):
+        bytes_with(template).chat(messages)
+    assert messages == [{"role": "user", "content": "é"}]
+
+
+@pytest.mark.parametrize(
+    "found", [5, {"default": "x"}, ["x"], [{"name": "default", "template": 5}]]
+)
+def test_a_template_that_is_no_text_is_named(folder: Path, found: Any) -> None:
+    write(folder / "tokenizer_config.json", eos_token="<|endoftext|>", chat_template=found)
+    with pytest.raises(
+        UsageError, match=r"tokenizer_config.json: chat_template is .*; it must be a text"
+    ):
+        from_folder(folder)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(
+        UsageError, match=r"chat_template.jinja cannot be read as text in UTF-8: 'utf-8"
+    ):
+        from_folder(folder)
