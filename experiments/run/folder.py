@@ -83,7 +83,7 @@ def _held_run_folder(driver: str, settings: RunSettings) -> Iterator[None]:
     config = {"driver": driver, **to_json(settings)}
     with contextlib.ExitStack() as stack:
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             stack.enter_context(held(path))
             if settings.overwrite:
                 _remove_run(path)
@@ -181,7 +181,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that it is never seen half-written: a neighbour first, then a rename.
+    """Write a file so that it is never seen half-written: a neighbour first, then a rename; synced.
 
     Raises:
         RunError: if it cannot be written; nothing of it is left then.
@@ -194,6 +194,29 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Returns when what is in a file would survive a loss of power."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def sync_folder(path: Path) -> None:
+    """Returns when the names in a folder, as after a rename, would survive a loss of power."""
+    sync_file(path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it that are missing, so that they would survive a loss of power."""
+    made = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in made:
+        sync_folder(one.parent)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
