@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from experiments.reasoning.rewards import Reward, RewardError, call, load, names
 from experiments.run.errors import UsageError
+from experiments.run.stopping import ignore_signals, shielded
 
 # Seconds for a new process to import what its reward needs.
 START_S = 300.0
@@ -240,7 +241,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
         self.process = context.Process(target=work, args=(there, memory_mb), daemon=True)
-        self.process.start()
+        with shielded():
+            self.process.start()
         there.close()
         self.warm = False
         try:
@@ -274,8 +276,7 @@ class Worker:
 
 def work(pipe: Connection, memory_mb: int | None) -> None:
     """What a worker process does until its pipe closes."""
-    # Ctrl-C reaches the whole group of processes; it is the main one that decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_signals()
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # One process is one core, and threads of BLAS that wait would take address space.
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")

@@ -1,5 +1,6 @@
 """Processes that step Gymnasium environments; nothing here imports JAX, so that they start fast."""
 
+import atexit
 import multiprocessing
 import weakref
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.run.errors import RunError, UsageError
+from experiments.run.stopping import ignore_signals, shielded
 
 
 class Workers:
@@ -42,11 +44,14 @@ class Workers:
         for size in self._sizes:
             here, there = context.Pipe()
             process = context.Process(target=work, args=(there, name, size), daemon=True)
-            process.start()
+            with shielded():
+                process.start()
             there.close()
             self._pipes.append(here)
             self.processes.append(process)
         self.close = weakref.finalize(self, end, self._pipes, self.processes)
+        # Before multiprocessing waits for them at the end, which they would not notice.
+        atexit.register(self.close)
 
     def reset(self, seeds: Sequence[int]) -> np.ndarray:
         """First observations of new episodes, float32 [environments, observations]."""
@@ -97,12 +102,9 @@ def end(pipes: Sequence[Connection], processes: Sequence[Any]) -> None:
 
 def work(pipe: Connection, name: str, size: int) -> None:
     """What a worker process does until its pipe closes."""
-    import signal
-
+    ignore_signals()
     import gymnasium
 
-    # Ctrl-C reaches the whole group of processes; it is the main one that decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     environments = [gymnasium.make(name) for _ in range(size)]
     observations = np.zeros((size, *shape_of(environments[0].observation_space)), np.float32)
     over = np.ones(size, bool)
