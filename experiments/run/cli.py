@@ -78,7 +78,8 @@ def _run(name: str, args: Sequence[str]) -> int:
 
 def notes(error: BaseException) -> list[str]:
     """What else went wrong while an error was on its way."""
-    return getattr(error, "__notes__", [])
+    # JAX adds one about its own frames, below a line.
+    return [note for note in getattr(error, "__notes__", []) if not note.startswith("-----")]
 
 
 def usage() -> str:

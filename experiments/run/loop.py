@@ -30,7 +30,7 @@ from experiments.run import agreement, hosts
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import Interrupted, RunError
 from experiments.run.loggers import loggers
-from experiments.run.metrics import MetricsFile, Row, plain
+from experiments.run.metrics import MetricsFile, Row, expect_names, plain
 from experiments.run.progress import Progress
 from experiments.run.settings import RunSettings
 from experiments.run.stopping import stop_requests
@@ -115,6 +115,7 @@ class Record:
                 hosts.say(f"Continuing {settings.run_dir} at generation {self.generation}.")
             path = folder / "metrics.jsonl"
             self._metrics = stack.enter_context(MetricsFile(path, self.generation))
+            expect_names(path, self._metrics.rows, job.measured)
             self._log = stack.enter_context(loggers(settings, folder, self.generation))
             self._stack = stack.pop_all()
         self._last_save = time.monotonic()
