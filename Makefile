@@ -8,13 +8,14 @@ ARGS ?=
 # Test processes; each one imports JAX anew, so more than cores only cost.
 WORKERS ?= 2
 
-.PHONY: help setup demo test quick oracles lint types bench soak constraints clean
+.PHONY: help setup demo test quick fuzz oracles lint types bench soak constraints clean
 
 help:
 	@echo "make setup   fill $(VENV) with the project and all that it needs"
 	@echo "make demo    train a CartPole policy without backpropagation; about a minute, most of it setup"
 	@echo "make test    all tests, doctests and notebooks (ARGS='-k noise' to choose)"
 	@echo "make quick   the same without those that take longest (tests/slow.txt)"
+	@echo "make fuzz    files of runs, damaged 1,000 times (ARGS='--count 5000 --seed 1')"
 	@echo "make oracles packages that some tests need (torch, its optimizers and models, wandb) and are skipped without"
 	@echo "make lint    ruff            make types   mypy"
 	@echo "make bench   ratios of speed, in one run on this machine"
@@ -43,6 +44,10 @@ test: setup
 # A marker of a later -m takes the place of the one in pyproject.toml.
 quick: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not soak and not slow' $(ARGS)
+
+# A tenth of it is among the tests.
+fuzz: setup
+	JAX_PLATFORMS=cpu $(BIN)/python tests/experiments/fuzz_files.py $(ARGS)
 
 # What some tests compare with or log to, where it is installed: other people's optimizers and models, W&B. PyTorch
 # first, by itself: what needs any PyTorch then finds this one. It asks for a newer setuptools than the pinned.

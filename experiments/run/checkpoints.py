@@ -1,12 +1,17 @@
 """States on disk, by orbax: the two newest, written beside the training, read back with care.
 
-Several processes save and restore jointly: each writes what its devices hold, into one folder.
+A checkpoint counts as saved once all of it is synced, its name too; the older ones stay until then. What is
+read back is compared with digests of what was saved (:mod:`digests`).
+
+Several processes save and restore jointly: each writes what its devices hold, into one folder, and all use
+the same checkpoint.
 """
 
 import contextlib
+import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from experiments.run import agreement, hosts
+from experiments.run import agreement, digests, hosts
 from experiments.run.errors import RunError
+from experiments.run.folder import sync_folder
 
 KEPT = 2
+
+
+class _Found(IntEnum):
+    """What a process found of a checkpoint."""
+
+    SOUND = 0
+    DIFFERS = 1  # from its digests
+    UNREAD = 2  # the reader raised an error
 
 
 class Checkpoints:
@@ -34,9 +48,11 @@ class Checkpoints:
 
         import orbax.checkpoint as ocp
 
+        from experiments.run import saving
+
         # Of every save and restore orbax tells at length.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        self._ocp = ocp
+        self._ocp, self._saving = ocp, saving
         self._path = path.absolute()
         self._read_only = read_only
         self._manager: Any = None
@@ -49,11 +65,14 @@ class Checkpoints:
                 self._manager = self._ocp.CheckpointManager(
                     self._path,
                     options=self._ocp.CheckpointManagerOptions(
-                        max_to_keep=KEPT, read_only=self._read_only
+                        max_to_keep=KEPT,
+                        read_only=self._read_only,
+                        temporary_path_class=self._saving.SyncedPath,
                     ),
                     item_handlers={
                         "state": self._ocp.StandardCheckpointHandler(),
                         "totals": self._ocp.JsonCheckpointHandler(),
+                        digests.FOLDER: self._saving.DigestHandler(),
                     },
                 )
         return self._manager
@@ -61,7 +80,7 @@ class Checkpoints:
     def _clear_unfinished(self) -> None:
         """Removes what a killed process was still writing: orbax renames what is whole."""
         if hosts.first():
-            for path in self._path.glob(f"*{self._ocp.utils.TMP_DIR_SUFFIX}*"):
+            for path in self._path.glob(f"*{self._saving.UNFINISHED}*"):
                 shutil.rmtree(path)
         agreement.sync("cleared")
 
@@ -82,7 +101,9 @@ class Checkpoints:
             manager.save(
                 generation,
                 args=args.Composite(
-                    state=args.StandardSave(state), totals=args.JsonSave(dict(totals))
+                    state=args.StandardSave(state),
+                    totals=args.JsonSave(dict(totals)),
+                    **{digests.FOLDER: self._saving.DigestSave(state)},
                 ),
             )
 
@@ -118,7 +139,7 @@ class Checkpoints:
           RunError: for a checkpoint of a state of other shapes, where there are checkpoints and none can be
             read, or where several processes can read different ones; nothing is moved then.
         """
-        tell = tell or (lambda sentence: print(sentence, file=sys.stderr))
+        tell = tell or hosts.say
         if not agreement.agreed(self._path.is_dir()):
             return None
         wanted = jax.eval_shape(start)
@@ -127,34 +148,29 @@ class Checkpoints:
         shapes = jax.tree.map(_stored, wanted, jax.tree.broadcast(place, wanted))
         if on_host:
             shapes = jax.tree.map(_of_numpy, shapes)
-        generations = sorted(self._open().all_steps(), reverse=True)
+        generations = self._generations()
         agreement.same(max(generations, default=-1), "the newest checkpoint")
         damaged: dict[int, str] = {}
-        found = None
         for generation in generations:
-            try:
-                found = self._read(generation, shapes)
+            found, reason = self._read(generation, shapes)
+            if found is not None:
                 break
-            except RunError:
-                raise
-            # Orbax, its readers and decoders raise errors of a dozen types for damaged files.
-            except Exception as error:
-                if hosts.tells_of_loss(error):
-                    raise
-                damaged[generation] = _first_line(error)
-        agreement.same(found[0] if found else -1, "the newest checkpoint that can be read")
-        if found is None:
+            if self._read_only and not (self._path / str(generation)).exists():
+                # The run beside has saved a newer one and removed this.
+                return self.restore(start, tell, place, on_host)
+            damaged[generation] = reason
+        else:
             if damaged:
                 raise RunError(
-                    f"none of the checkpoints in {self._path} can be read (the newest: "
+                    f"none of the checkpoints in {self._path} can be used (the newest: "
                     f"{damaged[max(damaged)]}); look at them, or start anew with --overwrite"
                 )
             return None
-        generation, state, totals = found
+        state, totals = found
         for other, reason in damaged.items():
             where = "" if self._read_only else f"; it now lies in {self._set_aside(other)}"
             tell(
-                f"WARNING: the checkpoint of generation {other} cannot be read ({reason}){where}, "
+                f"WARNING: the checkpoint of generation {other} is damaged ({reason}){where}, "
                 f"and that of generation {generation} is used."
             )
         state = jax.tree.map(
@@ -162,21 +178,54 @@ class Checkpoints:
         )
         return generation, state, totals
 
-    def _read(self, generation: int, shapes: Any) -> tuple[int, Any, dict[str, Any]]:
-        wanted = _by_path(shapes)
-        saved = _by_path(self._manager.item_metadata(generation)["state"].tree)
+    def _generations(self) -> list[int]:
+        """Of the checkpoints that there are, the newest first."""
+        if not self._read_only:
+            self._open()  # clears away what is unfinished
+        names = (path.name for path in self._path.iterdir() if path.is_dir())
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+    def _read(self, generation: int, shapes: Any) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
+        """(state, totals), or None and why this checkpoint cannot be used: all processes get the same."""
+        folder = self._path / str(generation)
+        found, reason, status = None, "", _Found.SOUND
+        try:
+            leaves = digests.check_files(folder, generation)
+            self._expect_shapes(folder, generation, shapes)
+            state = self._saving.read(folder / "state", shapes)
+            found = state, _totals(folder / "totals" / "metadata")
+        except RunError:
+            raise
+        except digests.Damaged as error:
+            status, reason = _Found.DIFFERS, str(error)
+        # Orbax, its readers and decoders raise errors of a dozen types for damaged files.
+        except Exception as error:
+            if hosts.tells_of_loss(error):
+                raise
+            status, reason = _Found.UNREAD, _first_line(error)
+        everywhere = agreement.gathered(np.array(status))
+        if _Found.DIFFERS not in everywhere:
+            # A file that some can read and some cannot is not damaged.
+            agreement.same(generation if found else -1, "the newest checkpoint that can be read")
+        if not everywhere.any() and found is not None and leaves is not None:
+            try:
+                _check_leaves(found[0], leaves)
+            except digests.Damaged as error:
+                status, reason = _Found.DIFFERS, str(error)
+            everywhere = agreement.gathered(np.array(status))
+        if not everywhere.any():
+            return found, ""
+        return None, agreement.first_of(reason)
+
+    def _expect_shapes(self, folder: Path, generation: int, shapes: Any) -> None:
+        wanted = _types(shapes)
+        saved = _types(self._saving.types_of(folder / "state"))
         for name in wanted.keys() | saved.keys():
             if wanted.get(name) != saved.get(name):
                 raise RunError(
                     f"the checkpoint of generation {generation} does not fit the settings: {name} "
                     f"is {saved.get(name, 'absent')} where {wanted.get(name, 'absent')} is right"
                 )
-        args = self._ocp.args
-        found = self._manager.restore(
-            generation,
-            args=args.Composite(state=args.StandardRestore(shapes), totals=args.JsonRestore()),
-        )
-        return generation, found["state"], found["totals"]
 
     def _set_aside(self, generation: int) -> Path:
         aside = self._path.parent / "damaged"
@@ -188,6 +237,8 @@ class Checkpoints:
         if hosts.first():
             aside.mkdir(exist_ok=True)
             (self._path / str(generation)).rename(target)
+            for folder in (aside, self._path, self._path.parent):
+                sync_folder(folder)
         agreement.sync("set aside")
         self._open()
         return target
@@ -245,11 +296,74 @@ def _copy(state: Any) -> Any:
     return jax.tree.map(lambda x: jnp.copy(x) if x.size else jnp.zeros(1, x.dtype), state)
 
 
-def _by_path(tree: Any) -> dict[str, str]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+def _types(tree: Any) -> dict[str, str]:
+    from experiments.run.saving import by_path
+
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in by_path(tree).items()}
+
+
+def _totals(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text("utf-8"))
+    if not isinstance(found, dict) or not all(map(_is_total, found.values())):
+        raise digests.Damaged("totals/metadata has something else than numbers by name")
+    return found
+
+
+def _is_total(value: Any) -> bool:
+    return all(map(_is_total, value)) if isinstance(value, list) else type(value) in (int, float)
+
+
+def _check_leaves(state: Any, leaves: digests.Leaves) -> None:
+    """Compares what this process has of a state with the digests; all processes have to come here."""
+    from experiments.run.saving import by_path
+
+    problem: digests.Damaged | None = None
+    for name, leaf in by_path(state).items():
+        part = _parts(leaf, leaves.get(name, {}))
+        try:
+            digests.check_leaf(name, leaf.shape, leaves.get(name, {}), part)
+        except digests.Damaged as error:
+            problem = problem or error  # what is gathered for later leaves takes all processes
+    if problem is not None:
+        raise problem
+
+
+def _parts(leaf: Any, regions: Iterable[str]) -> Callable[[tuple[slice, ...]], np.ndarray | None]:
+    """How a process gets a part of a leaf: from what its own devices hold, where those of the run hold every
+    region as a whole; otherwise from the whole leaf, which is gathered."""
+    if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        whole = np.asarray(leaf)
+        return lambda index: whole[index]
+    held = [
+        tuple(slice(*one.indices(size)[:2]) for one, size in zip(index, leaf.shape, strict=True))
+        for index in leaf.sharding.devices_indices_map(leaf.shape).values()
+    ]
+    wanted = [digests.index_of(region, leaf.shape) for region in regions]
+    if not all(any(_within(index, one) for one in held) for index in wanted):
+        from jax.experimental import multihost_utils
+
+        whole = np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        return lambda index: whole[index]
+
+    def own(index: tuple[slice, ...]) -> np.ndarray | None:
+        for shard in leaf.addressable_shards:
+            begins = [
+                one.indices(size)[0] for one, size in zip(shard.index, leaf.shape, strict=True)
+            ]
+            ends = [begin + size for begin, size in zip(begins, shard.data.shape, strict=True)]
+            if _within(index, tuple(map(slice, begins, ends))):
+                moved = (
+                    slice(one.start - begin, one.stop - begin)
+                    for one, begin in zip(index, begins, strict=True)
+                )
+                return np.asarray(shard.data)[tuple(moved)]
+        return None
+
+    return own
+
+
+def _within(inner: tuple[slice, ...], outer: tuple[slice, ...]) -> bool:
+    return all(a.start <= b.start and b.stop <= a.stop for a, b in zip(outer, inner, strict=True))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from experiments.run import stopping
 from experiments.run.errors import RUN_ME_AGAIN, Interrupted, RunError, UsageError, suggestion
 
 STARTED = time.perf_counter()
@@ -24,9 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `eggroll`; those of the process by default.
 
     Returns:
-        The exit code: 0; 1 where a run could not go on; 2 for a mistake in the command; 75 after
-        SIGTERM or Ctrl-C with everything saved, so that the same command again continues; 130 after
-        Ctrl-C where nothing was under way.
+        The exit code: 0; 1 where a run could not go on, or could not be saved; 2 for a mistake in the
+        command; 75 where a command that trains was stopped by SIGTERM, SIGHUP or Ctrl-C with everything
+        saved, so that the same command again continues; 130 after a second Ctrl-C, or of another command
+        after the first.
     """
     # Before NumPy is imported. XLA calls OpenBLAS (for SVD, QR) from threads of its own, and with more of
     # OpenBLAS's they can come to wait for each other, for seconds or for ever.
@@ -35,12 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(usage())
         return 0
+    if argv is None and name in COMMANDS and COMMANDS[name].trains:
+        # Of a process that is nothing but this command, until it ends.
+        stopping.from_the_start()
+        try:
+            return _run(name, args)
+        finally:
+            stopping.hold()
+    return _run(name, args)
+
+
+def _run(name: str, args: Sequence[str]) -> int:
+    """A command, and what ended it in words on stderr; the exit code."""
     try:
         if name not in COMMANDS:
             raise UsageError(f"there is no command {name!r}{suggestion(name, COMMANDS)}")
         return COMMANDS[name].run(args)
     except UsageError as error:
-        return _fail(name, str(error))
+        return _fail(name, "\n".join([str(error), *notes(error)]))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("eggroll", "experiments"):
             raise
@@ -50,17 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         _fail(name, "\n".join([str(error), *notes(error)]))
         return 1
     except Interrupted as stop:
+        # Something that failed on the way out, and so is not saved.
+        if notes(stop):
+            _fail(name, "\n".join(notes(stop)))
+            return 1
         print(stop, file=sys.stderr)
         return RUN_ME_AGAIN
     except KeyboardInterrupt as error:
         for note in notes(error):
             _fail(name, note)
-        return 130
+        return stopping.INTERRUPTED
 
 
 def notes(error: BaseException) -> list[str]:
     """What else went wrong while an error was on its way."""
-    return getattr(error, "__notes__", [])
+    # JAX adds one about its own frames, below a line.
+    return [note for note in getattr(error, "__notes__", []) if not note.startswith("-----")]
 
 
 def usage() -> str:
@@ -115,6 +134,8 @@ def _train(driver: str, args: Sequence[str]) -> int:
 
     # Before anything that might start JAX's backend.
     with hosts.joined(config):
+        if hosts.several():
+            stopping.hold()  # all of them end together
         train = importlib.import_module(modules.train).train
         from experiments.run.compilation import keep_compiled_programs
 
@@ -193,30 +214,38 @@ def _fail(command: str, sentence: str) -> int:
 
 
 class Command(NamedTuple):
-    """A subcommand: one line for the help, and what it does with the words after its name."""
+    """A subcommand: one line for the help, what it does with the words after its name, and whether it can be
+    stopped and goes on when it is given again."""
 
     summary: str
     run: Callable[[Sequence[str]], int]
+    trains: bool = False
 
 
 COMMANDS = {
     "rl": Command(
-        "train a policy in a gymnax or Gymnasium environment", functools.partial(_train, "rl")
+        "train a policy in a gymnax or Gymnasium environment", functools.partial(_train, "rl"), True
     ),
     "pretrain": Command(
         "pretrain a language model of bytes, in int8 or in floats",
         functools.partial(_train, "pretrain"),
+        True,
     ),
     "reasoning": Command(
         "fine-tune a language model on answers that can be checked",
         functools.partial(_train, "reasoning"),
+        True,
     ),
-    "supervised": Command("train a classifier of digits", functools.partial(_train, "supervised")),
+    "supervised": Command(
+        "train a classifier of digits", functools.partial(_train, "supervised"), True
+    ),
     "optimizers": Command(
-        "train by backpropagation, by any optimizer", functools.partial(_train, "optimizers")
+        "train by backpropagation, by any optimizer", functools.partial(_train, "optimizers"), True
     ),
-    "study": Command("compare optimizers, each at its best learning rate", _study),
-    "sweep": Command("run a driver at many settings, from a file that says what varies", _sweep),
+    "study": Command("compare optimizers, each at its best learning rate", _study, True),
+    "sweep": Command(
+        "run a driver at many settings, from a file that says what varies", _sweep, True
+    ),
     "report": Command("draw and compare the curves of runs", _report),
     "eval": Command("measure the newest checkpoint of a run", _eval),
     "sample": Command("let the language model of a run write", _sample),

@@ -116,11 +116,15 @@ def read_run(path: Path, on_host: bool = False) -> Found:
 
     content = dict(read_config(path))
     name = content.pop("driver", None)
-    if name not in DRIVERS:
+    if not isinstance(name, str) or name not in DRIVERS:
         raise UsageError(f"{path}/config.json names the driver {name!r}, which there is not")
-    config = from_json(importlib.import_module(DRIVERS[name].config).Config, content)
-    # The folder may have been moved, and what is in it is to be read, not replaced.
-    config = replace(config.on_one_device(), run_dir=path, overwrite=False)
+    try:
+        config = from_json(importlib.import_module(DRIVERS[name].config).Config, content)
+        # The folder may have been moved, and what is in it is to be read, not replaced.
+        config = replace(config.on_one_device(), run_dir=path, overwrite=False)
+        config.check()
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     module = importlib.import_module(DRIVERS[name].train)
     with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
         found = checkpoints.restore(module.job(config).start, on_host=on_host)

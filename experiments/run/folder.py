@@ -8,11 +8,12 @@
 - curve.png: the learning curve
 - anchors.json, samples.txt: of language models, what the text costs otherwise, and texts of the model's own
 - tokenizer/: of language models that read byte pairs, learned when the run began
-- damaged/: checkpoints that could not be read, if there ever were any
+- damaged/: checkpoints that were not what had been saved, if there ever were any
 """
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -33,6 +34,9 @@ FILES = (
     *("anchors.json", "samples.txt"),
 )
 FOLDERS = ("checkpoints", "damaged", "tensorboard", "tokenizer", "wandb")
+# What is to be done about a file that is damaged.
+REPLACE = "replace the run with --overwrite"
+WRITE_AGAIN = "remove it, and run the same command again to have it written anew"
 PACKAGES = ("eggroll-jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-checkpoint", "gymnax")
 
 
@@ -83,11 +87,11 @@ def _held_run_folder(driver: str, settings: RunSettings) -> Iterator[None]:
     config = {"driver": driver, **to_json(settings)}
     with contextlib.ExitStack() as stack:
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             stack.enter_context(held(path))
             if settings.overwrite:
                 _remove_run(path)
-            known = _read_json(path / "config.json")
+            known = read_object(path / "config.json", REPLACE)
             if known is not None and not settings.accept_changes:
                 changed = list(differences(known, config))
                 if changed:
@@ -152,36 +156,157 @@ def _remove_run(path: Path) -> None:
             shutil.rmtree(path / name)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path, remedy: str) -> dict[str, Any] | None:
+    """The JSON object that a file of one's own holds, None where there is no file.
+
+    Args:
+        path: the file.
+        remedy: what is to be done where it is damaged.
+
+    Raises:
+        UsageError: where it holds anything else; it names the line or the byte.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "result.json"
+        >>> read_object(path, "remove it")
+        >>> _ = path.write_text("[]")
+        >>> read_object(path, "remove it")
+        Traceback (most recent call last):
+        experiments.run.errors.UsageError: .../result.json holds an array where an object is right; remove it
+    """
     try:
-        return json.loads(path.read_text())
+        return as_object(path.read_bytes())
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
     except ValueError as error:
-        raise UsageError(
-            f"{path} is not JSON ({error}); replace the run with --overwrite"
+        raise UsageError(f"{path} {error}; {remedy}") from error
+
+
+def as_object(content: bytes) -> dict[str, Any]:
+    """A JSON object from bytes.
+
+    Raises:
+        ValueError: where it is none; the message goes on from the name of the file.
+
+    Example:
+        >>> as_object(b'{"generation": 3}')
+        {'generation': 3}
+        >>> as_object(bytes([123, 255]))
+        Traceback (most recent call last):
+        ValueError: is not text in UTF-8: byte 0xff at position 1
+    """
+    try:
+        found = json.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"is not text in UTF-8: byte {error.object[error.start]:#04x} at position {error.start}"
         ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except RecursionError as error:
+        raise ValueError("is not JSON of ours: it is nested too deeply") from error
+    # Of whole numbers, Python reads 4300 digits at most.
+    except ValueError as error:
+        raise ValueError(f"has a number that is too long: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"holds {kind_of(found)} where an object is right")
+    return found
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words.
+
+    Example:
+        >>> kind_of([1]), kind_of("x"), kind_of(None)
+        ('an array', "'x'", 'null')
+    """
+    if isinstance(value, list):
+        return "an array"
+    if isinstance(value, dict):
+        return "an object"
+    return "null" if value is None else repr(value)[:60]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that is finite and fits into 64 bits.
+
+    Example:
+        >>> is_number(0.5), is_number(True), is_number(10**400), is_number(float("inf"))
+        (True, False, False, False)
+    """
+    if type(value) is int:
+        return -(2**63) <= value < 2**64
+    return type(value) is float and math.isfinite(value)
+
+
+def is_figure(value: Any) -> bool:
+    """Whether it is a number or null, or a list of them, one for each of several seeds.
+
+    Example:
+        >>> is_figure([0.5, None]), is_figure(None), is_figure("x"), is_figure([[1]])
+        (True, True, False, False)
+    """
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(one is None or is_number(one) for one in values)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a run.
 
     Raises:
-        UsageError: if there is none.
+        UsageError: if there is none, or it is damaged.
     """
-    found = _read_json(path / "config.json")
+    found = read_object(path / "config.json", REPLACE)
     if found is None:
         raise UsageError(f"{path} is not a run folder: it has no config.json")
     return found
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """result.json of a run, None where it has not ended yet."""
-    return _read_json(path / "result.json")
+    """result.json of a run, None where it has not ended yet.
+
+    Raises:
+        UsageError: where it is damaged; it names the field.
+    """
+    file = path / "result.json"
+    found = read_object(file, WRITE_AGAIN)
+    if found is None:
+        return None
+    # What is used of every driver's; figures that are not finite stand as NaN.
+    generations, seeds = found.get("generations"), found.get("by_seed")
+    wrong = None
+    if type(generations) is not int or not 0 <= generations < 2**63:
+        wrong = "generations", "a whole number of at least 0"
+    elif not isinstance(found.get("sentence"), str):
+        wrong = "sentence", "a text"
+    elif seeds is not None and not (
+        seeds and isinstance(seeds, list) and all(map(_is_score, seeds))
+    ):
+        wrong = "by_seed", "null or a list of numbers"
+    for name, value in found.items():
+        values = value if isinstance(value, list) else [value]
+        figure = values and all(map(_is_score, values))
+        if wrong is None and name.startswith("held_out") and not figure:
+            wrong = name, "a number, null or a list of them"
+    if wrong is not None:
+        name, right = wrong
+        raise UsageError(
+            f"{file}: {name} is {kind_of(found[name]) if name in found else 'missing'}; {right} is right; "
+            f"{WRITE_AGAIN}"
+        )
+    return found
+
+
+def _is_score(value: Any) -> bool:
+    return value is None or type(value) is float or is_number(value)
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that it is never seen half-written: a neighbour first, then a rename.
+    """Write a file so that it is never seen half-written: a neighbour first, then a rename; synced.
 
     Raises:
         RunError: if it cannot be written; nothing of it is left then.
@@ -194,6 +319,29 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Returns when what is in a file would survive a loss of power."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def sync_folder(path: Path) -> None:
+    """Returns when the names in a folder, as after a rename, would survive a loss of power."""
+    sync_file(path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it that are missing, so that they would survive a loss of power."""
+    made = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in made:
+        sync_folder(one.parent)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

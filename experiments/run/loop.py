@@ -30,7 +30,7 @@ from experiments.run import agreement, hosts
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import Interrupted, RunError
 from experiments.run.loggers import loggers
-from experiments.run.metrics import MetricsFile, Row, plain
+from experiments.run.metrics import MetricsFile, Row, expect_names, plain
 from experiments.run.progress import Progress
 from experiments.run.settings import RunSettings
 from experiments.run.stopping import stop_requests
@@ -115,6 +115,7 @@ class Record:
                 hosts.say(f"Continuing {settings.run_dir} at generation {self.generation}.")
             path = folder / "metrics.jsonl"
             self._metrics = stack.enter_context(MetricsFile(path, self.generation))
+            expect_names(path, self._metrics.rows, job.measured)
             self._log = stack.enter_context(loggers(settings, folder, self.generation))
             self._stack = stack.pop_all()
         self._last_save = time.monotonic()
@@ -171,6 +172,14 @@ class Record:
             self._checkpoints.save(self.generation, state, self._totals)
             self._saved, self._last_save = self.generation, time.monotonic()
 
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk.
+
+        Raises:
+            RunError: where it could not be written.
+        """
+        self._checkpoints.wait()
+
     @property
     def hopeless(self) -> RunError | None:
         """Why there is no sense in going on, if there is none."""
@@ -199,10 +208,11 @@ def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outc
     """Run the generations of a job, from wherever the run folder says that it stands.
 
     Raises:
-        Interrupted: after SIGTERM or Ctrl-C, with everything saved.
-        RunError: where a file cannot be written, or where no generation gives a usable score.
+        Interrupted: after SIGTERM, SIGHUP or Ctrl-C, with everything saved.
+        RunError: where a file cannot be written, the last checkpoint too, or where no generation gives a
+            usable score.
     """
-    with stop_requests() as stop, Record(job, settings, folder, watch) as record:
+    with stop_requests(begun=False) as stop, Record(job, settings, folder, watch) as record:
         state = record.state
         del record.state  # its memory is the next generation's
         watch.finish("start")
@@ -215,7 +225,9 @@ def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outc
                 if stop.at(record.generation):
                     break
                 state, row = job.generation(state)
-                record.add(jax.device_get(dict(row)), began)
+                row = jax.device_get(dict(row))
+                stop.begin()
+                record.add(row, began)
                 progress.update(record.generation, record.told)
                 if agreement.agreed(record.save_due):
                     record.save(state)
@@ -223,6 +235,7 @@ def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outc
                     record.save(state)
                     raise hopeless
             record.save(state)
+            record.wait()
         if record.after is None:
             raise interrupted(stop.reason, record.generation)
         return record.outcome(state)

@@ -15,8 +15,15 @@ import numpy as np
 from tyro.conf import Positional
 
 from experiments.run.errors import UsageError, suggestion
-from experiments.run.folder import full_disk_in_one_sentence, read_config, read_result, write_whole
-from experiments.run.metrics import Row, read_metrics
+from experiments.run.folder import (
+    full_disk_in_one_sentence,
+    is_number,
+    kind_of,
+    read_config,
+    read_result,
+    write_whole,
+)
+from experiments.run.metrics import Row, expect_names, read_metrics, seconds_of
 from experiments.run.plots import column, finish
 from experiments.run.settings import FREE
 
@@ -111,16 +118,25 @@ def read_run(path: Path, x: str, y: str) -> Run:
         raise UsageError(f"{path} has no metric rows yet")
     if y not in rows[0]:
         raise UsageError(f"{path} has no metric {y!r}{suggestion(y, rows[0])}")
-    at = positions(rows, x)
+    if not (config.get("target") is None or is_number(config["target"])):
+        raise UsageError(
+            f"{path}/config.json: target is {kind_of(config['target'])}; a number or null is right"
+        )
+    expect_names(path / "metrics.jsonl", rows, [y])
+    at = positions(rows, x, path / "metrics.jsonl")
     points = [i for i, row in enumerate(rows) if row[y] is not None]
     values = column([rows[i] for i in points], y) if points else np.zeros((0, 1))
     if result is not None and result.get(y) is not None:
         last = result.get("by_seed") or result[y]
+        if points and (len(last) if isinstance(last, list) else 1) != values.shape[1]:
+            raise UsageError(
+                f"{path}/result.json and metrics.jsonl have {y} of other numbers of seeds"
+            )
         points, values = [*points, len(rows)], np.concatenate([values, column([{y: last}], y)])
     return Run(path, config, result, at[points], values)
 
 
-def positions(rows: Sequence[Row], x: str) -> np.ndarray:
+def positions(rows: Sequence[Row], x: str, path: Path = Path("metrics.jsonl")) -> np.ndarray:
     """Where the state before each row stands on the axis, and after the last one, float64 [rows + 1].
 
     Times are summed up row by row, so that a run that was stopped and continued counts its work alone.
@@ -128,8 +144,9 @@ def positions(rows: Sequence[Row], x: str) -> np.ndarray:
     if x == "generation":
         after = [row["generation"] + 1 for row in rows]
     elif x == "seconds":
-        after = np.cumsum([row["timing"]["seconds"] for row in rows]).tolist()
+        after = np.cumsum(seconds_of(path, rows)).tolist()
     elif x in rows[0]:
+        expect_names(path, rows, [x])
         after = column(rows, x).mean(1).tolist()
     else:
         raise UsageError(f"--x {x}: these runs do not count it")

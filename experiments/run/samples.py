@@ -1,8 +1,10 @@
 """samples.txt of a run folder: what the model writes, from early in training to its end."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.run.errors import RunError
 from experiments.run.folder import full_disk_in_one_sentence, write_whole
 
 _HEADER = "after "
@@ -28,9 +30,22 @@ def add_sample(path: Path, generation: int, text: bytes | str) -> None:
         <BLANKLINE>
     """
     kept: list[str] = []
+    try:
+        before = path.read_text("utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise RunError(
+            f"{path} is not text in UTF-8: byte {error.object[error.start]:#04x} at position {error.start}; "
+            "remove it and run the same command again to continue"
+        ) from error
     # Not splitlines: only a newline ends a line of this file.
-    for line in path.read_text("utf-8").split("\n")[:-1] if path.exists() else ():
-        if line.startswith(_HEADER) and int(line.split()[1]) >= generation:
+    for number, line in enumerate(before.split("\n")[:-1], 1):
+        header = re.fullmatch(_HEADER + r"(\d{1,18}) updates", line, re.ASCII)
+        if header is None and not line.startswith(_INDENT):
+            raise RunError(
+                f"{path}, line {number} is {line[:60]!r}; {_HEADER!r} with a number or an indented line is "
+                "right: remove the file and run the same command again to continue"
+            )
+        if header is not None and int(header[1]) >= generation:
             break
         kept.append(line)
     own = text.split("\n") if isinstance(text, str) else readable(text)

@@ -168,7 +168,14 @@ def from_json(kind: type[Settings], content: Mapping[str, Any]) -> Settings:
     """Settings from :func:`to_json`; what the class no longer has is an error.
 
     Raises:
-        UsageError: naming the first field that is unknown, or missing without a default.
+        UsageError: naming the first field that is unknown, of another type, or missing without a default.
+
+    Example:
+        >>> from experiments.supervised.config import PRESETS
+        >>> settings = PRESETS["digits"]
+        >>> from_json(type(settings), {**to_json(settings), "width": "x"})
+        Traceback (most recent call last):
+        experiments.run.errors.UsageError: config.json: width is 'x'; a whole number is right
     """
     return _from_json(kind, content, "")
 
@@ -184,13 +191,20 @@ def _from_json(kind: Any, content: Mapping[str, Any], prefix: str) -> Any:
     values = {}
     for name, value in content.items():
         hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            value = _from_json(hint, value, f"{prefix}{name}.")
-        elif value is not None and Path in (hint, *_members(hint)):
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            values[name] = _from_json(hint, value, f"{prefix}{name}.")
+            continue
+        for member in _members(hint):
+            if _fits(value, member):
+                break
+        else:
+            kinds = " or ".join(map(_in_words, _members(hint)))
+            raise UsageError(f"config.json: {prefix}{name} is {value!r}; {kinds} is right")
+        if member is Path:
             value = Path(value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[name] = value
+        elif member is float:
+            value = float(value)
+        values[name] = tuple(value) if isinstance(value, list) else value
     try:
         return kind(**values)
     except TypeError as error:
@@ -199,7 +213,32 @@ def _from_json(kind: Any, content: Mapping[str, Any], prefix: str) -> Any:
 
 def _members(hint: Any) -> tuple[Any, ...]:
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if union else ()
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is one of this type of a setting."""
+    if typing.get_origin(hint) is typing.Literal:
+        return any(type(value) is type(one) and value == one for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return isinstance(value, list | tuple) and all(_fits(one, inner) for one in value)
+    if hint is float:
+        # A number without a fraction is written as it was given.
+        return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    if hint is Path:
+        return type(value) is str and "\0" not in value
+    return type(value) is (hint if isinstance(hint, type) else type(None))
+
+
+def _in_words(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return "a list"
+    kinds: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text"}
+    kinds |= {bool: "true or false", Path: "a path", type(None): "null"}
+    return kinds.get(hint, "an object")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ whatever the number of runs. A run that has ended stays in the program, unread, 
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ def run_together(
 
     Raises:
         UsageError: for settings that do not belong into one program.
-        Interrupted: after SIGTERM or Ctrl-C, with everything saved.
+        Interrupted: after SIGTERM, SIGHUP or Ctrl-C, with everything saved.
     """
     for config in configs:
         config.check()
@@ -103,7 +103,7 @@ def _loop(
     for record in records.values():
         del record.state  # their memory is the next generation's
     alive = dict(records)
-    with stop_requests() as stop, Progress(max(c.limit for c in configs)) as progress:
+    with stop_requests(begun=False) as stop, Progress(max(c.limit for c in configs)) as progress:
         progress.update(0, "compiling")
         while True:
             began = time.perf_counter()
@@ -116,11 +116,13 @@ def _loop(
                 for i in over:
                     record = alive.pop(i)
                     record.save(parts[i])
+                    record.wait()
                     ended[i] = record.outcome(parts[i])
             if stop.reason or not alive:
                 break
             states, rows = many.generation(states)
             rows = many.slices(jax.device_get(dict(rows)))
+            stop.begin()
             for i, record in alive.items():
                 record.add(rows[i], began, together=len(configs))
             first = next(iter(alive.values()))
@@ -133,11 +135,30 @@ def _loop(
                         ended[i] = hopeless
                         del alive[i]
         if alive:
-            parts = many.split(states)
-            for i, record in alive.items():
-                record.save(parts[i])
+            _save_all(alive, many.split(states))
             raise interrupted(stop.reason, max(r.generation for r in alive.values()))
     return ended
+
+
+def _save_all(alive: Mapping[int, Record], parts: Sequence[Any]) -> None:
+    """Saves every run, also where that of another fails.
+
+    Raises:
+        RunError: the first, with the others as notes.
+    """
+    problems: list[RunError] = []
+    steps: list[Callable[[], None]] = [
+        functools.partial(record.save, parts[i]) for i, record in alive.items()
+    ]
+    for step in steps + [record.wait for record in alive.values()]:
+        try:
+            step()
+        except RunError as error:
+            problems.append(error)
+    if problems:
+        for other in problems[1:]:
+            problems[0].add_note(str(other))
+        raise problems[0]
 
 
 class _Program:

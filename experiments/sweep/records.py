@@ -8,17 +8,26 @@
 - status.json, status.csv, best.json, best.md, importance.json, importance.png: what it comes to
 """
 
-import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.run.errors import RunError, UsageError
-from experiments.run.folder import is_held, read_config, read_result, write_json
-from experiments.run.metrics import Row, read_metrics
+from experiments.run.errors import UsageError
+from experiments.run.folder import (
+    is_held,
+    is_number,
+    kind_of,
+    read_config,
+    read_object,
+    read_result,
+    write_json,
+)
+from experiments.run.metrics import Row, expect_names, read_metrics, seconds_of
 from experiments.sweep.plan import Plan, Run
 from experiments.sweep.spec import Spec
+
+RESUME = "remove it and run the same command again"
 
 
 class Standing(NamedTuple):
@@ -92,6 +101,14 @@ class Records:
                     f"{self.spec.file}: metric.name: no result has a {self.spec.metric}"
                 )
             result = result[name]
+        values = result if isinstance(result, list) else [result]
+        if not values or not all(
+            one is None or type(one) is float or is_number(one) for one in values
+        ):
+            raise UsageError(
+                f"{self.spec.file}: metric.name: {self.spec.metric} is {kind_of(result)} in a result; "
+                "a number is right"
+            )
         return _finite(result)
 
     # ------------------------------------------------------------ rungs
@@ -113,6 +130,9 @@ class Records:
         else:
             rows = self.rows(run)
             row = rows[generations] if len(rows) > generations else {}
+            expect_names(
+                run.config.run_dir / "metrics.jsonl", rows, [self.spec.metric] if row else []
+            )
             if row.get(self.spec.metric) is None:
                 raise UsageError(
                     f"{run.config.run_dir} has no {self.spec.metric} after {generations} generations, as "
@@ -123,14 +143,29 @@ class Records:
         self._write("rungs", run, {key: found[key] for key in sorted(found, key=int)})
 
     def _rungs(self, run: Run) -> dict[str, float | None]:
-        return _read(self.spec.out / "rungs" / f"{run.id}.json") or {}
+        path = self.spec.out / "rungs" / f"{run.id}.json"
+        found = read_object(path, RESUME) or {}
+        for name, value in found.items():
+            if not (name.isascii() and name.isdigit() and (value is None or is_number(value))):
+                raise UsageError(
+                    f"{path}: {name!r} is {kind_of(value)}; a number of generations with a number or null "
+                    f"is right; {RESUME}"
+                )
+        return found
 
     # ------------------------------------------------------------ failures
 
     def failure(self, run: Run) -> str | None:
         """Why a run failed, None where it did not."""
-        found = _read(self.spec.out / "failed" / f"{run.id}.json")
-        return None if found is None else str(found["error"])
+        path = self.spec.out / "failed" / f"{run.id}.json"
+        found = read_object(path, RESUME)
+        if found is None:
+            return None
+        if not isinstance(found.get("error"), str):
+            raise UsageError(
+                f"{path}: error is {kind_of(found.get('error'))}; a text is right; {RESUME}"
+            )
+        return found["error"]
 
     def note_failure(self, run: Run, error: str) -> None:
         """Writes down why a run failed: the last line of an error."""
@@ -160,6 +195,9 @@ class Records:
         """How far a run is; whether one that waits was dropped is for :mod:`halving` to say."""
         error, metric = self.failure(run), None
         rows = self.rows(run)
+        file = run.config.run_dir / "metrics.jsonl"
+        if any(self.spec.metric in row for row in rows):
+            expect_names(file, rows, [self.spec.metric])
         if self.finished(run, min(self.spec.rungs, default=None)):
             metric = self.value(run)
         else:
@@ -171,7 +209,7 @@ class Records:
             state = "failed"
         else:
             state = "running" if is_held(run.config.run_dir) else "queued"
-        seconds = sum(row["timing"]["seconds"] / row["timing"].get("together", 1) for row in rows)
+        seconds = sum(seconds_of(file, rows, alone=True))
         return Standing(
             run, state, len(rows), metric, seconds, error if state == "failed" else None
         )
@@ -192,14 +230,3 @@ def _finite(value: Any) -> float | None:
         return None
     number = statistics.fmean(value) if isinstance(value, list) else float(value)
     return number if math.isfinite(number) else None
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise RunError(
-            f"{path} is not JSON ({error}); remove it and run the same command"
-        ) from error

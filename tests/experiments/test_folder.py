@@ -6,8 +6,8 @@ from typing import BinaryIO
 
 import pytest
 
-from experiments.run.errors import RunError
-from experiments.run.folder import write_json, write_whole
+from experiments.run.errors import RunError, UsageError
+from experiments.run.folder import read_result, write_json, write_whole
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
@@ -27,3 +27,24 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_p
 def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"result.json.part could not be written: No such file"):
         write_json(tmp_path / "gone" / "result.json", {})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[]", "result.json holds an array where an object is right; remove it"),
+        (b'{"a": \xff}', "result.json is not text in UTF-8: byte 0xff at position 6"),
+        (b'{\n"a" 1}', "result.json is not JSON: Expecting ':' delimiter at line 2, column 5"),
+        (b'{"sentence": "x"}', "result.json: generations is missing; a whole number of at least 0"),
+        (b'{"generations": 1, "sentence": []}', "sentence is an array; a text is right"),
+        (
+            b'{"generations": 1, "sentence": "x", "held_out_a": "x"}',
+            "held_out_a is 'x'; a number, null or a list of them",
+        ),
+    ],
+)
+def test_a_result_of_other_types_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "result.json").write_bytes(content)
+    with pytest.raises(UsageError) as error:
+        read_result(tmp_path)
+    assert words in str(error.value)

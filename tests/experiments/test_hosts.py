@@ -188,31 +188,59 @@ RESTORE = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp
+from experiments.run import saving
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import RunError
 from jax.sharding import NamedSharding
 address, process, folder, damage = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(process))
-everywhere = NamedSharding(jax.make_mesh((2,), ("a",)), jax.P())
-state = jax.jit(lambda: {"x": jnp.arange(4)}, out_shardings=everywhere)
+mesh = jax.make_mesh((2,), ("a",))
+lies = NamedSharding(mesh, jax.P("a"))
+state = jax.jit(lambda: {"x": jnp.arange(16).reshape(4, 4)}, out_shardings=lies)
 with Checkpoints(Path(folder)) as checkpoints:
     for generation in (1, 2):
         checkpoints.save(generation, state(), {})
     checkpoints.wait()
+    read = saving.read
+    def fails(path, shapes):
+        if path.parent.name == "2" and damage == "unread":
+            raise OSError("no such block")
+        found = read(path, shapes)
+        if path.parent.name == "2" and damage in ("differs", "differs elsewhere"):
+            x = found["x"]
+            parts = [shard.data.at[0].add(1) for shard in x.addressable_shards]
+            found["x"] = jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
+        return found
     if process == "1":
+        saving.read = fails
         if damage == "hidden":
-            checkpoints._manager.all_steps = lambda: [1]
-        read = checkpoints._read
-        def fails(generation, shapes):
-            if generation == 2:
-                raise OSError("no such block")
-            return read(generation, shapes)
-        checkpoints._read = fails
+            checkpoints._generations = lambda: [1]
+    if damage in ("elsewhere", "differs elsewhere"):
+        lies = NamedSharding(mesh, jax.P(None, "a"))
     try:
-        checkpoints.restore(state, place=everywhere)
+        generation, found, _ = checkpoints.restore(state, place=lies)
+        print("told: generation", generation, found["x"].addressable_shards[0].data.tolist()[0])
     except RunError as error:
         print("told:", error)
 """
+
+
+def restore_in_two(damage: str, folder: Path) -> list[str]:
+    """What two processes tell that save two checkpoints and restore the newest, damaged for the second."""
+    address = f"127.0.0.1:{free_port()}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    return finish(
+        [
+            subprocess.Popen(
+                [sys.executable, "-c", RESTORE, address, str(i), str(folder), damage],
+                env={**os.environ, "XLA_FLAGS": flags},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(2)
+        ]
+    )
 
 
 @pytest.mark.slow
@@ -220,27 +248,34 @@ with Checkpoints(Path(folder)) as checkpoints:
     ("damage", "what"),
     [
         ("hidden", "the newest checkpoint is 2 in process 0, 1 in process 1"),
-        ("unread", "the newest checkpoint that can be read is 2 in process 0, 1 in process 1"),
+        ("unread", "the newest checkpoint that can be read is 2 in process 0, none in process 1"),
     ],
 )
 def test_processes_that_can_read_different_checkpoints_end(
     damage: str, what: str, tmp_path: Path
 ) -> None:
-    address = f"127.0.0.1:{free_port()}"
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RESTORE, address, str(i), str(tmp_path / "c"), damage],
-            env={**os.environ, "XLA_FLAGS": flags},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for told in finish(started):
+    for told in restore_in_two(damage, tmp_path / "c"):
         assert f"told: the processes of this run do not see the same files: {what};" in told
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["differs", "differs elsewhere"])
+def test_what_one_process_finds_damaged_none_uses(damage: str, tmp_path: Path) -> None:
+    """Also where the state is cut otherwise than it was saved, and no process has a region as a whole."""
+    first, second = restore_in_two(damage, tmp_path / "c")
+    warning = "the checkpoint of generation 2 is damaged (the leaf x is not what was saved)"
+    assert (warning in first) and (warning not in second)
+    assert all("told: generation 1" in told for told in (first, second))
+    assert (tmp_path / "damaged" / "2" / "digests" / "process_1.json").is_file()
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
+
+
+@pytest.mark.slow
+def test_a_state_that_is_cut_otherwise_is_compared(tmp_path: Path) -> None:
+    first, second = restore_in_two("elsewhere", tmp_path / "c")
+    assert "told: generation 2 [0, 1]" in first
+    assert "told: generation 2 [2, 3]" in second
 
 
 @pytest.mark.soak

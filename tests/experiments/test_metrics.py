@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.run.errors import RunError
-from experiments.run.metrics import MetricsFile, plain, read_metrics
+from experiments.run.metrics import MetricsFile, expect_names, plain, read_metrics, seconds_of
 
 
 def write(path: Path, generations: int) -> None:
@@ -56,3 +56,37 @@ def test_a_full_disk_gets_one_sentence() -> None:
     with pytest.raises(RunError, match=words) as error, MetricsFile(Path("/dev/full")) as metrics:
         metrics.write({"generation": 0})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"[]", "line 2 holds an array where an object is right"),
+        (b"\xff", "line 2 is not text in UTF-8: byte 0xff at position 0"),
+        (b'{"score": 1}', "line 2: generation is missing; 1 is right"),
+        (b'{"generation": 2}', "line 2: generation is 2; 1 is right"),
+        (b'{"generation": 1, "score": "x"}', "line 2: score is 'x'; a number, null"),
+        (b'{"generation": 1, "score": 1e999}', "line 2: score is inf; a number, null"),
+    ],
+)
+def test_a_line_that_is_no_row_is_told(tmp_path: Path, line: bytes, words: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"generation": 0}\n' + line + b"\n")
+    with pytest.raises(RunError) as error:
+        read_metrics(path)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, 0.5, [1.0, 2.0, 3.0], []])
+def test_seeds_are_as_many_in_every_row(value: object) -> None:
+    rows = [{"generation": 0, "score": [1.0, None]}, {"generation": 1, "score": value}]
+    path = Path("metrics.jsonl")
+    if value is None:
+        expect_names(path, rows, ["score"])
+    else:
+        with pytest.raises(RunError, match="line 2: score is"):
+            expect_names(path, rows, ["score"])
+    with pytest.raises(RunError, match="line 1: loss is missing"):
+        expect_names(path, rows, ["loss"])
+    with pytest.raises(RunError, match="line 1: timing is missing; an object with seconds"):
+        seconds_of(path, rows)

@@ -56,3 +56,22 @@ def test_differences_name_what_decides_a_run() -> None:
 def test_the_search_space_of_the_paper_is_of_settings_that_are_right(name: str) -> None:
     for value in PAPER_SEARCH_SPACE[name]:
         dataclasses.replace(RL["cartpole"], **{name: value}).check()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("width", "x", "width is 'x'; a whole number is right"),
+        ("seed", 1.5, "seed is 1.5; a whole number is right"),
+        ("generations", "x", "generations is 'x'; a whole number or null is right"),
+        ("overwrite", 1, "overwrite is 1; true or false is right"),
+        ("run_dir", 3, "run_dir is 3; a path is right"),
+        ("algorithm", "x", "algorithm is 'x'; 'eggroll' or 'ppo' is right"),
+        ("ppo", [], r"ppo is \[\]; an object is right"),
+        ("ppo", {"clip": "x"}, "ppo.clip is 'x'; a number is right"),
+    ],
+)
+def test_settings_of_other_types_are_named(name: str, value: object, words: str) -> None:
+    content = {**to_json(RL["cartpole"]), name: value}
+    with pytest.raises(UsageError, match=f"config.json: {words}"):
+        from_json(type(RL["cartpole"]), content)
