@@ -52,7 +52,8 @@ BASELINES: Runs = {
         for name, r in RATES.items()
     },
 }
-# As many bytes as "laptop" reads, but for backpropagation, which needs fewer.
+# As many bytes as "laptop" reads, but for backpropagation, which needs fewer, and the transformer by nodes,
+# which takes longest.
 LONG = ["--preset", "gru-nodes", "--learning-rate-decay", "0.9991"]
 NOISES: Runs = {
     "int8, weights": ["--preset", "laptop"],
@@ -63,7 +64,7 @@ NOISES: Runs = {
     "transformer, weights": ["--preset", "float-es", "--model", "transformer"],
     "transformer, nodes": [
         *[*LONG, "--model", "transformer", "--learning-rate", "0.03"],
-        *["--population", "512", "--tokens", "64", "--max-generations", "4000"],
+        *["--population", "512", "--tokens", "64", "--max-generations", "1600"],
     ],
     "transformer, backpropagation": ["--preset", "transformer-adamw"],
 }
