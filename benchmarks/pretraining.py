@@ -54,17 +54,20 @@ BASELINES: Runs = {
 }
 # As many bytes as "laptop" reads, but for backpropagation, which needs fewer, and the transformer by nodes,
 # which takes longest.
-LONG = ["--preset", "gru-nodes", "--learning-rate-decay", "0.9991"]
 NOISES: Runs = {
     "int8, weights": ["--preset", "laptop"],
     "int8, nodes": ["--preset", "laptop-nodes"],
     "gru, weights": ["--preset", "float-es", "--model", "gru"],
-    "gru, nodes": [*LONG, "--learning-rate", "0.1", "--max-generations", "3200"],
+    "gru, nodes": [
+        *["--preset", "gru-nodes", "--max-generations", "3200"],
+        *["--learning-rate", "0.1", "--learning-rate-decay", "0.9991"],
+    ],
     "gru, backpropagation": ["--preset", "gru-adamw"],
     "transformer, weights": ["--preset", "float-es", "--model", "transformer"],
     "transformer, nodes": [
-        *[*LONG, "--model", "transformer", "--learning-rate", "0.03"],
-        *["--population", "512", "--tokens", "64", "--max-generations", "1600"],
+        *["--preset", "gru-nodes", "--model", "transformer", "--max-generations", "1600"],
+        *["--population", "512", "--tokens", "64"],
+        *["--learning-rate", "0.03", "--learning-rate-decay", "0.998"],
     ],
     "transformer, backpropagation": ["--preset", "transformer-adamw"],
 }
