@@ -51,6 +51,20 @@ class Task(NamedTuple):
     actions: Discrete | Continuous
 
 
+def names() -> list[str]:
+    """What `--env` takes: the environments of gymnax, then those of Gymnasium.
+
+    Example:
+        >>> found = names()
+        >>> "CartPole-v1" in found and "gymnasium:CartPole-v1" in found
+        True
+    """
+    import gymnasium
+
+    outside = (f"gymnasium:{name}" for name in gymnasium.registry if "/" not in name)
+    return [*sorted(registered_envs), *sorted(outside)]
+
+
 def make_task(name: str) -> Task:
     """The gymnax environment called `name`, with its default parameters.
 
@@ -64,7 +78,10 @@ def make_task(name: str) -> Task:
         16
     """
     if name not in registered_envs:
-        raise UsageError(f"gymnax has no environment {name!r}{suggestion(name, registered_envs)}")
+        raise UsageError(
+            f"gymnax has no environment {name!r}{suggestion(name, registered_envs)}; "
+            "eggroll rl --list-envs names them"
+        )
     try:
         env, env_params = make_gymnax(name)
     except OSError as error:  # some environments download their data

@@ -193,7 +193,22 @@ def _sample(args: Sequence[str]) -> int:
     return 0
 
 
+def _rl(args: Sequence[str]) -> int:
+    if "--list-envs" not in args:
+        return _train("rl", args)
+    others = [word for word in args if word != "--list-envs"]
+    if others:
+        raise UsageError(f"--list-envs: takes no other options, but got {others[0]!r}")
+    from experiments.rl.environments import names
+
+    print("\n".join(names()))
+    return 0
+
+
 def _doctor(args: Sequence[str]) -> int:
+    if args in (["-h"], ["--help"]):
+        print(f"usage: eggroll doctor\n\n{COMMANDS['doctor'].summary}; takes no options")
+        return 0
     if args:
         raise UsageError(f"takes no options, but got {args[0]!r}")
     from experiments.run.doctor import doctor
@@ -224,7 +239,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "rl": Command(
-        "train a policy in a gymnax or Gymnasium environment", functools.partial(_train, "rl"), True
+        "train a policy in an environment; --list-envs names those of gymnax and Gymnasium",
+        _rl,
+        True,
     ),
     "pretrain": Command(
         "pretrain a language model of bytes, in int8 or in floats",

@@ -140,3 +140,19 @@ def test_doctor_is_content_here(capsys: pytest.CaptureFixture[str]) -> None:
     report = capsys.readouterr().out
     assert "jax" in report
     assert report.endswith("Everything works.\n")
+
+
+def test_environments_are_listed_by_the_names_that_env_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["rl", "--list-envs"]) == 0
+    names = capsys.readouterr().out.split()
+    assert {"CartPole-v1", "Pendulum-v1", "gymnasium:Acrobot-v1"} <= set(names)
+    assert main(["rl", "--list-envs", "--preset", "cartpole"]) == 2
+    assert "--list-envs: takes no other options, but got '--preset'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_doctor_has_a_help(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", flag]) == 0
+    assert capsys.readouterr().out.startswith("usage: eggroll doctor\n")
