@@ -179,6 +179,17 @@ def nodes(p: Problem, gamma: float) -> Estimator:
     return _of_library(p, p.score, {"sigma": p.node_sigma, **how})
 
 
+def nodes_again(p: Problem, draws: int) -> Estimator:
+    """Node noise of gamma 0, several pairs on the same rows and so fewer rows."""
+    estimate = nodes(p, 0.0)
+
+    def gradient(params: Params, generation: Array, data: Data) -> Params:
+        fewer = jax.tree.map(lambda x: jnp.repeat(x[::draws], draws, 0), data)
+        return estimate(params, generation, fewer)
+
+    return gradient
+
+
 def nodes_by_layer(p: Problem) -> Estimator:
     """Node noise on one layer alone in every pair, the layers in turn."""
     layers = range(max(p.layers.values()) + 1)
@@ -308,6 +319,8 @@ ESTIMATORS: dict[str, Callable[[Problem], Estimator]] = {
     "nodes, gamma 0.5": lambda p: nodes(p, 0.5),
     "nodes, gamma 0.9": lambda p: nodes(p, 0.9),
     "nodes, gamma 1": lambda p: nodes(p, 1.0),
+    "nodes, gamma 0, two pairs a row": lambda p: nodes_again(p, 2),
+    "nodes, gamma 0, four pairs a row": lambda p: nodes_again(p, 4),
     "nodes, one layer a pair": nodes_by_layer,
     "weights, rank 1": lambda p: weights(p, 1),
     "weights, rank 4": lambda p: weights(p, 4),
