@@ -50,6 +50,18 @@ def branches(p, key, x):
     ]
 
 
+def random_keys(p, key, x):
+    """Keys are carried by a loop, and what they draw reaches products."""
+
+    def body(i, carry):
+        key, h = carry
+        key, own = jax.random.split(key)
+        return key, h + 0.1 * jax.random.normal(own, h.shape)
+
+    key, h = lax.fori_loop(0, 3, body, (key, jnp.tanh(x @ p["w"])))
+    return -jnp.square(jax.random.permutation(key, h, axis=1) @ p["v"])[:, 0]
+
+
 def recurrent(p, key, x):
     def step(h, r):
         h = jnp.tanh(r @ p["w"] + h)
@@ -81,6 +93,7 @@ PROGRAMS = {
     "agreement": (mlp, PARAMS, X, dict(agreement=True)),
     "layers": (layers, STACK, TOKENS, {}),
     "branches": (branches, {k: PARAMS[k] for k in ("w", "b", "v")}, X, {}),
+    "random keys": (random_keys, {k: PARAMS[k] for k in ("w", "v")}, X, {}),
     "devices": (mlp, PARAMS, X, dict(mesh=two_devices)),
     "an odd pair": (mlp, PARAMS, X, dict(mesh=two_devices, population=6)),
 }
