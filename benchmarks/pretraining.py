@@ -185,7 +185,7 @@ def draw_noises(model: str, results: dict[str, dict[str, Any]], path: Path) -> N
     axes[0].set_ylim(top=6.0)
     axes[0].set_ylabel("bits per byte of held-out text")
     axes[0].set_title(f"{model}: what a byte, a pass and a second teach", loc="left", fontsize=11)
-    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

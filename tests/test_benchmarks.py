@@ -240,7 +240,7 @@ def test_an_estimate_from_many_pairs_is_the_gradient() -> None:
 @pytest.mark.parametrize(
     ("model", "title"),
     [
-        ("mlp", f"mlp D={estimators.HIDDEN} N=4 rows=64"),
+        ("mlp", f"mlp D={estimators.HIDDEN} N=4 rows=16"),
         pytest.param("egg", "tiny D=32 N=4 rows=3", marks=pytest.mark.soak),
     ],
 )

@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(usage())
         return 0
+    if argv is None:
+        sys.unraisablehook = _unraisable
     if argv is None and name in COMMANDS and COMMANDS[name].trains:
         # Of a process that is nothing but this command, until it ends.
         stopping.from_the_start()
@@ -45,6 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             stopping.hold()
     return _run(name, args)
+
+
+def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+    """Prints an error that nothing can catch, but for one of orbax, whose threads tell an event loop that has
+    ended of a file that cannot be written or read, which is told already."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def _run(name: str, args: Sequence[str]) -> int:

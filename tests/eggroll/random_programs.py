@@ -301,7 +301,7 @@ def linear_algebra(m: Maker) -> str | None:
     spd = f"({a} @ jnp.swapaxes({a}, -1, -2) + 2.0 * jnp.eye({n}))"
     return m.one((
         "jnp.linalg.solve({p}, jnp.ones(({n}, 2)))", "jnp.linalg.cholesky({p})", "jnp.linalg.inv({p})", "jnp.linalg.slogdet({p})[1]",
-        "jax.scipy.linalg.solve_triangular(jnp.tril({a}) + 3.0 * jnp.eye({n}), jnp.ones({n}) * jnp.ones({a}.shape[:-1]), lower=True)",
+        "jax.scipy.linalg.solve_triangular(jnp.tril({a}) + 3.0 * jnp.eye({n}), jnp.ones({a}.shape[:-1])[..., None], lower=True)[..., 0]",
         "jnp.linalg.eigvalsh({p})", "jnp.linalg.norm({a})", "jnp.linalg.matrix_power(0.3 * {a}, 3)", "jax.scipy.linalg.expm(0.1 * {a})",
         "jnp.linalg.svd({p}, compute_uv=False)", "lax.custom_linear_solve(lambda t: v @ v.T @ t + 2.0 * t, b, lambda f, r: jnp.linalg.solve(v @ v.T + 2.0 * jnp.eye(6), r), symmetric=True)",
         "jax.scipy.sparse.linalg.cg(lambda t: v @ (v.T @ t) + 3.0 * t, b, maxiter=4)[0]",

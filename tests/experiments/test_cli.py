@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -150,6 +151,20 @@ def test_environments_are_listed_by_the_names_that_env_takes(
     assert {"CartPole-v1", "Pendulum-v1", "gymnasium:Acrobot-v1"} <= set(names)
     assert main(["rl", "--list-envs", "--preset", "cartpole"]) == 2
     assert "--list-envs: takes no other options, but got '--preset'" in capsys.readouterr().err
+
+
+def test_an_error_that_nothing_can_catch_is_told_but_for_that_of_a_loop_that_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(sys, "__unraisablehook__", told.append)
+    ended, other = (
+        SimpleNamespace(exc_value=RuntimeError(words))
+        for words in ("Event loop is closed", "other")
+    )
+    for found in (ended, other):
+        cli._unraisable(found)  # type: ignore[arg-type]
+    assert told == [other]
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
