@@ -317,7 +317,11 @@ def trained(**changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(chunk=12), dict(mesh=1), dict(mesh=2, chunk=4), dict(mesh=4), dict(mesh=8)],
+    [
+        dict(chunk=12),
+        dict(mesh=2, chunk=4),
+        *(pytest.param(dict(mesh=n), marks=pytest.mark.soak) for n in (1, 4, 8)),
+    ],
     ids=str,
 )
 def test_chunks_and_devices_change_no_bit(changes):

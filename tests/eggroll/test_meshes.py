@@ -171,7 +171,7 @@ def laid_out_alike(tree, like):
     ("shape", "changes"),
     [
         ((4, 2), {}),
-        ((2, 4), dict(population=36, chunk=8, rank=3)),
+        pytest.param((2, 4), dict(population=36, chunk=8, rank=3), marks=pytest.mark.soak),
         ((2, 2), dict(rank="full", exchange="fitness")),
         pytest.param((1, 4), dict(factor_memory=0, agreement=True), marks=pytest.mark.soak),
         ((2, 2), dict(deterministic=True)),
@@ -272,7 +272,9 @@ def trained(devices, generations=3, **changes):
 @pytest.mark.parametrize(
     "changes", [dict(population=36, chunk=36), dict(population=50, chunk=8)], ids=str
 )
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "devices", [1, 4, *(pytest.param(n, marks=pytest.mark.soak) for n in (2, 8))]
+)
 def test_deterministic_is_the_same_bits_on_any_number_of_devices(devices, changes):
     chex.assert_trees_all_equal(trained(devices, **changes), trained(0, **changes))
 

@@ -38,7 +38,8 @@ def settings(folder: Path, **changes: Any) -> Config:
 
 
 @pytest.mark.parametrize(
-    "arm", ["eggroll", pytest.param("dense", marks=pytest.mark.soak), "grpo", "sft"]
+    "arm",
+    ["eggroll", "grpo", *(pytest.param(arm, marks=pytest.mark.soak) for arm in ("dense", "sft"))],
 )
 def test_a_run_in_two_parts_is_the_whole(arm: str, tmp_path: Path) -> None:
     whole, parts = (settings(tmp_path / name, **ARMS[arm]) for name in ("whole", "parts"))
@@ -122,7 +123,7 @@ def test_a_run_is_evaluated_sampled_and_exported(
     assert 8 * 4 <= train(config).generated_tokens <= 8 * 4 * 6
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_byte_pairs_are_learned_once_and_stay_with_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

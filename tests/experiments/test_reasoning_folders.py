@@ -96,6 +96,7 @@ def test_the_documented_command_of_a_qwen3(
     )
 
 
+@pytest.mark.soak
 def test_what_is_read_stays_on_the_host(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +138,13 @@ def test_a_chat_is_asked_and_ended_as_the_folder_says(qwen: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
-    ["--algorithm grpo --temperature 1 --grpo.group 2 --grpo.kl 0.1 --learning-rate 0.01", "--quantised"],
+    [
+        pytest.param(
+            "--algorithm grpo --temperature 1 --grpo.group 2 --grpo.kl 0.1 --learning-rate 0.01",
+            marks=pytest.mark.soak,
+        ),
+        "--quantised",
+    ],
     ids=["grpo", "quantised"],
 )  # fmt: skip
 def test_a_qwen3_in_shards_is_trained_otherwise(words: str, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ GSM8K = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_worked_solutions_of_a_file_teach_a_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,7 +66,7 @@ def test_a_run_is_that_of_one_device_whatever_shares_its_weights(
     assert most > 0.01
 
 
-@pytest.mark.parametrize("model", ["transformer", "rwkv7"])
+@pytest.mark.parametrize("model", ["transformer", pytest.param("rwkv7", marks=pytest.mark.soak)])
 def test_devices_hold_their_part_of_weights_and_caches(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
