@@ -36,6 +36,7 @@ from eggroll.members import (
     keep,
     map_members,
     node_sums,
+    reporter,
     rows_are_steps,
 )
 from eggroll.perturbation import Draw, draw_pairs
@@ -114,19 +115,23 @@ def run(
     if second is None or not _runs_at_once(g):
         return evaluate(g, params, task, draws), second
 
+    context = reporter(g)
+
+    def of_task() -> Scores:
+        return scores_of(g, map_members(g, params, task, draws, context))
+
     def credit() -> RowCredit:
-        scores = evaluate(g, params, task, draws)
-        return credit_of(g, weigh(g, scores.values, groups).differences)
+        return credit_of(g, weigh(g, of_task().values, groups).differences)
 
     # First, since it finds what is wrong with a fitness or its arguments.
     like = jax.eval_shape(credit)
     if rows_are_steps(g, params, task):
-        return evaluate(g, params, task, draws), second
-    first = functools.partial(keep, g, params, task, draws, like)
+        return of_task(), second
+    first = functools.partial(keep, g, params, task, draws, context, like)
     arrays = jax.eval_shape(lambda: first().arrays)
     size = sum(x.size * x.dtype.itemsize for x in arrays)
     if size > g.settings.factor_memory * devices(g.settings.mesh):
-        return evaluate(g, params, task, draws), second
+        return of_task(), second
     kept = first()
     return scores_of(g, kept.out), kept.sums
 

@@ -57,7 +57,18 @@ class RowCredit(NamedTuple):
     whole: Num[Array, "*pairs"]
 
 
-def map_members(g: Generation, params: PyTree, task: Task, draws: Draws | None) -> PyTree:
+def reporter(g: Generation) -> Context:
+    """A context for all traces of a task, so that a built matrix is reported once."""
+    return Context(on_dense=g.settings.dense_report)
+
+
+def map_members(
+    g: Generation,
+    params: PyTree,
+    task: Task,
+    draws: Draws | None,
+    context: Context | None = None,
+) -> PyTree:
     """Maps the function of a task over all members.
 
     Args:
@@ -65,14 +76,14 @@ def map_members(g: Generation, params: PyTree, task: Task, draws: Draws | None) 
       params: the mean.
       task: what is mapped.
       draws: the noise of all pairs, or None to draw it a chunk at a time.
+      context: from :func:`reporter`; made here by default.
 
     Returns:
       The outputs of the function, each leaf with a leading axis [population].
     """
     member_data(task.members, g.settings.population)
     by_pair = _by_pair(g, task)
-    # One context for all traces, so that a built matrix is reported once.
-    context = Context(on_dense=g.settings.dense_report)
+    context = context or reporter(g)
 
     def of_pair(params: PyTree, pair: Array, drawn: Draws, own: PyTree) -> PyTree:
         def of_member(sign: Array, which: Array, own: PyTree) -> PyTree:
@@ -217,7 +228,14 @@ class Kept(NamedTuple):
     sums: SecondPass
 
 
-def keep(g: Generation, params: PyTree, task: Task, draws: Draws | None, credit: RowCredit) -> Kept:
+def keep(
+    g: Generation,
+    params: PyTree,
+    task: Task,
+    draws: Draws | None,
+    context: Context,
+    credit: RowCredit,
+) -> Kept:
     """Runs all members at a time, and keeps what their products received for the second pass.
 
     Both passes are traced as one with the credit unknown, so that all that does not depend on it is
@@ -228,11 +246,11 @@ def keep(g: Generation, params: PyTree, task: Task, draws: Draws | None, credit:
       params: the mean.
       task: what is run.
       draws: the noise of all pairs, or None to draw it.
+      context: from :func:`reporter`.
       credit: the shapes of the credit of all pairs.
     """
     member_data(task.members, g.settings.population)
     later, tree = jax.tree.flatten(credit)
-    context = Context(on_dense=g.settings.dense_report)
     of_out: list[Any] = []
 
     def both(*leaves: Array) -> list[Array]:

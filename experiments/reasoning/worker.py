@@ -68,7 +68,7 @@ class Worker:
         self._asked = 0
         try:
             sent = pickle.dumps(reward)
-        # Of what cannot be pickled, every type tells in its own way.
+        # Each type that cannot be pickled raises an error of its own kind.
         except Exception as error:
             raise RewardError(
                 f"the reward {self._names[0]!r} cannot be sent to a worker process ({error}): define it "

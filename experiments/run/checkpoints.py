@@ -179,7 +179,7 @@ class Checkpoints:
         return generation, state, totals
 
     def _generations(self) -> list[int]:
-        """Of the checkpoints that there are, the newest first."""
+        """The generations that have a checkpoint, the newest first."""
         if not self._read_only:
             self._open()  # clears away what is unfinished
         names = (path.name for path in self._path.iterdir() if path.is_dir())

@@ -13,6 +13,7 @@ from support import normal
 
 from eggroll import Dense, EvolutionStrategy, Matrix, Nodes, credit, integer
 from eggroll import _programs as programs
+from eggroll.interpret.context import DenseBuildWarning
 from eggroll.plan import by_shape
 
 PAIRS, ROWS, WIDTH = 4, 12, 8
@@ -147,6 +148,21 @@ def test_scores_and_gradient_of_weight_noise(changes):
     np.testing.assert_allclose(scores, es.evaluate(state, fitness, X), rtol=1e-6)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     jax.tree.map(close, grads, es.gradient(state, scores))
+
+
+@pytest.mark.parametrize("factor_memory", [0, 1024, 2**25], ids=["again", "too many", "kept"])
+def test_a_matrix_that_is_built_is_reported_once(factor_memory):
+    plan = by_shape({"w": Matrix(rows=0, columns=1), "v": Nodes()})
+
+    def fitness(p, key, x):
+        solved = jnp.linalg.inv(p["w"] @ p["w"].T + jnp.eye(WIDTH))
+        return -jnp.square(jnp.tanh(x @ solved) @ p["v"][:WIDTH])[:, 0]
+
+    es = make(factor_memory, plan=plan)
+    state = es.init({k: PARAMS[k] for k in ("w", "v")}, 3)
+    with pytest.warns(DenseBuildWarning) as told:
+        es.step(state, fitness, X)
+    assert len({str(warning.message) for warning in told}) == len(told)
 
 
 def integers(p, key, x):
