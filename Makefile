@@ -47,7 +47,7 @@ quick: setup
 
 # A tenth of it is among the tests.
 fuzz: setup
-	JAX_PLATFORMS=cpu $(BIN)/python tests/experiments/fuzz_files.py $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python tests/helpers/fuzz_files.py $(ARGS)
 
 # What some tests compare with or log to, where it is installed: other people's optimizers and models, W&B. PyTorch
 # first, by itself: what needs any PyTorch then finds this one. It asks for a newer setuptools than the pinned.

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from places import DOCS
 
 from benchmarks import memory
 from benchmarks import optim as benchmark
@@ -65,7 +66,7 @@ def test_memory_of_llamas(model: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"{millions}M" in printed and "Lion: count 0.000, mu" in printed
     assert json.loads(path.read_text()) == table
     # The page shows the same row.
-    page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
+    page = (DOCS / "optimizers.md").read_text()
     assert printed.splitlines()[1] in page.splitlines()
 
 

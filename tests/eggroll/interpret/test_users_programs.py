@@ -5,10 +5,10 @@ import contextlib
 import chex
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import optax
 import pytest
+from support import as_users_run_it
 
 import eggroll
 from eggroll import Dense, EvolutionStrategy, Frozen, Matrix, integer
@@ -273,16 +273,6 @@ def test_seeds_beyond_32_bits_are_different():
     for wrong in (-1, 2**64):
         with pytest.raises(ValueError, match=f"key={wrong}: must be an integer from 0 to"):
             make().init(PARAMS, wrong)
-
-
-@contextlib.contextmanager
-def as_users_run_it():
-    """Without the checks of types that the tests add, which would refuse these arguments first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_a_wrong_state_is_named():

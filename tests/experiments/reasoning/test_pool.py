@@ -267,7 +267,7 @@ def test_all_that_a_reward_begins_ends_with_the_run(text: str, tmp_path: Path) -
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from experiments.reasoning.pool import RewardPool
-from test_reasoning_pool import begins_others
+from test_pool import begins_others
 pool = RewardPool(1, 1000.0, begins_others)
 pool.submit([{text!r}], [sys.argv[1]])
 time.sleep(1000)

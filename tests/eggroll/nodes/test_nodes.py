@@ -16,8 +16,7 @@ import test_registry
 from jax import lax
 from jax.sharding import AxisType
 from node_loops import SIGMA
-from support import checked_in_float64
-from test_users_programs import as_users_run_it
+from support import as_users_run_it, checked_in_float64
 
 import eggroll
 from eggroll import Dense, EvolutionStrategy, Frozen, Given, Matrix, Nodes, Rows, credit, integer

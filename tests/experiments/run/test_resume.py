@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from places import CACHE
 from safetensors.numpy import load_file
 
 from experiments.run import report
@@ -34,9 +35,7 @@ COMMANDS = {
 }
 ENVIRONMENT = {
     **os.environ,
-    "JAX_COMPILATION_CACHE_DIR": str(
-        Path(os.environ.get("EGGROLL_TEST_CACHE", Path(__file__).parents[2] / ".cache" / "jax"))
-    ),
+    "JAX_COMPILATION_CACHE_DIR": CACHE,
     "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
 }
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from places import DOCS
 
 from experiments.run.cli import main
 from experiments.run.errors import UsageError
@@ -138,7 +139,7 @@ def test_settings_that_the_driver_refuses_are_told_with_their_point(tmp_path: Pa
 
 
 def test_the_sweep_of_the_page_is_right() -> None:
-    docs = Path(__file__).parents[2] / "docs"
+    docs = DOCS
     plan = make_plan(read_spec(docs / "sweep-digits.yaml"))
     assert len(plan.runs) == 32
     assert (docs / "sweep-digits.yaml").read_text() in (docs / "sweeps.md").read_text()
@@ -148,7 +149,7 @@ def test_the_sweep_of_the_page_is_right() -> None:
 
 
 def test_the_example_of_the_page_is_read(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text()
+    page = (DOCS / "sweeps.md").read_text()
     for example in page.split("```yaml\n")[1:]:
         text = example.split("```")[0]
         if "driver:" not in text:

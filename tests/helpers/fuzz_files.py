@@ -1,6 +1,6 @@
 """Damages the files that runs and sweeps read back, at random, and counts what comes of it.
 
-    make fuzz        or: python tests/experiments/fuzz_files.py --count 2000 --seed 1
+    make fuzz        or: python tests/helpers/fuzz_files.py --count 2000 --seed 1
 
 - good: read as if nothing were, and with the bits that were saved, or other values of the right kind: a digit
   of a text has no digest

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import model_folders
 import numpy as np
 import pytest
+from places import HELPERS
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("reasoning_gym")
@@ -29,7 +30,7 @@ SMALL = (
     "--held-out-questions 2 --reward-workers 0 --checkpoint-seconds 0 --sigma 0.02"
 ).split()
 # Random models answer nothing right, and without a difference nothing is learned.
-REWARD = f"{Path(__file__).parent / 'own_reward.py'}:letters"
+REWARD = f"{HELPERS / 'own_reward.py'}:letters"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from places import CACHE
 
 from experiments.run.metrics import read_metrics
 from experiments.run.stopping import StopRequest, stop_requests
@@ -18,7 +19,6 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 RUN = (
     "supervised --preset digits --population 8 --width 4 --generations 100000 --evaluate-every 100000"
 ).split()
-CACHE = os.environ.get("EGGROLL_TEST_CACHE", str(Path(__file__).parents[2] / ".cache" / "jax"))
 ENVIRONMENT = {
     **os.environ,
     "JAX_COMPILATION_CACHE_DIR": CACHE,

@@ -7,6 +7,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -138,3 +139,13 @@ def checked_in_float64():
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "step", step)
         yield
+
+
+@contextlib.contextmanager
+def as_users_run_it():
+    """Without the checks of types that the tests add, which would refuse these arguments first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from places import CACHE, HELPERS
 
 from experiments.run import agreement, report
 from experiments.run.cli import main
@@ -31,10 +32,9 @@ COMMANDS = {
     "pretrain": ["pretrain", "--preset", "tiny", "--sample-every", "3", "--data", report.__file__],
     "reasoning": [
         *"reasoning --preset tiny --width 64 --reward-workers 1 --sigma 0.1 --learning-rate 0.01".split(),
-        *("--reward", f"{Path(__file__).parent / 'own_reward.py'}:letters"),
+        *("--reward", f"{HELPERS / 'own_reward.py'}:letters"),
     ],
 }
-CACHE = os.environ.get("EGGROLL_TEST_CACHE", str(Path(__file__).parents[2] / ".cache" / "jax"))
 LOST_SECONDS = 30
 
 

@@ -2,17 +2,17 @@
 
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import pytest
 from jax import Array, lax
 from jax.extend import core
+from places import DOCS
 from support import built, cases, checked_in_float64, data, matrix, run_case
 
 from eggroll.interpret import registry
 
-PAGE = Path(__file__).parents[2] / "docs" / "rules.md"
+PAGE = DOCS / "rules.md"
 HEAD = """# Rules of the interpreter
 
 What stays low rank under each of JAX's primitives. An operation that is not here, or not in the form that
@@ -101,7 +101,7 @@ def test_a_primitive_has_one_rule():
 def test_the_page_of_rules_is_current():
     assert PAGE.read_text() == HEAD + registry.markdown(), (
         "docs/rules.md is not what the registry prints; "
-        "cd tests/eggroll; python -c 'import test_registry; test_registry.write_page()'"
+        "cd tests/eggroll/interpret; PYTHONPATH=../../helpers:../integer python -c 'import test_registry; test_registry.write_page()'"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from places import CACHE
 
 from experiments.run.cli import main
 from experiments.run.errors import RUN_ME_AGAIN
@@ -26,7 +27,6 @@ from experiments.sweep.plan import make_plan
 from experiments.sweep.records import Records
 from experiments.sweep.spec import read_spec
 
-CACHE = os.environ.get("EGGROLL_TEST_CACHE", str(Path(__file__).parents[2] / ".cache" / "jax"))
 ENVIRONMENT = {**os.environ, "JAX_COMPILATION_CACHE_DIR": CACHE}
 SMALL = {
     "population": 16,
