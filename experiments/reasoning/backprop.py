@@ -9,8 +9,9 @@ from jaxtyping import Array, PyTree
 
 from experiments.reasoning import diagnostics, grpo, sft
 from experiments.reasoning.config import Config
-from experiments.reasoning.engine import Completions, Prompts, generate
+from experiments.reasoning.engine import generate
 from experiments.reasoning.examiner import Examiner, repeated, sampling_of
+from experiments.reasoning.sequences import Completions, Prompts
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question
 from experiments.run.optimizers import decayed

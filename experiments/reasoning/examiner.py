@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.reasoning.config import Config
-from experiments.reasoning.engine import Completions, Prompts, Sampling, pack
 from experiments.reasoning.pool import Handle, RewardPool
 from experiments.reasoning.rewards import Reward, named
+from experiments.reasoning.sampling import Sampling
+from experiments.reasoning.sequences import Completions, Prompts, pack
 from experiments.reasoning.sft import Packed, room
 from experiments.reasoning.sft import pack as pack_examples
 from experiments.reasoning.start import Start

@@ -16,7 +16,7 @@ from jaxtyping import Array, PyTree
 from experiments.reasoning import diagnostics, scores, tasks
 from experiments.reasoning.backprop import GroupPolicy, Supervised
 from experiments.reasoning.config import Config
-from experiments.reasoning.engine import Completions, Sampling, generate, pack
+from experiments.reasoning.engine import generate
 from experiments.reasoning.evolution import Evolution
 from experiments.reasoning.examiner import (
     Examiner,
@@ -29,6 +29,8 @@ from experiments.reasoning.examiner import (
 from experiments.reasoning.memory import MemoryPlan, device_bytes, plan_memory
 from experiments.reasoning.pool import RewardPool
 from experiments.reasoning.rewards import extract
+from experiments.reasoning.sampling import Sampling
+from experiments.reasoning.sequences import Completions, pack
 from experiments.reasoning.speed import expected_tokens_per_s
 from experiments.reasoning.start import Start, keep_tokenizer, start
 from experiments.reasoning.start import save as save_model

@@ -15,9 +15,11 @@ import pytest
 from eggroll import EvolutionStrategy
 from experiments.models import rwkv7, transformer
 from experiments.reasoning import engine
-from experiments.reasoning.engine import Sampling, answer, choose, generate, pack, stream
+from experiments.reasoning.engine import answer, generate, stream
 from experiments.reasoning.language_model import LanguageModel, of_rwkv7, of_transformer
 from experiments.reasoning.memory import plan_memory
+from experiments.reasoning.sampling import Sampling, choose
+from experiments.reasoning.sequences import pack
 from experiments.run.errors import UsageError
 
 VOCAB = 11

@@ -10,8 +10,9 @@ import pytest
 
 from experiments.reasoning import engine
 from experiments.reasoning.config import PRESETS
-from experiments.reasoning.engine import Sampling, pack
 from experiments.reasoning.memory import plan_memory
+from experiments.reasoning.sampling import Sampling
+from experiments.reasoning.sequences import pack
 from experiments.reasoning.train import Course, train
 from experiments.run.drivers import read_run
 from experiments.run.metrics import read_metrics
