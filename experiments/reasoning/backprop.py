@@ -1,6 +1,5 @@
 """Learning by backpropagation: GRPO from rewards of its own answers, SFT from worked solutions."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,11 +8,11 @@ from jaxtyping import Array, PyTree
 
 from experiments.reasoning import diagnostics, grpo, sft
 from experiments.reasoning.config import Config
-from experiments.reasoning.engine import generate
-from experiments.reasoning.examiner import Examiner, repeated, sampling_of
+from experiments.reasoning.engine import Share, generate, unseen
+from experiments.reasoning.examiner import Examiner
+from experiments.reasoning.questions import Questions, repeated
 from experiments.reasoning.sequences import Completions, Prompts
 from experiments.reasoning.start import Start
-from experiments.reasoning.tasks import Question
 from experiments.run.optimizers import decayed
 
 
@@ -22,11 +21,18 @@ class Backprop:
 
     Args:
         config: the settings.
-        begin: the model.
+        base: the model that training begins with.
+        questions: of the task.
+        examiner: rewards answers.
     """
 
-    def __init__(self, config: Config, begin: Start) -> None:
-        self._config, self._begin = config, begin
+    sharding = None
+
+    def __init__(
+        self, config: Config, base: Start, questions: Questions, examiner: Examiner
+    ) -> None:
+        self._config, self._base = config, base
+        self._questions, self._examiner = questions, examiner
         self._optimizer = sft.optimizer_of(
             config.optimizer,
             decayed(config.learning_rate, config.learning_rate_decay),
@@ -47,7 +53,7 @@ class Backprop:
         """The state before generation 0."""
         # Copies, as an EvolutionStrategy makes them: updates reuse the memory of what they are given, and
         # the reference of the KL divergence, or a later run, wants these parameters as they were.
-        params = jax.tree.map(lambda x: jnp.array(x, copy=True), self._begin.params(seed))
+        params = jax.tree.map(lambda x: jnp.array(x, copy=True), self._base.params(seed))
         return params, self._optimizer.init(params)
 
     def params(self, state: Any) -> PyTree:
@@ -58,23 +64,28 @@ class Backprop:
 class Supervised(Backprop):
     """The likelihood of worked solutions is raised."""
 
-    def __init__(self, config: Config, begin: Start) -> None:
-        super().__init__(config, begin)
-        self._update = self._compiled(sft.make_update(begin.model, self._optimizer))
+    def __init__(
+        self, config: Config, base: Start, questions: Questions, examiner: Examiner
+    ) -> None:
+        super().__init__(config, base, questions, examiner)
+        self._update = self._compiled(sft.make_update(base.model, self._optimizer))
 
     def generation(
-        self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner
+        self, state: Any, generation: int, share: Share = unseen
     ) -> tuple[Any, dict[str, Any]]:
         """One update by the solutions of the questions."""
-        params, inner, row = self._update(*state, *examiner.solutions(questions))
-        return (params, inner), {**row, "generated_tokens": 0}
+        questions = self._questions.of_generation(generation)
+        params, inner, row = self._update(*state, *self._questions.solutions(questions))
+        return (params, inner), {**row, "prompt_tokens": 0, "generated_tokens": 0}
 
 
 class GroupPolicy(Backprop):
     """GRPO: answers become likelier that have more reward than others to the same question."""
 
-    def __init__(self, config: Config, begin: Start) -> None:
-        super().__init__(config, begin)
+    def __init__(
+        self, config: Config, base: Start, questions: Questions, examiner: Examiner
+    ) -> None:
+        super().__init__(config, base, questions, examiner)
         own = config.grpo
         constant = own.advantages == "dr_grpo"
         self._settings = grpo.GRPO(
@@ -83,57 +94,59 @@ class GroupPolicy(Backprop):
             clip_high=own.clip_high,
             beta=own.kl,
             aggregation="constant" if constant else "sequence",
-            length=config.max_new_tokens if constant else None,
+            length=questions.sampling().max_new_tokens if constant else None,
             temperature=config.temperature,
             epochs=own.epochs,
             micro_batch=own.micro_batch,
         )
-        self._update = self._compiled(
-            grpo.make_update(begin.model, self._optimizer, self._settings)
-        )
+        self._update = self._compiled(grpo.make_update(base.model, self._optimizer, self._settings))
         self._reference = None
         if own.kl:
-            self._reference = jax.tree.map(jnp.asarray, begin.params(jnp.int32(config.seed)))
+            self._reference = jax.tree.map(jnp.asarray, base.params(jnp.int32(config.seed)))
 
     def generation(
-        self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner
+        self, state: Any, generation: int, share: Share = unseen
     ) -> tuple[Any, dict[str, Any]]:
         """Answers, rewards, an update."""
-        config, model, group = self._config, self._begin.model, self._config.grpo.group
-        prompts = examiner.prompts(questions)
-        key = jax.random.fold_in(jax.random.key(config.seed), generation)
+        config, model, group = self._config, self._base.model, self._config.grpo.group
+        questions = self._questions.of_generation(generation)
+        prompts = self._questions.prompts(questions)
         written = generate(
             model,
             state[0],
             prompts,
-            key,
-            sampling_of(config),
-            self._begin.tokenizer.eos,
+            jax.random.fold_in(jax.random.key(config.seed), generation),
+            self._questions.sampling(),
+            self._base.tokenizer.eos,
             samples=group,
+            share=share,
         )
-        texts = examiner.texts(written)
-        handle = examiner.hand_in(texts, repeated(questions, group))
-        marks = examiner.marks(handle, (len(questions), group))
+        texts = self._questions.texts(written)
+        handle = self._examiner.submit(texts, repeated(questions, group))
+        found = self._examiner.rewards(handle, (len(questions), group))
         rollouts = grpo.prepare(
             model,
             state[0],
             *joined(prompts, written),
-            marks.rewards,
+            found.rewards,
             self._settings,
             self._reference,
         )
-        params, inner, told = self._update(*state, rollouts)
-        parts = {name: table.T for name, table in marks.parts.items()}
+        params, inner, learned = self._update(*state, rollouts)
+        parts = {name: table.T for name, table in found.parts.items()}
         row = diagnostics.summary(
-            marks.rewards.T,
+            found.rewards.T,
             None,
             parts if len(parts) > 1 else None,
             written.lengths.T,
             written.ended.T,
             written.entropy.T,
         )
-        tokens = int(written.lengths.sum())
-        return (params, inner), {**told, **row, "generated_tokens": tokens}
+        tokens = {
+            "prompt_tokens": group * int(prompts.lengths.sum()),
+            "generated_tokens": int(written.lengths.sum()),
+        }
+        return (params, inner), {**learned, **row, **tokens}
 
 
 def joined(prompts: Prompts, written: Completions) -> sft.Packed:

@@ -67,7 +67,8 @@ class Config(RunSettings):
     """What else the template knows, as a JSON object, such as {"enable_thinking": false} of Qwen3."""
 
     task: str = "countdown-easy"
-    """"sums", "countdown-easy", a task of reasoning-gym, or a file of questions that ends with .jsonl."""
+    """"sums", "countdown-easy", a task of reasoning-gym, a file of questions that ends with .jsonl, or your
+    own as my_file.py:make."""
     task_settings: str = "{}"
     """Its settings, as a JSON object."""
     reward: str | None = None
@@ -130,8 +131,8 @@ class Config(RunSettings):
     samples: int = 1
     """Completions of a member for each question."""
 
-    max_new_tokens: int = 40
-    """Tokens of a completion, at most."""
+    max_new_tokens: int | None = None
+    """Tokens of a completion, at most; by default the task's own number."""
     temperature: float = 0.0
     """Of sampling in training; 0 takes the likeliest token. Measurements always do."""
     top_k: int = 0
@@ -273,7 +274,7 @@ def preset(name: PresetName, **settings: object) -> Config:
 
 
 # A model of 131,000 weights that learns to add two numbers, digit by digit, in half a minute.
-SMALL: dict[str, object] = dict(layers=2, width=64, task="sums", max_new_tokens=24)
+SMALL: dict[str, object] = dict(layers=2, width=64, task="sums")
 SFT: dict[str, object] = dict(
     algorithm="sft", optimizer="adamw", learning_rate=3e-3, prompts=64, evaluate_every=40
 )
@@ -292,7 +293,6 @@ HUB: dict[str, object] = dict(
     chunk=128,
     sigma=1e-3,
     learning_rate=5e-6,
-    max_new_tokens=512,
 )
 
 PRESETS: dict[str, Config] = {
@@ -321,7 +321,6 @@ PRESETS: dict[str, Config] = {
         task_settings='{"digits": 1}',
         population=8,
         prompts=4,
-        max_new_tokens=6,
         held_out_questions=4,
         reward_workers=0,
         max_generations=4,

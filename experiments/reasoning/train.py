@@ -1,53 +1,54 @@
-"""`eggroll reasoning`: from settings to a fine-tuned language model, its curve, samples and a sentence."""
+"""`eggroll reasoning`: from settings to a fine-tuned language model, its curve, samples and a sentence.
 
-import contextlib
-import dataclasses
+    eggroll reasoning --preset warm-start    # two minutes on two cores: a small model learns to add
+    eggroll reasoning --preset eggroll       # ... and goes on from rewards alone
+
+A generation asks a part of the task's questions, and a learner makes an update of the answers
+(:mod:`~experiments.reasoning.evolution`, or one of :mod:`~experiments.reasoning.backprop`). Held-out
+questions are measured all along a run; what it comes to is told by fresh ones, which decided nothing before.
+"""
+
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from experiments.reasoning import diagnostics, scores, tasks
+from experiments.reasoning.answers import extract
 from experiments.reasoning.backprop import GroupPolicy, Supervised
 from experiments.reasoning.config import Config
-from experiments.reasoning.engine import generate
+from experiments.reasoning.engine import Share, generate, unseen
 from experiments.reasoning.evolution import Evolution
-from experiments.reasoning.examiner import (
-    Examiner,
-    asked,
-    repeated,
-    reward_of,
-    sampling_of,
-    texts_of,
-)
-from experiments.reasoning.memory import MemoryPlan, device_bytes, plan_memory
-from experiments.reasoning.pool import RewardPool
-from experiments.reasoning.rewards import extract
+from experiments.reasoning.examiner import Examiner, reward_of
+from experiments.reasoning.fitting import fit
+from experiments.reasoning.questions import Questions, as_asked, repeated, texts_of
+from experiments.reasoning.rewards import files as reward_files
 from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import Completions, pack
-from experiments.reasoning.speed import expected_tokens_per_s
 from experiments.reasoning.start import Start, keep_tokenizer, start
 from experiments.reasoning.start import save as save_model
 from experiments.reasoning.tasks import Question, Task
-from experiments.run import agreement, hosts
-from experiments.run.devices import Layout, layout_of
+from experiments.run import hosts
+from experiments.run.devices import layout_of
 from experiments.run.errors import UsageError
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, run
-from experiments.run.metrics import Row, read_metrics
+from experiments.run.metrics import Row, plain, read_metrics
 from experiments.run.plots import learning_curve
 from experiments.run.samples import add_sample
 from experiments.run.stopwatch import Stopwatch
 
-METHODS: dict[str, Any] = {"grpo": GroupPolicy, "sft": Supervised}
 # A completion with this reward is right.
 RIGHT = 1.0
+# Samples of each question that `eggroll eval` draws.
+SAMPLES = 8
+MEASURED = ("held_out_accuracy", "held_out_reward", "held_out_length")
 
 
 class Carry(NamedTuple):
@@ -70,6 +71,7 @@ class Result(NamedTuple):
     Attributes:
         held_out_accuracy: share of held-out questions that the final model answers right, greedily.
         held_out_accuracy_before: the same before training.
+        fresh_accuracy: the same of fresh questions, which decided nothing before; NaN where there are none.
         generations: updates made.
         generated_tokens: written in training, by all members.
         parameters: numbers of the model.
@@ -79,6 +81,7 @@ class Result(NamedTuple):
 
     held_out_accuracy: float
     held_out_accuracy_before: float
+    fresh_accuracy: float
     generations: int
     generated_tokens: int
     parameters: int
@@ -86,167 +89,222 @@ class Result(NamedTuple):
     timing: dict[str, float]
 
 
-class Course:
-    """A task, a model that is to learn it, and how.
+class Reasoning:
+    """Trains a language model on a task. What it consists of is made when it is first asked for.
 
     Args:
         config: the settings.
-
-    Raises:
-        UsageError: for a task, a model or a reward that there is not.
+        share: told how much of a generation is done.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        evolves = config.algorithm == "eggroll"
-        alone = None if evolves else f"--algorithm {config.algorithm} has no population to divide"
+    def __init__(self, config: Config, share: Share = unseen) -> None:
+        self.config, self._share = config, share
+        self._fitted = config
+        alone = None
+        if config.algorithm != "eggroll":
+            alone = f"--algorithm {config.algorithm} has no population to divide"
         self.layout = layout_of(config, config.population, alone, config.tensor_parallel)
-        self.task: Task = tasks.load(config.task, **config.task_arguments())
-        self.begin: Start = start(config, self.task)
-        self.reward = reward_of(config, self.task)
-        self.method: Any = method_of(config, self.begin, self.layout)
-
-    def fit_memory(self, examiner: Examiner) -> MemoryPlan:
-        """What a population takes of the memory; where not all fits at once, members and questions take
-        turns."""
-        config = self.config
-        prompts = examiner.prompts(examiner.questions(0))
-        shapes = jax.eval_shape(self.begin.params, jnp.int32(0))
-        # Every device, or group of them, has the members of at most so many pairs.
-        share = 2 * -(-config.population // (2 * self.layout.groups))
-        # The same for all processes, whose programs are one.
-        budget = agreement.least(
-            device_bytes() if config.memory_gib is None else int(config.memory_gib * 2**30)
-        )
-        plan = plan_memory(
-            self.begin.model,
-            self.method.es,
-            shapes,
-            share,
-            config.prompts * config.samples,
-            prompts.tokens.shape[1],
-            sampling_of(config),
-            budget,
-        )
-        chunk = plan.members if plan.members < share else None
-        few = max(1, plan.prompts // config.samples)
-        self.config = dataclasses.replace(
-            config,
-            chunk=config.chunk or chunk,
-            prompt_chunk=config.prompt_chunk or (few if few < config.prompts else None),
-        )
-        self.method = method_of(self.config, self.begin, self.layout)
-        # Devices of a CPU share its cores.
-        devices = 1 if jax.default_backend() == "cpu" else self.layout.devices
-        speed = devices * expected_tokens_per_s(shapes, plan.members * plan.prompts)
-        return plan._replace(tokens_per_s=speed)
 
     @functools.cached_property
-    def held_out(self) -> Sequence[Question]:
-        """The questions that are measured on."""
-        return list(self.task.held_out)[: self.config.held_out_questions]
+    def task(self) -> Task:
+        """The task that the settings name."""
+        return tasks.load(self.config.task, **self.config.task_arguments())
 
-    def first(self) -> Carry:
-        """The state before generation 0."""
-        seed = jnp.int32(self.config.seed)
-        carry = Carry(self.method.start(seed), jnp.int32(0), seed)
-        return carry if self.lies is None else jax.device_put(carry, self.lies)
+    @functools.cached_property
+    def base(self) -> Start:
+        """The model that training begins with."""
+        return start(self.config, self.task if self.config.tokenizer == "bpe" else None)
+
+    @functools.cached_property
+    def questions(self) -> Questions:
+        """The questions as the model reads them."""
+        return Questions(self.config, self.base, self.task)
+
+    @functools.cached_property
+    def examiner(self) -> Examiner:
+        """What rewards answers."""
+        return Examiner(self.config, reward_of(self.config, self.task))
+
+    @functools.cached_property
+    def learner(self) -> Evolution | GroupPolicy | Supervised:
+        """What makes an update of a generation's questions."""
+        if self.config.algorithm == "eggroll":
+            parts = (self._fitted, self.base, self.questions, self.examiner)
+            return Evolution(*parts, self.layout)
+        make = GroupPolicy if self.config.algorithm == "grpo" else Supervised
+        return make(self.config, self.base, self.questions, self.examiner)
+
+    def plan(self) -> list[str]:
+        """Settles what fits into the memory, makes all parts, and tells of the task and the memory.
+
+        Raises:
+            UsageError: for anything in the settings that cannot be right.
+        """
+        said = [describe(self.task, self.questions)]
+        assert self.examiner is not None  # raises now what is wrong with a reward
+        if self.config.algorithm == "eggroll":
+            self._fitted, memory = fit(self.config, self.base, self.questions, self.layout)
+            said.append(memory.describe())
+        assert self.learner is not None
+        return said
 
     @property
-    def lies(self) -> Carry | None:
-        """How the state lies on several devices."""
+    def files(self) -> list[Path]:
+        """The files that a task and rewards are read from."""
+        own = reward_files(self.config.reward) if self.config.reward is not None else []
+        return [*tasks.files(self.config.task, self.config.task_arguments()), *own]
+
+    @property
+    def sharding(self) -> Carry | None:
+        """Where the state lies on several devices; None for one."""
         everywhere: Any = self.layout.everywhere
-        return None if everywhere is None else Carry(self.method.lies, everywhere, everywhere)
+        return None if everywhere is None else Carry(self.learner.sharding, everywhere, everywhere)
 
-    @contextlib.contextmanager
-    def examiner(self) -> Iterator[Examiner]:
-        """Processes for rewards, as long as they are needed."""
-        config = self.config
-        with RewardPool(
-            config.reward_workers,
-            config.reward_seconds,
-            self.reward,
-            memory_gib=config.reward_memory_gib,
-        ) as pool:
-            yield Examiner(self.config, self.begin, self.task, pool)
+    def start(self) -> Carry:
+        """The state before generation 0."""
+        seed = jnp.int32(self.config.seed)
+        carry = Carry(self.learner.start(seed), jnp.int32(0), seed)
+        return carry if self.sharding is None else jax.device_put(carry, self.sharding)
 
-    def answers(
-        self,
-        examiner: Examiner,
-        params: PyTree,
-        questions: Sequence[Question],
-        samples: int = 1,
-        seed: int = 0,
-    ) -> tuple[Completions, list[str], np.ndarray]:
-        """Completions of questions, their texts, and rewards [questions, samples].
-
-        They are the likeliest tokens where there is one sample of each, else drawn, at temperature 1
-        where training has none.
-        """
-        sampling = sampling_of(self.config, greedy=samples == 1)
-        if samples > 1 and not sampling.temperature:
-            sampling = dataclasses.replace(sampling, temperature=1.0)
-        written = generate(
-            self.begin.model,
-            params,
-            examiner.prompts(questions),
-            jax.random.key(seed),
-            sampling,
-            self.begin.tokenizer.eos,
-            samples=samples,
-        )
-        texts = examiner.texts(written)
-        handle = examiner.hand_in(texts, repeated(questions, samples))
-        marks = examiner.marks(handle, (len(questions), samples))
-        return written, texts, marks.rewards
-
-
-def method_of(config: Config, begin: Start, layout: Layout) -> Any:
-    """How the model learns."""
-    if config.algorithm == "eggroll":
-        return Evolution(config, begin, layout)
-    return METHODS[config.algorithm](config, begin)
-
-
-def job(config: Config, course: Course | None = None, examiner: Examiner | None = None) -> Job:
-    """The run as the loop takes it; without an examiner only its start can be used.
-
-    Raises:
-        UsageError: for a task, a model or a reward that there is not.
-    """
-    course = course or Course(config)
-    method = course.method
-
-    def generation(carry: Carry) -> tuple[Carry, dict[str, Any]]:
-        assert examiner is not None
-        g, began = int(carry.generation), time.perf_counter()
-        questions = examiner.questions(g)
-        training, row = method.generation(carry.training, g, questions, examiner)
+    def generation(self, carry: Carry) -> tuple[Carry, dict[str, Any]]:
+        """Answers or solutions of a generation's questions, and an update by them."""
+        began = time.perf_counter()
+        training, row = self.learner.generation(carry.training, int(carry.generation), self._share)
         jax.block_until_ready(training)
-        rate = row["generated_tokens"] / (time.perf_counter() - began)
-        row["timing"] = {"tokens_per_second": rate}
+        seconds = time.perf_counter() - began
+        row["timing"] = {
+            "prompt_tokens_per_second": row["prompt_tokens"] / seconds,
+            "written_tokens_per_second": row["generated_tokens"] / seconds,
+        }
         return Carry(training, carry.generation + 1, carry.seed), row
 
-    def measure(carry: Carry) -> dict[str, float]:
-        assert examiner is not None
-        written, _, rewards = course.answers(
-            examiner, method.params(carry.training), course.held_out
-        )
+    def measure(self, carry: Carry) -> dict[str, float]:
+        """What the model answers to held-out questions."""
+        params = self.learner.params(carry.training)
+        written, _, rewards = self.answers(params, self.questions.measured)
         return {
             "held_out_accuracy": float(np.mean(rewards >= RIGHT)),
             "held_out_reward": float(np.nanmean(rewards)),
             "held_out_length": float(written.lengths.mean()),
         }
 
+    def confirm(self, carry: Carry) -> dict[str, float]:
+        """What the model answers to fresh questions, which decided nothing before."""
+        if not self.questions.fresh:
+            return {"fresh_accuracy": float("nan")}
+        params = self.learner.params(carry.training)
+        rewards = self.answers(params, self.questions.fresh)[2]
+        return {"fresh_accuracy": float(np.mean(rewards >= RIGHT))}
+
+    def answers(
+        self, params: PyTree, questions: Sequence[Question], samples: int = 1, seed: int = 0
+    ) -> tuple[Completions, list[str], Float[np.ndarray, "questions samples"]]:
+        """Completions of questions, their texts, and rewards.
+
+        They are the likeliest tokens where there is one sample of each, else drawn, at temperature 1
+        where training has none.
+        """
+        sampling = self.questions.sampling(greedy=samples == 1)
+        if samples > 1 and not sampling.temperature:
+            sampling = Sampling(max_new_tokens=sampling.max_new_tokens, temperature=1.0)
+        written = generate(
+            self.base.model,
+            params,
+            self.questions.prompts(questions),
+            jax.random.key(seed),
+            sampling,
+            self.base.tokenizer.eos,
+            samples=samples,
+            share=self._share,
+        )
+        texts = self.questions.texts(written)
+        handle = self.examiner.submit(texts, repeated(questions, samples))
+        return written, texts, self.examiner.rewards(handle, (len(questions), samples)).rewards
+
+    def sample(self, carry: Carry, count: int = 8) -> str:
+        """What the model answers to the first held-out questions, as a table."""
+        questions = self.questions.measured[:count]
+        _, texts, rewards = self.answers(self.learner.params(carry.training), questions)
+        rows = [
+            {
+                "question": q.prompt.strip(),
+                "completion": text,
+                "answer": q.answer,
+                "reward": f"{r:g}",
+            }
+            for q, text, (r,) in zip(questions, texts, rewards, strict=True)
+        ]
+        return diagnostics.samples(rows, width=48)
+
+    def evaluate(self, carry: Carry, seed: int) -> dict[str, list[float]]:
+        """Accuracy on held-out and on fresh questions, greedily; pass@k and majority@k of samples of the
+        held-out ones."""
+        params = self.learner.params(carry.training)
+        greedy = self.answers(params, self.questions.measured)[2]
+        found = {"held-out accuracy": (greedy[:, 0] >= RIGHT).astype(float).tolist()}
+        if self.questions.fresh:
+            fresh = self.answers(params, self.questions.fresh)[2]
+            found["accuracy on fresh questions"] = (fresh[:, 0] >= RIGHT).astype(float).tolist()
+        _, texts, rewards = self.answers(params, self.questions.measured, SAMPLES, seed)
+        right = rewards >= RIGHT
+        for k in (1, 2, 4, 8):
+            passed = scores.pass_at_k(right.sum(1), SAMPLES, k)
+            found[f"pass@{k} of {SAMPLES} samples"] = np.asarray(passed).tolist()
+        votes = np.array([extract(text) for text in texts], object).reshape(right.shape)
+        found[f"majority@{SAMPLES}"] = [
+            scores.majority_at_k(list(row), list(map(bool, ok)))
+            for row, ok in zip(votes, right, strict=True)
+        ]
+        return found
+
+    def write(
+        self,
+        carry: Carry | None,
+        prompts: Sequence[str],
+        length: int | None,
+        temperature: float,
+        seed: int,
+    ) -> list[str]:
+        """What the model writes after prompts; without a state the one that training begins with."""
+        base, config = self.base, self.config
+        if carry is None:
+            params = base.params(jnp.int32(config.seed))
+        else:
+            params = self.learner.params(carry.training)
+        given = [base.tokenizer.encode(as_asked(config, base, text)) for text in prompts]
+        if not all(given):
+            raise UsageError(
+                "--prompt '': this model begins with nothing; give it a text to go on from"
+            )
+        longest = length or config.max_new_tokens or self.task.max_new_tokens
+        written = generate(
+            base.model,
+            jax.tree.map(jnp.asarray, params),
+            pack(given),
+            jax.random.key(seed),
+            Sampling(max_new_tokens=longest, temperature=temperature),
+            base.tokenizer.eos,
+        )
+        return texts_of(base, written)
+
+    def close(self) -> None:
+        """Ends the processes of rewards."""
+        if "examiner" in vars(self):
+            self.examiner.close()
+
+
+def job(config: Config, trainer: Reasoning | None = None) -> Job:
+    """The run as the loop takes it."""
+    trainer = trainer or Reasoning(config)
     return Job(
-        start=course.first,
-        generation=generation,
-        measure=measure,
+        start=trainer.start,
+        generation=trainer.generation,
+        measure=trainer.measure,
         reached=functools.partial(no_longer_rises, config),
         tell=tell,
-        measured=("held_out_accuracy", "held_out_reward", "held_out_length"),
+        measured=MEASURED,
         totals=("generated_tokens",),
-        sharding=course.lies,
+        sharding=trainer.sharding,
     )
 
 
@@ -270,7 +328,7 @@ def tell(row: Row) -> str:
         words.append(f"reward {row['reward_mean']:.3f}")
     elif row.get("loss") is not None:
         words.append(f"loss {row['loss']:.3f}")
-    rate = row["timing"]["tokens_per_second"]
+    rate = row["timing"]["written_tokens_per_second"]
     return ", ".join([*words, f"{rate:,.0f} tokens/s"] if rate else words)
 
 
@@ -286,96 +344,75 @@ def train(config: Config, started: float | None = None) -> Result:
     watch.finish("imports")
     config.check()
     config = config.settled()
-    course = Course(config)
-    hosts.say(describe(course))
+    trainer = Reasoning(config)
+    for said in trainer.plan():
+        hosts.say(said)
+    try:
+        with open_run_folder("reasoning", config, trainer.files) as folder:
+            keep_tokenizer(config, trainer.base)
+            trainer.examiner.open()
+            task_job = job(config, trainer)
 
-    with open_run_folder("reasoning", config) as folder, course.examiner() as examiner:
-        keep_tokenizer(config, course.begin)
-        if config.algorithm == "eggroll":
-            hosts.say(course.fit_memory(examiner).describe())
-        task_job = job(config, course, examiner)
+            def measure(carry: Carry) -> Any:
+                if int(carry.generation) == 0:
+                    add_sample(folder / "samples.txt", 0, trainer.sample(carry))
+                return task_job.measure(carry)
 
-        def measure(carry: Carry) -> Any:
-            if int(carry.generation) == 0:
-                show(folder, course, examiner, carry)
-            return task_job.measure(carry)
+            watch.finish("setup")
+            outcome = run(task_job._replace(measure=measure), config, folder, watch)
+            text = trainer.sample(outcome.state)
+            add_sample(folder / "samples.txt", outcome.generations, text)
+            fresh = trainer.confirm(outcome.state)["fresh_accuracy"]
+            watch.finish("training")
 
-        watch.finish("setup")
-        outcome = run(task_job._replace(measure=measure), config, folder, watch)
-        show(folder, course, examiner, outcome.state)
-        watch.finish("training")
-
-        after, before = (x["held_out_accuracy"] for x in (outcome.after, outcome.before))
-        lesson = in_words(before, after, config)
-        learning_curve(
-            folder / "curve.png",
-            outcome.rows,
-            title=lesson,
-            measure="share of held-out questions answered right",
-            final=(outcome.generations, after),
-            name="held_out_accuracy",
-            population=False,
-            who="model",
-        )
-        watch.finish("results")
-        params = course.method.params(outcome.state.training)
-        tokens = outcome.rows[-1]["generated_tokens"] if outcome.rows else 0
-        updates = "update" if outcome.generations == 1 else "updates"
-        result = Result(
-            held_out_accuracy=after,
-            held_out_accuracy_before=before,
-            generations=outcome.generations,
-            generated_tokens=tokens,
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-            sentence=f"{lesson}, after {outcome.generations} {updates} {how(config)}"
-            f"{f', {tokens:,} tokens written' if tokens else ''}, {watch.total():.1f} s from start.",
-            timing=watch.phases,
-        )
-        write_json(folder / "result.json", result._asdict())
+            after, before = (x["held_out_accuracy"] for x in (outcome.after, outcome.before))
+            lesson = in_words(before, after, fresh, config)
+            learning_curve(
+                folder / "curve.png",
+                outcome.rows,
+                title=lesson,
+                measure="share of held-out questions answered right",
+                final=(outcome.generations, after),
+                name="held_out_accuracy",
+                population=False,
+                who="model",
+            )
+            watch.finish("results")
+            params = trainer.learner.params(outcome.state.training)
+            tokens = outcome.rows[-1]["generated_tokens"] if outcome.rows else 0
+            updates = "update" if outcome.generations == 1 else "updates"
+            result = Result(
+                held_out_accuracy=after,
+                held_out_accuracy_before=before,
+                fresh_accuracy=fresh,
+                generations=outcome.generations,
+                generated_tokens=tokens,
+                parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+                sentence=f"{lesson}, after {outcome.generations} {updates} {how(config)}"
+                f"{f', {tokens:,} tokens written' if tokens else ''}, {watch.total():.1f} s from start.",
+                timing=watch.phases,
+            )
+            write_json(folder / "result.json", plain(result._asdict()))
+    finally:
+        trainer.close()
     return result
 
 
-def describe(course: Course) -> str:
+def describe(task: Task, questions: Questions) -> str:
     """The task in a line."""
     return (
-        f"{course.task.name}: {len(course.task.train):,} questions to train on, "
-        f"{len(course.held_out):,} held out."
+        f"{task.name}: {len(task.train):,} questions to train on, "
+        f"{len(questions.measured):,} held out, {len(questions.fresh):,} fresh."
     )
 
 
-def show(folder: Path, course: Course, examiner: Examiner, carry: Carry, count: int = 8) -> None:
-    """Adds to samples.txt what the model answers to the first held-out questions."""
-    questions = course.held_out[:count]
-    _, texts, rewards = course.answers(examiner, course.method.params(carry.training), questions)
-    rows = [
-        {"question": q.prompt.strip(), "completion": text, "answer": q.answer, "reward": f"{r:g}"}
-        for q, text, (r,) in zip(questions, texts, rewards, strict=True)
-    ]
-    table = diagnostics.samples(rows, width=48)
-    add_sample(folder / "samples.txt", int(carry.generation), table)
-
-
 def evaluate(config: Config, state: Carry, episodes: int, seed: int) -> dict[str, list[float]]:
-    """Held-out accuracy, greedily; pass@k and majority@k of 8 samples of each question.
-
-    `episodes` is for other drivers; `seed` decides the samples.
-    """
-    course, samples = Course(config), 8
-    params = course.method.params(state.training)
-    with course.examiner() as examiner:
-        greedy = course.answers(examiner, params, course.held_out)[2]
-        _, texts, rewards = course.answers(examiner, params, course.held_out, samples, seed)
-    right = rewards >= RIGHT
-    told = {"held-out accuracy": (greedy[:, 0] >= RIGHT).astype(float).tolist()}
-    for k in (1, 2, 4, 8):
-        found = scores.pass_at_k(right.sum(1), samples, k)
-        told[f"pass@{k} of {samples} samples"] = np.asarray(found).tolist()
-    votes = np.array([extract(text) for text in texts], object).reshape(right.shape)
-    told[f"majority@{samples}"] = [
-        scores.majority_at_k(list(row), list(map(bool, ok)))
-        for row, ok in zip(votes, right, strict=True)
-    ]
-    return told
+    """Scores of a state; `episodes` is for other drivers, `seed` decides the samples."""
+    trainer = Reasoning(config)
+    try:
+        return trainer.evaluate(state, seed)
+    finally:
+        trainer.close()
 
 
 def parameters(config: Config, state: Carry) -> PyTree:
@@ -385,50 +422,27 @@ def parameters(config: Config, state: Carry) -> PyTree:
 
 def save(config: Config, state: Carry, folder: Path) -> str:
     """Writes the model as a folder of its own, for `--model`, `eggroll sample` and transformers."""
-    begin = start(config)
+    base = Reasoning(config).base
     params = parameters(config, state)
-    save_model(begin, params, folder, config.dtype)
+    save_model(base, params, folder, config.dtype)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
     return f"Wrote a model of {numbers:,} numbers to {folder}."
 
 
-def write(
-    config: Config,
-    state: Carry | None,
-    prompts: Sequence[str],
-    length: int | None,
-    temperature: float,
-    seed: int,
-) -> list[str]:
+def write(config: Config, state: Carry | None, *args: Any) -> list[str]:
     """What the model of a run, or without a state the one that the settings name, writes after prompts."""
-    begin = start(config)
-    params = begin.params(jnp.int32(config.seed)) if state is None else parameters(config, state)
-    params = jax.tree.map(jnp.asarray, params)
-    tokenizer = begin.tokenizer
-    given = [tokenizer.encode(asked(config, tokenizer, text)) for text in prompts]
-    if not all(given):
-        raise UsageError(
-            "--prompt '': this model begins with nothing; give it a text to go on from"
-        )
-    sampling = Sampling(max_new_tokens=length or config.max_new_tokens, temperature=temperature)
-    written = generate(
-        begin.model,
-        params,
-        pack(given),
-        jax.random.key(seed),
-        sampling,
-        tokenizer.eos,
-    )
-    return texts_of(tokenizer, written)
+    return Reasoning(config).write(state, *args)
 
 
-def in_words(before: float, after: float, config: Config) -> str:
-    """What was learned."""
-    if after > before:
-        return (
-            f"Answers {after:.1%} of held-out questions of {config.task} right, {before:.1%} before"
-        )
-    return f"No gain: {after:.1%} of held-out questions of {config.task} right, {before:.1%} before"
+def in_words(before: float, after: float, fresh: float, config: Config) -> str:
+    """What was learned, by fresh questions."""
+    if np.isnan(fresh):
+        told = f"{after:.1%} of held-out questions of {config.task} right, {before:.1%} before"
+        return f"{told}; there was no fresh question to confirm it"
+    told = f"{fresh:.1%} of fresh questions of {config.task} right"
+    if fresh > before:
+        return f"Answers {told}, where {before:.1%} of held-out ones were before"
+    return f"No gain: {told}, where {before:.1%} of held-out ones were before"
 
 
 def how(config: Config) -> str:

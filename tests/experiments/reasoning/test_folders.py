@@ -18,9 +18,9 @@ pytest.importorskip("reasoning_gym")
 from eggroll import _checks as checks
 from experiments.models import hugging_face, rwkv7_weights
 from experiments.reasoning.config import PRESETS
-from experiments.reasoning.examiner import asked
+from experiments.reasoning.questions import as_asked
 from experiments.reasoning.start import start
-from experiments.reasoning.train import Course, train
+from experiments.reasoning.train import Reasoning, train
 from experiments.run.cli import main
 from experiments.run.drivers import read_run
 from experiments.run.metrics import read_metrics
@@ -117,23 +117,23 @@ def test_what_is_read_stays_on_the_host(
     )
     shared = dataclasses.replace(tiny, model=str(qwen), devices=4, tensor_parallel=2)
     for config in (shared, dataclasses.replace(shared, devices=1, tensor_parallel=1)):
-        course = Course(config)
-        assert jax.eval_shape(course.first).training.params["norm"].shape == (64,)
+        trainer = Reasoning(config)
+        assert jax.eval_shape(trainer.start).training.params["norm"].shape == (64,)
 
 
 def test_a_chat_is_asked_and_ended_as_the_folder_says(qwen: Path) -> None:
     config = dataclasses.replace(PRESETS["countdown"], model=str(qwen))
-    begin = start(config)
-    plain = asked(config, begin.tokenizer, "1+1?")
+    base = start(config)
+    plain = as_asked(config, base, "1+1?")
     assert plain == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     quiet = dataclasses.replace(config, chat_settings='{"enable_thinking": false}')
-    assert asked(quiet, begin.tokenizer, "1+1?") == plain + "<think>\n\n</think>\n\n"
-    ends = [begin.tokenizer.model.token_to_id(x) for x in (model_folders.STOP, model_folders.END)]
-    assert list(begin.tokenizer.eos) == ends
+    assert as_asked(quiet, base, "1+1?") == plain + "<think>\n\n</think>\n\n"
+    ends = [base.tokenizer.model.token_to_id(x) for x in (model_folders.STOP, model_folders.END)]
+    assert list(base.tokenizer.eos) == ends
     # Each special token is one, and none of them is in what was written.
-    ids = begin.tokenizer.encode(plain)
-    assert [ids.count(begin.tokenizer.encode(model_folders.START)[0]), ids.count(ends[0])] == [2, 1]
-    assert begin.tokenizer.decode(ids) == "user\n1+1?\nassistant\n"
+    ids = base.tokenizer.encode(plain)
+    assert [ids.count(base.tokenizer.encode(model_folders.START)[0]), ids.count(ends[0])] == [2, 1]
+    assert base.tokenizer.decode(ids) == "user\n1+1?\nassistant\n"
 
 
 @pytest.mark.slow

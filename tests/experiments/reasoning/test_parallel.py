@@ -13,7 +13,7 @@ from experiments.reasoning.config import PRESETS
 from experiments.reasoning.memory import plan_memory
 from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import pack
-from experiments.reasoning.train import Course, train
+from experiments.reasoning.train import Reasoning, train
 from experiments.run.drivers import read_run
 from experiments.run.metrics import read_metrics
 
@@ -56,7 +56,7 @@ def test_a_run_is_that_of_one_device_whatever_shares_its_weights(
     rows = [read_metrics(tmp_path / x / "metrics.jsonl") for x in ("alone", "shared")]
     told = [[row["fitness_mean"] for row in one] for one in rows]
     np.testing.assert_allclose(*told, rtol=1e-4)
-    began = Course(config).first().training
+    began = Reasoning(config).start().training
     states = (state_of(tmp_path / "alone"), state_of(tmp_path / "shared"), began)
     most = 0.0
     for a, b, first in zip(*map(jax.tree.leaves, states), strict=True):
@@ -72,14 +72,14 @@ def test_devices_hold_their_part_of_weights_and_caches(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(SMALL, model=model, width=64 if model == "transformer" else 128)
-    course, alone = (Course(replace(config, **changes)) for changes in (SHARED, {}))
-    state, whole = (c.first().training for c in (course, alone))
+    shared, alone = (Reasoning(replace(config, **changes)) for changes in (SHARED, {}))
+    state, whole = (c.start().training for c in (shared, alone))
     held, right = shards(state), shards(whole)
     large = {path for path, shape in right.items() if np.prod(shape) >= 2 * config.width**2}
     assert len(large) > 15 and {path.split("/")[0] for path in large} == {"params", "optimizer"}
     for path in large:
         assert np.prod(held[path]) == np.prod(right[path]) / 2, path
-    copies = Course(replace(config, quantised=True, **SHARED)).method.lies.master
+    copies = Reasoning(replace(config, quantised=True, **SHARED)).learner.sharding.master
     assert copies and all("model" in where.spec for where in copies.values())
 
     rule, prompts = Sampling(max_new_tokens=5), pack([[1, 2], [3]])
@@ -92,10 +92,10 @@ def test_devices_hold_their_part_of_weights_and_caches(
         return out
 
     monkeypatch.setattr(engine, "_call", call)
-    for c, s in ((course, state), (alone, whole)):
-        es, model_ = c.method.es, c.begin.model
+    for c, s in ((shared, state), (alone, whole)):
+        es, model_ = c.learner.es, c.base.model
         plans.append(plan_memory(model_, es, s.params, 8, 2, 2, rule, 2**30))
-        written.append(engine.answer(model_, es, s, prompts, rule, c.begin.tokenizer.eos))
+        written.append(engine.answer(model_, es, s, prompts, rule, c.base.tokenizer.eos))
     np.testing.assert_array_equal(written[0].tokens, written[1].tokens)
     assert plans[0].weights < 0.8 * plans[1].weights
     assert plans[0].training < 0.6 * plans[1].training

@@ -18,7 +18,7 @@ from experiments.reasoning.config import PRESETS, Config, Grpo
 from experiments.reasoning.evolution import anchored, objective
 from experiments.reasoning.examiner import reward_of
 from experiments.reasoning.start import start
-from experiments.reasoning.train import Course, train
+from experiments.reasoning.train import Reasoning, train
 from experiments.run.cli import main
 from experiments.run.drivers import read_run
 from experiments.run.errors import UsageError
@@ -181,13 +181,16 @@ def test_another_seed_learns_from_other_questions(tmp_path: Path) -> None:
 
 def test_questions_are_passed_over_in_an_order_of_each_pass(tmp_path: Path) -> None:
     config = settings(tmp_path, prompts=23)
-    course = Course(config)
-    with course.examiner() as examiner:
-        passes = [
-            [q.prompt for g in range(4 * turn, 4 * turn + 4) for q in examiner.questions(g)]
-            for turn in range(2)
+    trainer = Reasoning(config)
+    passes = [
+        [
+            question.prompt
+            for g in range(4 * turn, 4 * turn + 4)
+            for question in trainer.questions.of_generation(g)
         ]
-    everything = sorted(q.prompt for q in course.task.train)
+        for turn in range(2)
+    ]
+    everything = sorted(q.prompt for q in trainer.task.train)
     assert len(everything) == 92
     assert [sorted(one) for one in passes] == [everything] * 2
     assert passes[0] != passes[1]
@@ -195,18 +198,17 @@ def test_questions_are_passed_over_in_an_order_of_each_pass(tmp_path: Path) -> N
 
 def test_rewards_are_summed_by_weight_and_told_apart(tmp_path: Path) -> None:
     config = settings(tmp_path, reward="exact=2,format=0.5")
-    course = Course(config)
-    with course.examiner() as examiner:
-        questions = course.held_out[:2]
-        texts = [f"<answer>{questions[0].answer}</answer>", questions[1].answer]
-        marks = examiner.marks(examiner.hand_in(texts, questions), (2,))
-    assert marks.rewards.tolist() == [2.5, 2.0]
-    assert {name: part.tolist() for name, part in marks.parts.items()} == {
+    trainer = Reasoning(config)
+    questions, examiner = trainer.questions.measured[:2], trainer.examiner
+    texts = [f"<answer>{questions[0].answer}</answer>", questions[1].answer]
+    found = examiner.rewards(examiner.submit(texts, questions), (2,))
+    assert found.rewards.tolist() == [2.5, 2.0]
+    assert {name: part.tolist() for name, part in found.parts.items()} == {
         "exact": [1, 1],
         "format": [1, 0],
     }
     with pytest.raises(UsageError, match="'x' is no weight"):
-        reward_of(settings(tmp_path, reward="exact=x"), course.task)
+        reward_of(settings(tmp_path, reward="exact=x"), trainer.task)
 
 
 def test_a_completion_that_cannot_be_told_leaves_its_pair_out() -> None:
@@ -238,7 +240,7 @@ def test_weights_in_int8_are_trained_on_and_exported_as_floats(warm: Path, tmp_p
     # Another run may go on from it, in either form.
     for quantised in (True, False):
         config = settings(tmp_path / f"{quantised}", start=tmp_path / "run", quantised=quantised)
-        again = Course(config).begin.params(jnp.int32(0))["layers"]["up_proj"]
+        again = Reasoning(config).base.params(jnp.int32(0))["layers"]["up_proj"]
         if quantised:
             again = again["int8"] * again["scale"][:, None]
         np.testing.assert_allclose(again, apart, atol=float(jnp.abs(apart).max()) / 200)
