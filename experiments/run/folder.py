@@ -27,7 +27,8 @@ from typing import Any, BinaryIO
 
 from experiments.run import hosts
 from experiments.run.errors import InUse, RunError, UsageError
-from experiments.run.settings import RunSettings, differences, to_json
+from experiments.run.fields import differences, to_json
+from experiments.run.settings import RunSettings
 
 FILES = (
     *("config.json", "versions.json", "metrics.jsonl", "result.json", "curve.png"),
@@ -93,7 +94,9 @@ def _held_run_folder(driver: str, settings: RunSettings) -> Iterator[None]:
                 _remove_run(path)
             known = read_object(path / "config.json", REPLACE)
             if known is not None and not settings.accept_changes:
-                changed = list(differences(known, config))
+                changed = list(
+                    differences(known, config, type(settings), settings.cluster.same_bits)
+                )
                 if changed:
                     raise UsageError(
                         f"{path} holds a run of other settings ({', '.join(changed)}): choose another "
