@@ -1,11 +1,11 @@
 """What `eggroll study` compares, and the learning rates that it tries. Imports nothing heavy."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from experiments.optimizers.config import PRESETS, Config
+from experiments.run.fields import changed
 
 StudyName = Literal["lm", "digits", "tiny"]
 
@@ -73,10 +73,10 @@ GAP = 15
 STUDIES: dict[str, Config] = {
     # Embedding, norms and head take four times the steps of the matrices, by every optimizer: as GaLore's
     # own scale has it, which is switched off so that it is no advantage of one.
-    "lm": replace(
+    "lm": changed(
         PRESETS["lm"], max_generations=150, schedule=150, evaluate_every=150, linear_rate=0.25
     ),
-    "digits": replace(PRESETS["digits"], max_generations=200, schedule=200, evaluate_every=50),
+    "digits": changed(PRESETS["digits"], max_generations=200, schedule=200, evaluate_every=50),
     "tiny": PRESETS["tiny"],
 }
 
@@ -96,7 +96,7 @@ def config_of(base: Config, name: str, rate: float, seed: int, folder: Path) -> 
     settings = dict(METHODS[name].settings)
     if "density" in settings:
         settings["gap"] = GAP
-    return replace(
+    return changed(
         base,
         run_dir=folder / name / f"rate-{rate:g}" / f"seed-{seed}",
         learning_rate=rate,

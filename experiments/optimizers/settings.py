@@ -10,8 +10,8 @@ from jaxtyping import PyTree
 
 from experiments.optimizers.config import Config
 from experiments.run.errors import UsageError, suggestion
+from experiments.run.fields import flag
 from experiments.run.optimizers import find_optimizer
-from experiments.run.settings import flag
 
 # A setting of ours, and what it is called in optax or in optim.
 ARGUMENTS = {
@@ -38,11 +38,12 @@ def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTr
     Raises:
         UsageError: for a name that is no optimizer, or a setting that it does not have.
     """
-    make = find_optimizer(config.optimizer)
+    own = config.optimizer
+    make = find_optimizer(own.name)
     takes = inspect.signature(make).parameters
     chosen: dict[str, Any] = {}
     for setting, name in ARGUMENTS.items():
-        value = getattr(config, setting)
+        value = getattr(own, setting)
         if value is None:
             continue
         if GALORE.get(name) in takes:
@@ -54,15 +55,13 @@ def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTr
                     value = max(round(value * whole), 1)
                     break
         if name not in takes:
-            raise UsageError(f"{flag(setting)} {value}: {config.optimizer} has no such setting")
+            raise UsageError(f"{flag(setting)} {value}: {own.name} has no such setting")
         make_value = {"kappa": kappa_of, "projector": projector_of}.get(setting)
         chosen[name] = make_value(value) if make_value else value
     if "weight_decay" in takes:
-        chosen["weight_decay"] = config.weight_decay
-    elif config.weight_decay:
-        raise UsageError(
-            f"--weight-decay {config.weight_decay}: {config.optimizer} has no weight decay"
-        )
+        chosen["weight_decay"] = own.weight_decay
+    elif own.weight_decay:
+        raise UsageError(f"--weight-decay {own.weight_decay}: {own.name} has no weight decay")
     if "batch_axes" in takes:
         chosen["batch_axes"] = jax.tree.map(int, stacked)
     one = optax.contrib.MuonDimensionNumbers(1, 2)
@@ -72,11 +71,9 @@ def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTr
             chosen[name] = numbers
             break
     if "split" in takes:
-        chosen["split"] = split_of(config.also_split, numbers)
-    elif config.also_split is not None:
-        raise UsageError(
-            f"--also-split {config.also_split}: {config.optimizer} has no such setting"
-        )
+        chosen["split"] = split_of(own.also_split, numbers)
+    elif own.also_split is not None:
+        raise UsageError(f"--also-split {own.also_split}: {own.name} has no such setting")
     return make(rate, **chosen)
 
 

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from experiments.optimizers.methods import (
 )
 from experiments.optimizers.results import Found, write_results
 from experiments.run.errors import Interrupted, UsageError, suggestion
+from experiments.run.fields import changed, check_ranges, count, differences, positive, to_json
 from experiments.run.folder import read_config, read_result
-from experiments.run.settings import at_least_one, differences, positive, to_json
 from experiments.run.stopping import StopRequest, stop_requests
 
 
@@ -43,11 +43,11 @@ class StudySettings:
     """Folder for all runs and the results; runs/study-STUDY by default."""
     methods: tuple[str, ...] = ()
     """What to compare; everything by default."""
-    seeds: int = 3
+    seeds: int = count(3, most=10_000)
     """Runs at the best learning rate; the first is that of the search."""
-    generations: int | None = None
+    generations: int | None = count(None)
     """Updates of every run, instead of the study's."""
-    minutes: float | None = None
+    minutes: float | None = positive(None)
     """Begin no further run after so many minutes; the same command again goes on."""
 
     @property
@@ -60,13 +60,11 @@ class StudySettings:
         """What all runs have in common."""
         base = STUDIES[self.study]
         updates = self.generations or base.max_generations
-        return replace(base, max_generations=updates, schedule=updates)
+        return changed(base, max_generations=updates, schedule=updates)
 
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""
-        at_least_one(self, "seeds", "generations")
-        if self.minutes is not None:
-            positive(self, "minutes")
+        check_ranges(self)
         known = methods_of(self.base)
         for name in self.methods:
             if name not in known:
@@ -151,13 +149,13 @@ def step_seconds(configs: Sequence[Config], rounds: int = 15) -> list[float]:
     """
     import jax
 
-    from experiments.optimizers.train import job
+    from experiments.optimizers.train import OptimizerRun
 
     generations, states = [], []
     for config in configs:
-        task = job(config)
-        state, _ = task.generation(task.start())  # compiles
-        generations.append(task.generation)
+        trainer = OptimizerRun(config)
+        state, _ = trainer.generation(trainer.start())  # compiles
+        generations.append(trainer.generation)
         states.append(jax.block_until_ready(state))
     times: list[list[float]] = [[] for _ in configs]
     for _ in range(rounds):
@@ -183,22 +181,21 @@ def _finished(config: Config) -> dict[str, Any] | None:
     result = read_result(config.run_dir)
     if result is None or result["generations"] != config.limit:
         return None
-    changed = list(
-        differences(read_config(config.run_dir), {"driver": "optimizers", **to_json(config)})
-    )
-    if changed:
+    own = {"driver": config.driver, **to_json(config)}
+    other = list(differences(read_config(config.run_dir), own, Config, same_bits=False))
+    if other:
         raise UsageError(
-            f"{config.run_dir} holds a run of other settings ({', '.join(changed)}): choose another --run-dir"
+            f"{config.run_dir} holds a run of other settings ({', '.join(other)}): choose another --run-dir"
         )
     return result
 
 
 def _train(config: Config) -> dict[str, Any]:
-    from experiments.optimizers.train import train
+    from experiments.run.train import train
 
     result = train(config)
-    print(f"{config.run_dir}: held-out loss {result.held_out_loss}", file=sys.stderr)
-    return result._asdict()
+    print(f"{config.run_dir}: held-out loss {result['held_out_loss']}", file=sys.stderr)
+    return result.to_json()
 
 
 def _go_on(settings: StudySettings, stop: StopRequest, began: float) -> None:

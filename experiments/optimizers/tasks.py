@@ -26,7 +26,8 @@ class Task(NamedTuple):
         init: key -> parameters.
         batch: (key, generation) -> a batch: a function of both.
         loss: (parameters, a batch) -> its mean cross-entropy in nats.
-        measure: parameters -> held-out figures.
+        measure: (parameters, fresh) -> held-out figures; where a target is set, of one half of
+            the held-out data, or of the other if fresh.
         measured: their names.
         stacked: parameters -> which of their leaves are stacks of matrices, one a layer.
     """
@@ -34,7 +35,7 @@ class Task(NamedTuple):
     init: Callable[[Key[Array, ""]], PyTree]
     batch: Callable[[Key[Array, ""], Int[Array, ""]], Any]
     loss: Callable[[PyTree, Any], Float[Array, ""]]
-    measure: Callable[[PyTree], dict[str, Array]]
+    measure: Callable[[PyTree, bool], dict[str, Array]]
     measured: tuple[str, ...]
     stacked: Callable[[PyTree], PyTree]
 
@@ -77,8 +78,9 @@ def text_task(config: Config) -> Task:
         logits = transformer.apply(params, tokens[:, :-1], shape, unroll=config.depth)
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
-    def measure(params: PyTree) -> dict[str, Array]:
-        found = jax.lax.map(lambda one: losses(params, one[None])[0], unseen, batch_size=AT_ONCE)
+    def measure(params: PyTree, fresh: bool) -> dict[str, Array]:
+        of = half(unseen, config, fresh)
+        found = jax.lax.map(lambda one: losses(params, one[None])[0], of, batch_size=AT_ONCE)
         return {"held_out_loss": found.mean()}
 
     return Task(
@@ -89,6 +91,11 @@ def text_task(config: Config) -> Task:
         measured=("held_out_loss",),
         stacked=lambda params: jax.tree.map(lambda x: x.ndim == 3, params),
     )
+
+
+def half(data: Array, config: Config, fresh: bool) -> Array:
+    """Every other row, the first ones or if fresh the second ones; all rows where no target is set."""
+    return data if config.target is None else data[int(fresh) :: 2]
 
 
 def windows(
@@ -122,11 +129,11 @@ def digits_task(config: Config) -> Task:
         logits = normalised.apply(params, images[0])
         return optax.softmax_cross_entropy_with_integer_labels(logits, images[1]).mean()
 
-    def measure(params: PyTree) -> dict[str, Array]:
-        right = normalised.apply(params, held_out[0]).argmax(-1) == held_out[1]
+    def measure(params: PyTree, fresh: bool) -> dict[str, Array]:
+        of_x, of_y = (half(one, config, fresh) for one in held_out)
         return {
-            "held_out_loss": loss(params, held_out),
-            "held_out_accuracy": right.mean(),
+            "held_out_loss": loss(params, (of_x, of_y)),
+            "held_out_accuracy": (normalised.apply(params, of_x).argmax(-1) == of_y).mean(),
             "weight_norm": normalised.norms(params),
         }
 

@@ -1,1 +1,18 @@
 """Pretraining small language models on bytes, in integers or floats: `eggroll pretrain`."""
+
+from experiments.pretrain.config import PRESETS, Config
+from experiments.run.driver import Column, Driver, Figure
+
+DRIVER = Driver(
+    name="pretrain",
+    summary="pretrain a language model of bytes, in int8 or in floats",
+    config=Config,
+    presets=PRESETS,
+    figure=Figure("held_out_bits_per_byte", "fresh_bits_per_byte", better="smaller"),
+    columns=(
+        Column("held_out_bits_per_byte", " bits/byte held out", ".3f"),
+        Column("timing/tokens_per_second", " tokens/s", ",.0f"),
+    ),
+    results=("anchors", "tokens"),
+    trainer="experiments.pretrain.train:Pretraining",
+)

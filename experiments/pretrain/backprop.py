@@ -1,4 +1,4 @@
-"""Backpropagation through the bytes of an update, as a job's generation: the baseline."""
+"""Backpropagation through the bytes of an update: the baseline."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree, UInt8
 
-from experiments.pretrain.carry import Carry
 from experiments.pretrain.config import Config
 from experiments.pretrain.models import Model
-from experiments.run.optimizers import decayed, make_optimizer
+from experiments.run.learners import Backprop, optimizer_of
+from experiments.run.trainer import Carry
 
 
-class Backprop:
+class ByBackprop:
     """Truncated backpropagation through time: hidden states are carried, gradients end with the update.
 
     Args:
@@ -23,38 +23,29 @@ class Backprop:
 
     def __init__(self, config: Config, model: Model) -> None:
         self._config, self._model = config, model
-        self._optimizer = optax.chain(
-            optax.clip_by_global_norm(config.gradient_norm),
-            make_optimizer(
-                config.optimizer, decayed(config.learning_rate, config.learning_rate_decay)
-            ),
-        )
+        clip = optax.clip_by_global_norm(config.gradient_norm)
+        self._learner = Backprop(optax.chain(clip, optimizer_of(config.optimizer)))
+
+    sharding = None
 
     def start(self, seed: Array) -> Carry:
         """The state before generation 0."""
         params = self._model.init(jax.random.key(seed))
         hidden = repeat(self._model.state, self._config.streams)
-        return Carry((params, self._optimizer.init(params)), hidden, jnp.int32(0), seed)
+        return Carry(self._learner.start(params), hidden, jnp.int32(0), seed)
 
     def generation(
         self, carry: Carry, tokens: UInt8[Array, "streams tokens"]
     ) -> tuple[Carry, dict[str, Array]]:
         """One update by the mean loss of all streams."""
-        params, state = carry.training
 
         def loss(params: PyTree) -> tuple[Float[Array, ""], Any]:
-            hidden, sums = jax.vmap(self._model.loss, (None, 0, 0))(params, carry.hidden, tokens)
+            hidden, sums = jax.vmap(self._model.loss, (None, 0, 0))(params, carry.own, tokens)
             return sums.mean() / (self._model.unit * self._config.tokens), hidden
 
-        (bits, hidden), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = self._optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        learner, bits, hidden, grads = self._learner.step(carry.learner, loss)
         row = {"train_bits_per_byte": bits, "gradient_norm": optax.tree.norm(grads)}
-        return Carry((params, state), hidden, carry.cursor + 1, carry.seed), row
-
-    def params(self, carry: Carry) -> PyTree:
-        """The trained parameters."""
-        return carry.training[0]
+        return Carry(learner, hidden, carry.generation + 1, carry.seed), row
 
 
 def repeat(tree: PyTree, times: int) -> PyTree:

@@ -3,10 +3,21 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from experiments.run.errors import UsageError
-from experiments.run.settings import RunSettings, at_least_one, even, flag, fraction, positive
+from experiments.run.fields import (
+    Role,
+    changed,
+    count,
+    flag,
+    from_zero,
+    positive,
+    setting,
+    share,
+    within,
+)
+from experiments.run.settings import Evolution, Flat, Optimizer, RunSettings
 
 PresetName = Literal[
     "laptop",
@@ -33,130 +44,121 @@ LARGEST_LOCAL = 2**17
 class Config(RunSettings):
     """Pretrain a language model of bytes: in int8 without a float, or in floats for comparison."""
 
-    preset: PresetName
+    driver: ClassVar[str] = "pretrain"
+
+    preset: PresetName = setting(role=Role.FREE)
     """Where the other settings start from."""
     data: str | None = None
     """File or folder of texts, "minipile", or "hf:OWNER/NAME" for a text data set of the Hugging Face hub;
     by default the help topics and sources that every Python carries."""
-    data_bytes: int = 2**28
+    data_bytes: int = count(2**28, most=2**50)
     """Bytes that are fetched of a data set of the hub."""
-    held_out: float = 0.1
+    held_out: float = within(0.1, open_low=True, open_high=True)
     """Share of the text that is held out, by documents; data sets of the hub have their own."""
-    held_out_streams: int = 128
+    held_out_streams: int = count(128)
     """Streams that the held-out text is read in."""
-    held_out_tokens: int = 512
+    held_out_tokens: int = count(512)
     """Bytes of each of them; the anchors are of the same text."""
-    target: float | None = None
-    """Held-out bits per byte at which training stops early."""
 
     model: Literal["egg", "float-egg", "gru", "transformer"] = "egg"
     """"egg" is recurrent in int8 and "float-egg" the same in float32; "gru" has ordinary gates instead, and
     "transformer" is of the Llama family. With the same layers and width all are of the same size."""
-    layers: int = 2
+    layers: int = count(2, most=1000)
     """Blocks of the model."""
-    width: int = 128
+    width: int = count(128, most=2**16)
     """Its width."""
     algorithm: Literal["eggroll", "backprop"] = "eggroll"
     """"eggroll" is evolution strategies."""
-    tokens: int = 100
+    tokens: int = count(100)
     """Bytes that every stream reads in an update."""
 
-    population: int = 1024
-    """Members of a generation; even, as they come in opposite pairs."""
-    group: int = 64
+    evolution: Flat[Evolution] = Evolution(population=1024, sigma=0.0625)
+    """Evolution strategies; in int8 sigma is a power of 1/2."""
+    group: int = count(64, least=2, even=True)
     """Members that read the same stream; both members of a pair must."""
     perturb: Literal["weights", "nodes"] = "weights"
     """What the noise of members is on: "weights", or "nodes", which is what comes out of products, anew for
     every byte."""
-    gamma: float = 0.5
+    gamma: float = within(0.5)
     """With node noise, the weight of the next byte's loss in the credit of a byte, whose own loss weighs 1;
     for int8 models 0 or a power of 1/2."""
     head: Literal["local", "noise"] = "local"
     """With node noise, how the last matrix is trained: "local" by its exact gradient, which needs no noise,
     or "noise" as all others."""
-    rank: int = 1
-    """Rank of the noise on matrices."""
-    sigma: float = 0.0625
-    """Standard deviation of the noise where weights are of order one, or with node noise where what comes out
-    of products is; in int8 a power of 1/2."""
-    chunk: int | None = None
-    """Members evaluated at a time; None for all at once. Bounds memory, changes nothing."""
     update: Literal["threshold", "error_feedback", "momentum"] = "threshold"
     """What moves int8 weights by one unit: this generation's evidence alone, what earlier ones left below the
     threshold besides, or a decaying sum of theirs."""
-    alpha: float = 1.0
+    alpha: float = share(1.0)
     """Share of the int8 weights that chance alone would move in the first generation."""
-    alpha_decay: float = 0.015
+    alpha_decay: float = from_zero(0.015)
     """Generation t moves alpha / (1 + alpha_decay t) of them."""
 
-    batch: int = 16
+    batch: int = count(16)
     """Streams of backpropagation."""
-    optimizer: str = "adamw"
-    """Of float32 models: an optimizer of optax, or of this project as "optim.NAME"."""
-    learning_rate: float = 0.01
-    """Learning rate of the optimizer."""
-    learning_rate_decay: float = 1.0
-    """Factor on the learning rate after every generation."""
-    gradient_norm: float = 1.0
+    optimizer: Flat[Optimizer] = Optimizer(name="adamw", learning_rate=0.01)
+    """What moves float32 weights."""
+    gradient_norm: float = positive(1.0)
     """Gradients of backpropagation are scaled down to this norm."""
 
-    sample_every: int = 100
+    sample_every: int = count(100)
     """Generations from one text of the model's own to the next, in samples.txt."""
-    sample_bytes: int = 400
+    sample_bytes: int = count(400)
     """Bytes of each."""
 
     @property
     def streams(self) -> int:
         """Streams of text that are read at once in training."""
-        return self.batch if self.algorithm == "backprop" else self.population // self.group
+        return (
+            self.batch if self.algorithm == "backprop" else self.evolution.population // self.group
+        )
 
     @property
     def shift(self) -> int:
         """Of the integer noise: sigma is 2^-shift."""
-        return round(-math.log2(self.sigma))
+        return round(-math.log2(self.evolution.sigma))
 
     @property
     def tokens_an_update(self) -> int:
         """Bytes read in an update, by all members."""
-        readers = self.batch if self.algorithm == "backprop" else self.population
+        readers = self.batch if self.algorithm == "backprop" else self.evolution.population
         return readers * self.tokens
 
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""
-        self.check_run()
-        even(self, "population")
+        super().check()
         even_group(self)
-        positive(self, "sigma", "learning_rate", "gradient_norm")
-        fraction(self, "alpha", "learning_rate_decay")
-        at_least_one(self, "layers", "width", "tokens", "rank", "batch", "chunk", "data_bytes")
-        at_least_one(self, "sample_every", "sample_bytes", "held_out_streams", "held_out_tokens")
-        if not 0 < self.held_out < 1:
-            raise UsageError(f"{flag('held_out')} {self.held_out}: choose a share between 0 and 1")
-        if not (math.isfinite(self.alpha_decay) and self.alpha_decay >= 0):
+        if self.target is not None and self.held_out_streams < 2:
             raise UsageError(
-                f"{flag('alpha_decay')} {self.alpha_decay}: choose 0 or a positive number"
+                f"{flag('held_out_streams')} {self.held_out_streams}: with --target one half of them "
+                "confirms it, so choose at least 2"
             )
-        if self.target is not None and not (math.isfinite(self.target) and self.target > 0):
+        if self.target is not None and self.target <= 0:
             raise UsageError(f"--target {self.target}: choose a positive number of bits per byte")
-        if self.chunk is not None and self.chunk % 2:
-            raise UsageError(f"--chunk {self.chunk}: pairs stay together, so choose an even number")
         check_nodes(self) if self.perturb == "nodes" else check_weights(self)
         if self.model == "egg" and self.algorithm == "backprop":
             raise UsageError(
                 "--algorithm backprop: an int8 model has no gradient; choose --model float-egg, gru or "
                 "transformer"
             )
-        if self.model == "egg" and (self.sigma != 2.0**-self.shift or not 0 <= self.shift <= 8):
+        if self.model == "egg":
+            self._check_integers()
+
+    def _check_integers(self) -> None:
+        """Raises UsageError for what int8 models cannot have."""
+        if self.evolution.rank == "full" or self.evolution.sigma_decay != 1:
+            name = "rank" if self.evolution.rank == "full" else "sigma_decay"
+            value = getattr(self.evolution, name)
+            raise UsageError(f"{flag(name)} {value}: int8 models have none; leave it out")
+        if self.evolution.sigma != 2.0**-self.shift or not 0 <= self.shift <= 8:
             raise UsageError(
-                f"--sigma {self.sigma}: the noise of int8 models is shifted, so choose a power of 1/2 from "
-                "1 to 1/256, such as 0.0625"
+                f"--sigma {self.evolution.sigma}: the noise of int8 models is shifted, so choose a power of "
+                "1/2 from 1 to 1/256, such as 0.0625"
             )
 
 
 def check_weights(config: Config) -> None:
     """Raises UsageError for settings that weight noise does not have."""
-    for name in ("gamma", "head"):
-        value = getattr(config, name)
+    for name, value in (("gamma", config.gamma), ("head", config.head)):
         if value != getattr(Config, name):
             raise UsageError(
                 f"{flag(name)} {value}: a setting of --perturb nodes alone; leave it out"
@@ -169,10 +171,8 @@ def check_nodes(config: Config) -> None:
         raise UsageError(
             "--perturb nodes: backpropagation has no noise; choose --algorithm eggroll"
         )
-    if config.rank != 1:
-        raise UsageError(f"--rank {config.rank}: node noise has no rank; leave it out")
-    if not 0 <= config.gamma <= 1:
-        raise UsageError(f"{flag('gamma')} {config.gamma}: choose a number from 0 to 1")
+    if config.evolution.rank != 1:
+        raise UsageError(f"--rank {config.evolution.rank}: node noise has no rank; leave it out")
     if config.model != "egg":
         return
     if config.gamma and not math.log2(config.gamma).is_integer():
@@ -180,33 +180,27 @@ def check_nodes(config: Config) -> None:
             f"--gamma {config.gamma}: the credit of int8 models is shifted, so choose 0 or a power of 1/2, "
             "such as 0.5"
         )
-    if config.head == "local" and config.population > LARGEST_LOCAL:
+    if config.head == "local" and config.evolution.population > LARGEST_LOCAL:
         raise UsageError(
-            f"--population {config.population}: the sum of the head's rule would not fit 32 bits; choose at "
-            f"most {LARGEST_LOCAL}, or --head noise"
+            f"--population {config.evolution.population}: the sum of the head's rule would not fit 32 bits; "
+            f"choose at most {LARGEST_LOCAL}, or --head noise"
         )
 
 
 def even_group(config: Config) -> None:
     """Raises UsageError where streams cannot be given to whole pairs."""
-    if config.group < 2 or config.group % 2:
+    if config.evolution.population % config.group:
         raise UsageError(
-            f"--group {config.group}: both members of a pair read the same stream, so choose an even "
-            "number of at least 2"
-        )
-    if config.population % config.group:
-        raise UsageError(
-            f"--population {config.population}: groups of {config.group} members do not divide it; "
-            f"choose a multiple, such as {-(-config.population // config.group) * config.group}"
+            f"--population {config.evolution.population}: groups of {config.group} members do not divide it; "
+            f"choose a multiple, such as {-(-config.evolution.population // config.group) * config.group}"
         )
 
 
 def preset(name: PresetName, **settings: object) -> Config:
-    return Config(
-        preset=name,
-        run_dir=Path("runs/pretrain") / name,
-        **{"max_generations": 1000, "evaluate_every": 10, **settings},  # type: ignore[arg-type]
+    config = Config(
+        preset=name, run_dir=Path("runs/pretrain") / name, max_generations=1000, evaluate_every=10
     )
+    return changed(config, settings)
 
 
 # What it is compared with: backpropagation through 16 streams of 100 bytes, about as long as "laptop" takes.

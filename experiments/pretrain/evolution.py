@@ -1,4 +1,4 @@
-"""Evolution strategies over streams of text, in int8 or in float32, as a job's generation."""
+"""Evolution strategies over streams of text, in int8 or in float32."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from jaxtyping import Array, Key, PyTree, UInt8
 import eggroll
 from eggroll import integer
 from experiments.pretrain.backprop import repeat
-from experiments.pretrain.carry import Carry
 from experiments.pretrain.config import Config
 from experiments.pretrain.models import Model
 from experiments.run.devices import ONE, Layout
-from experiments.run.optimizers import decayed, make_optimizer
+from experiments.run.learners import row_of, strategy
+from experiments.run.trainer import Carry
 
 
-class Evolution:
+class ByEvolution:
     """A population that reads streams of text; each member keeps its hidden state between generations.
 
     Args:
@@ -48,34 +48,31 @@ class Evolution:
         """The state before generation 0."""
         init_key, search_key = jax.random.split(jax.random.key(seed))
         state = self._es.init(self._model.init(init_key), search_key)
-        hidden = repeat(self._model.state, self._config.population)
+        hidden = repeat(self._model.state, self._config.evolution.population)
         return Carry(state, hidden, jnp.int32(0), seed)
 
     def generation(
         self, carry: Carry, tokens: UInt8[Array, "streams tokens"]
     ) -> tuple[Carry, dict[str, Array]]:
         """Every member reads its stream's next bytes; members of a group read the same."""
-        members = (carry.hidden, jnp.repeat(tokens, self._config.group, axis=0))
-        state, hidden, row = self._update(carry.training, members)
-        del row["generation"]  # the loop's own
-        row["weights_moved"] = moved(carry.training.params, state.params)
-        return Carry(state, hidden, carry.cursor + 1, carry.seed), row
+        members = (carry.own, jnp.repeat(tokens, self._config.group, axis=0))
+        state, hidden, row = self._update(carry.learner, members)
+        row["weights_moved"] = moved(carry.learner.params, state.params)
+        return Carry(state, hidden, carry.generation + 1, carry.seed), row
 
     def _update(self, state: Any, members: Any) -> tuple[Any, PyTree, dict[str, Array]]:
         """One update by what members read: the next state, their hidden states, and a row."""
         scores, hidden = self._es.evaluate(state, self._fitness, members=members)
         # Float scores are compared within the members of a stream; of integers only pairs are.
         floats = self._config.model != "egg"
-        groups = jnp.arange(self._config.population) // self._config.group if floats else None
+        groups = (
+            jnp.arange(self._config.evolution.population) // self._config.group if floats else None
+        )
         state, metrics = self._es.update(state, scores, groups)
         assert metrics.fitness_mean is not None  # scores were given
         per_byte = self._model.unit * self._config.tokens
-        row = metrics._asdict() | {"train_bits_per_byte": -metrics.fitness_mean / per_byte}
+        row = row_of(metrics) | {"train_bits_per_byte": -metrics.fitness_mean / per_byte}
         return state, hidden, row
-
-    def params(self, carry: Carry) -> PyTree:
-        """The trained parameters."""
-        return carry.training.params
 
 
 def make_fitness(model: Model) -> Any:
@@ -91,12 +88,12 @@ def make_fitness(model: Model) -> Any:
 def integers(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStrategy:
     """The strategy for int8 models, whose generations have not one float in them."""
     return integer.strategy(
-        population=config.population,
+        population=config.evolution.population,
         optimizer=integer_rule(config),
         shift=config.shift,
         plan=model.plan,
-        rank=config.rank,
-        chunk=config.chunk,
+        rank=config.evolution.rank,
+        chunk=config.evolution.chunk,
         mesh=layout.mesh,
         deterministic=layout.same_bits,
     )
@@ -114,25 +111,9 @@ def integer_rule(config: Config) -> Any:
 
 def floats(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStrategy:
     """The strategy for float32 models."""
-    return eggroll.EvolutionStrategy(
-        optimizer=float_optimizer(config),
-        population=config.population,
-        sigma=config.sigma,
-        plan=model.plan,
-        rank=config.rank,
-        # Streams differ in how hard they are to predict: members are compared with those of their own.
-        shaping=eggroll.shaping.per_task(),
-        chunk=config.chunk,
-        on_dense="error",
-        mesh=layout.mesh,
-        deterministic=layout.same_bits,
-    )
-
-
-def float_optimizer(config: Config) -> optax.GradientTransformation:
-    """What moves float weights."""
-    rate = decayed(config.learning_rate, config.learning_rate_decay)
-    return make_optimizer(config.optimizer, rate)
+    # Streams differ in how hard they are to predict: members are compared with those of their own.
+    shaping = eggroll.shaping.per_task()
+    return strategy(config.evolution, config.optimizer, layout, plan=model.plan, shaping=shaping)
 
 
 def moved(before: PyTree, after: PyTree) -> Array:

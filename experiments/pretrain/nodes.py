@@ -13,16 +13,17 @@ import eggroll
 from eggroll import integer
 from eggroll.values.fixed_point import isqrt
 from experiments.pretrain.config import Config
-from experiments.pretrain.evolution import Evolution, float_optimizer, integer_rule
+from experiments.pretrain.evolution import ByEvolution, integer_rule
 from experiments.pretrain.models import Head, Model
 from experiments.run.devices import ONE, Layout
+from experiments.run.learners import row_of, strategy
 
 # Bytes a device for what the products of a transformer received, from the first pass to the second: a
 # quarter of its time. Recurrent models keep nothing.
 KEPT = 2**28
 
 
-class NodeNoise(Evolution):
+class ByNodeNoise(ByEvolution):
     """A population whose noise is on what comes out of products, anew for every byte.
 
     The head needs no noise: its error, the softmax minus the byte that came, is known at once, and its
@@ -39,7 +40,7 @@ class NodeNoise(Evolution):
         self._gather = layout.gather if layout.same_bits else lambda tree: tree
 
     def _strategy(self, layout: Layout) -> eggroll.EvolutionStrategy:
-        return strategy(self._config, self._model, layout)
+        return node_strategy(self._config, self._model, layout)
 
     def _make_fitness(self) -> Any:
         return make_fitness(self._model)
@@ -57,7 +58,7 @@ class NodeNoise(Evolution):
             grads[head.name] = head_gradient(head, weights, inputs, targets)
         state, metrics = self._es.apply_gradient(state, grads)
         of_member = scores.mean(1)
-        row = metrics._asdict() | {
+        row = row_of(metrics) | {
             "fitness_mean": of_member.mean(),
             "fitness_best": of_member.max(),
             "fitness_worst": of_member.min(),
@@ -160,25 +161,27 @@ def over(x: Int[Array, "m n"], by: Int[Array, "..."]) -> Int[Array, "m n"]:
     return (whole << 8) + jax.lax.div((x - whole * by) << 8, by)
 
 
-def strategy(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStrategy:
+def node_strategy(config: Config, model: Model, layout: Layout) -> eggroll.EvolutionStrategy:
     """The strategy: a score for every byte, and the products that are told of it."""
     given = {model.head.name: eggroll.Given()} if config.head == "local" else {}
     settings: dict[str, Any] = dict(
-        population=config.population,
         perturb="nodes",
         rows=config.tokens,
         credit=eggroll.credit.causal(config.gamma),
         plan=eggroll.plan.by_shape({**model.nodes, **given}),
-        chunk=config.chunk,
-        mesh=layout.mesh,
-        deterministic=layout.same_bits,
         factor_memory=KEPT,
     )
     if config.model == "egg":
         # Sums differ in size from input to input: each is measured by its own row.
         others = lambda params: {name: name not in given for name in params}
         rule = optax.chain(optax.masked(integer.by_rows(), others), integer_rule(config))
-        return integer.strategy(optimizer=rule, shift=config.shift, **settings)
-    return eggroll.EvolutionStrategy(
-        optimizer=float_optimizer(config), sigma=config.sigma, **settings
-    )
+        return integer.strategy(
+            population=config.evolution.population,
+            optimizer=rule,
+            shift=config.shift,
+            chunk=config.evolution.chunk,
+            mesh=layout.mesh,
+            deterministic=layout.same_bits,
+            **settings,
+        )
+    return strategy(config.evolution, config.optimizer, layout, on_dense="warn", **settings)

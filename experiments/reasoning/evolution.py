@@ -21,8 +21,9 @@ from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.questions import Questions, repeated
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question
+from experiments.run import learners
 from experiments.run.devices import ONE, Layout
-from experiments.run.optimizers import decayed, make_optimizer
+from experiments.run.learners import optimizer_of, row_of
 
 FITNESS = {"likelihood": sft.cross_entropy_score, "match": sft.exact_match_score}
 
@@ -38,25 +39,20 @@ def strategy(config: Config, base: Start, layout: Layout = ONE) -> eggroll.Evolu
     Raises:
         UsageError: for an optimizer that there is not.
     """
-    rate = decayed(config.learning_rate, config.learning_rate_decay)
-    optimizer = make_optimizer(config.optimizer, rate)
+    optimizer = optimizer_of(config.optimizer)
     if config.anchor:
-        optimizer = optax.chain(optimizer, anchored(config.learning_rate * config.anchor))
-    planned = base.model.plan(jax.eval_shape(base.params, jnp.int32(0)), config.rank)
-    optimizer = in_noise_units(optimizer, {leaf.path: leaf.sigma for leaf in planned.leaves})
-    return eggroll.EvolutionStrategy(
-        optimizer=optimizer,
-        population=config.population,
-        sigma=config.sigma,
-        rank=config.rank,
+        optimizer = optax.chain(optimizer, anchored(config.optimizer.learning_rate * config.anchor))
+    planned = base.model.plan(jax.eval_shape(base.params, jnp.int32(0)), config.evolution.rank)
+    sigmas = {leaf.path: leaf.sigma for leaf in planned.leaves}
+    return learners.strategy(
+        config.evolution,
+        config.optimizer,
+        layout,
+        optimizer=in_noise_units(optimizer, sigmas),
         plan=base.model.plan,
         # Questions differ in how hard they are: members are compared on each by itself.
         shaping=eggroll.shaping.per_task(),
         noise_reuse=config.noise_reuse,
-        chunk=config.chunk,
-        on_dense="error",
-        mesh=layout.mesh,
-        deterministic=layout.same_bits,
     )
 
 
@@ -129,13 +125,7 @@ class Evolution:
             values = self._score(self.es.placed(state), state, *solutions)
             row = {"prompt_tokens": 0, "generated_tokens": 0}
         state, metrics, changed = self._update(self.es.placed(state), state, values)
-        row |= {
-            "fitness_mean": metrics.fitness_mean,
-            "fitness_std": metrics.fitness_std,
-            "update_norm": metrics.update_norm,
-            "updated": metrics.updated,
-        }
-        return state, row | changed
+        return state, row | row_of(metrics) | changed
 
     def _updated(
         self, es: eggroll.EvolutionStrategy, state: Any, values: Array
@@ -172,11 +162,11 @@ class Evolution:
             share=share,
         ):
             # Processes compute these rewards while the next questions are answered.
-            own = [asked[i] for i in part.which] * config.population
+            own = [asked[i] for i in part.which] * config.evolution.population
             texts.append(self._questions.texts(part.completions))
             handles.append(examiner.submit(texts[-1], own))
             parts.append(part)
-        shapes = [(config.population, len(part.which)) for part in parts]
+        shapes = [(config.evolution.population, len(part.which)) for part in parts]
         found = [examiner.rewards(*one) for one in zip(handles, shapes, strict=True)]
         order = np.argsort(np.concatenate([part.which for part in parts]))
         join = lambda tables: np.concatenate(list(tables), axis=1)[:, order]
@@ -192,13 +182,9 @@ class Evolution:
             join(part.completions.ended for part in parts),
             join(part.completions.entropy for part in parts),
         )
-        row["prompt_tokens"] = config.population * int(prompts.lengths.sum())
+        row["prompt_tokens"] = config.evolution.population * int(prompts.lengths.sum())
         row["generated_tokens"] = int(lengths.sum())
         return objective(rewards, config), row
-
-    def params(self, state: Any) -> PyTree:
-        """The trained parameters."""
-        return state.params
 
 
 def objective(rewards: np.ndarray, config: Config) -> np.ndarray:

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from experiments.reasoning.config import Config
+from experiments.reasoning import config
 from experiments.reasoning.pool import Handle, RewardPool
+from experiments.reasoning.questions import Questions
 from experiments.reasoning.reward_values import Reward
 from experiments.reasoning.rewards import named
-from experiments.reasoning.tasks import Question, Task, columns
+from experiments.reasoning.tasks import Question, columns
 from experiments.run import agreement
 
 
@@ -32,19 +33,28 @@ class Examiner:
     """A reward, and the processes that compute it; they end with :meth:`close`.
 
     Args:
-        config: the settings.
-        reward: of :func:`reward_of`.
+        settings: of rewards.
+        questions: of the task, whose own reward counts where the settings name none.
     """
 
-    def __init__(self, config: Config, reward: Reward) -> None:
-        self._config, self._reward = config, reward
+    def __init__(self, settings: config.Rewards, questions: Questions) -> None:
+        self._settings, self._questions = settings, questions
+
+    @functools.cached_property
+    def reward(self) -> Reward:
+        """The task's own reward, or those that the settings name.
+
+        Raises:
+            UsageError: for a reward that there is not, or a weight that is no number.
+        """
+        text = self._settings.reward
+        return self._questions.task.reward if text is None else named(text)
 
     @functools.cached_property
     def _pool(self) -> RewardPool:
-        config = self._config
-        memory = config.reward_memory_gib
+        own = self._settings
         return RewardPool(
-            config.reward_workers, config.reward_seconds, self._reward, memory_gib=memory
+            own.reward_workers, own.reward_seconds, self.reward, memory_gib=own.reward_memory_gib
         )
 
     def open(self) -> None:
@@ -78,12 +88,3 @@ class Examiner:
 
         parts = {name: table(values) for name, values in batch.parts.items()}
         return Rewards(table(batch.rewards), parts)
-
-
-def reward_of(config: Config, task: Task) -> Reward:
-    """The task's own reward, or those that the settings name.
-
-    Raises:
-        UsageError: for a reward that there is not, or a weight that is no number.
-    """
-    return task.reward if config.reward is None else named(config.reward)

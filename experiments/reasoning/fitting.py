@@ -1,7 +1,5 @@
 """How many members write at a time, and to how many questions: settled before anything is built."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +11,7 @@ from experiments.reasoning.speed import expected_tokens_per_s
 from experiments.reasoning.start import Start
 from experiments.run import agreement
 from experiments.run.devices import Layout
+from experiments.run.fields import changed
 
 
 def fit(
@@ -34,7 +33,7 @@ def fit(
     prompts = questions.prompts(questions.of_generation(0))
     shapes = jax.eval_shape(base.params, jnp.int32(0))
     # Every device, or group of them, has the members of at most so many pairs.
-    share = 2 * -(-config.population // (2 * layout.groups))
+    share = 2 * -(-config.evolution.population // (2 * layout.groups))
     # The same for all processes, whose programs are one.
     budget = agreement.least(
         device_bytes() if config.memory_gib is None else int(config.memory_gib * 2**30)
@@ -51,9 +50,9 @@ def fit(
     )
     members = plan.members if plan.members < share else None
     few = max(1, plan.prompts // config.samples)
-    settled = dataclasses.replace(
+    settled = changed(
         config,
-        chunk=config.chunk or members,
+        chunk=config.evolution.chunk or members,
         prompt_chunk=config.prompt_chunk or (few if few < config.prompts else None),
     )
     # Devices of a CPU share its cores.

@@ -1,6 +1,7 @@
 """Questions of a task as a model reads them, and what it wrote as text."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -23,32 +24,45 @@ class Questions:
     Args:
         config: the settings.
         base: the model that training begins with, and its tokenizer.
-        task: the questions.
-
-    Attributes:
-        measured: the held-out questions that are measured on all along a run.
-        fresh: those that are measured on once it is over.
+        task: gives the task, once it is asked for: a run is read without its questions.
     """
 
-    def __init__(self, config: Config, base: Start, task: Task) -> None:
-        self._config, self._base, self._task = config, base, task
-        self._train: Sequence[Question] = task.train
-        if config.algorithm == "sft" or config.fitness != "reward":
-            solved = [one for one in task.train if one.trace is not None]
-            # Where none has one, `trace` says so of the first.
-            self._train = solved or task.train
-        self.measured = list(task.held_out[: config.held_out_questions])
-        self.fresh = list(task.fresh[: config.held_out_questions])
+    def __init__(self, config: Config, base: Start, task: Callable[[], Task]) -> None:
+        self._config, self._base, self._load = config, base, task
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """The task."""
+        return self._load()
+
+    @property
+    def measured(self) -> Sequence[Question]:
+        """The held-out questions that are measured on all along a run."""
+        return self.task.held_out[: self._config.held_out_questions]
+
+    @property
+    def fresh(self) -> Sequence[Question]:
+        """The questions that are measured on once a run is over."""
+        return self.task.fresh[: self._config.held_out_questions]
+
+    @functools.cached_property
+    def trained(self) -> Sequence[Question]:
+        """The questions that are trained on: those with a worked solution, where one is learned from."""
+        everything = self.task.train
+        if self._config.algorithm != "sft" and self._config.fitness == "reward":
+            return everything
+        # Where none has one, `trace` says so of the first.
+        return [one for one in everything if one.trace is not None] or everything
 
     def of_generation(self, generation: int) -> list[Question]:
         """Those of a generation: a part of a pass over the questions, each pass in an order of its own."""
-        count, size = len(self._train), self._config.prompts
+        count, size = len(self.trained), self._config.prompts
         numbers = np.arange(generation * size, (generation + 1) * size)
         orders = {
             turn: np.random.default_rng([self._config.seed, turn]).permutation(count)
             for turn in {int(n) // count for n in numbers}
         }
-        return [self._train[int(orders[int(n) // count][int(n) % count])] for n in numbers]
+        return [self.trained[int(orders[int(n) // count][int(n) % count])] for n in numbers]
 
     def prompt(self, question: Question) -> list[int]:
         """The tokens of a question."""
@@ -84,14 +98,15 @@ class Questions:
 
     def sampling(self, greedy: bool = False) -> Sampling:
         """How answers are written: as the settings say, or the likeliest tokens."""
-        longest = self._config.max_new_tokens or self._task.max_new_tokens
+        writing = self._config.writing
+        longest = writing.max_new_tokens or self.task.max_new_tokens
         if greedy:
             return Sampling(max_new_tokens=longest)
         return Sampling(
             max_new_tokens=longest,
-            temperature=self._config.temperature,
-            top_k=self._config.top_k,
-            top_p=self._config.top_p,
+            temperature=writing.temperature,
+            top_k=writing.top_k,
+            top_p=writing.top_p,
         )
 
     def texts(self, completions: Completions) -> list[str]:

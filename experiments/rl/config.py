@@ -1,20 +1,22 @@
 """The settings of `eggroll rl`, and its presets. Imports nothing heavy: `--help` reads it."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from experiments.run.errors import UsageError
-from experiments.run.settings import (
-    RunSettings,
-    at_least_one,
-    even,
+from experiments.run.fields import (
+    Role,
+    changed,
+    count,
     flag,
-    fraction,
+    from_zero,
     positive,
-    program_of,
+    setting,
+    share,
+    within,
 )
+from experiments.run.settings import Evolution, Flat, Optimizer, RunSettings, program_of
 
 PresetName = Literal[
     "cartpole",
@@ -33,33 +35,33 @@ GYMNASIUM = "gymnasium:"
 class PPO:
     """Proximal policy optimization (arXiv 1707.06347), where `algorithm` is "ppo"."""
 
-    learning_rate: float = 2.5e-4
+    learning_rate: float = positive(2.5e-4)
     """Learning rate of the optimizer at the start."""
-    generations: int = 100
+    generations: int = count(100)
     """Stop after this many rounds where the run's `generations` is not given."""
     anneal: bool = False
     """Let the learning rate fall linearly to zero over `ppo.generations`."""
-    environments: int = 64
+    environments: int = count(64)
     """Environments that are stepped side by side."""
-    steps: int = 128
+    steps: int = count(128)
     """Steps of each of them in a generation."""
-    epochs: int = 4
+    epochs: int = count(4)
     """Passes over a generation's steps."""
-    minibatches: int = 8
+    minibatches: int = count(8)
     """Parts that each pass is divided into."""
-    discount: float = 0.99
+    discount: float = share(0.99)
     """What a reward one step later counts."""
-    gae_lambda: float = 0.95
+    gae_lambda: float = share(0.95)
     """Between one-step estimates of the advantage (0) and whole returns (1)."""
-    clip: float = 0.2
+    clip: float = positive(0.2)
     """How far the ratio of new to old probability may move before its gradient is cut."""
-    entropy: float = 0.01
+    entropy: float = from_zero(0.01)
     """Weight of the policy's entropy in the objective."""
-    value: float = 0.5
+    value: float = from_zero(0.5)
     """Weight of the value function's squared error."""
-    gradient_norm: float = 0.5
+    gradient_norm: float = positive(0.5)
     """Gradients are scaled down to this norm."""
-    reward_scale: float = 1.0
+    reward_scale: float = positive(1.0)
     """Rewards are multiplied by this; the reported returns are not."""
 
 
@@ -67,13 +69,13 @@ class PPO:
 class Nodes:
     """Noise on the outputs of layers, where `perturb` is "nodes" or "mixed"."""
 
-    gamma: float = 0.95
+    gamma: float = within(0.95)
     """What the reward of the next stretch counts for the noise of a stretch; 1 is the whole reward to go."""
-    hold: int = 1
+    hold: int = count(1)
     """Steps that share noise: a stretch. It begins anew with every step if 1."""
-    scale: float = 1.0
+    scale: float = positive(1.0)
     """Noise on outputs, as a multiple of sigma."""
-    steps: int | None = None
+    steps: int | None = count(None)
     """Steps of a member in a generation at most; by default its episodes, up to the time limit of each."""
 
 
@@ -81,19 +83,19 @@ class Nodes:
 class Config(RunSettings):
     """Train a policy by low-rank or dense evolution strategies, or by PPO for comparison."""
 
-    preset: PresetName
+    driver: ClassVar[str] = "rl"
+
+    preset: PresetName = setting(role=Role.FREE)
     """Where the other settings start from."""
     env: str
     """A gymnax environment, or "gymnasium:" and the name of a Gymnasium environment."""
-    target: float | None
-    """Held-out return at which the task counts as learned, and training stops early."""
     algorithm: Literal["eggroll", "ppo"] = "eggroll"
     """"eggroll" is evolution strategies; with `rank full` dense ones."""
 
-    width: int = 32
+    width: int = count(32, most=2**16)
     """Units of each hidden layer of the policy."""
-    depth: int = 2
-    """Hidden layers of the policy."""
+    depth: int = count(2, least=0, most=1000)
+    """Hidden layers of the policy; 0 is a linear one."""
     activation: Literal["relu", "tanh", "layer_norm_relu"] = "tanh"
     """What follows each hidden layer."""
     normalise: bool = False
@@ -101,38 +103,28 @@ class Config(RunSettings):
     deterministic: bool = True
     """Take the most likely action; otherwise sample it. (PPO samples while it trains.)"""
 
-    population: int = 512
-    """Members of a generation; even, as they come in opposite pairs."""
-    episodes: int = 1
+    evolution: Flat[Evolution] = Evolution(population=512, sigma=0.1)
+    """Evolution strategies."""
+    episodes: int = count(1)
     """Episodes that each member plays in a generation; its score is their mean return."""
     perturb: Literal["weights", "nodes", "mixed"] = "weights"
     """What noise is added to: the parameters, one score an episode; the outputs of every layer, anew for
     every stretch of steps and credited with the rewards from there on; or the outputs of the last layer and
     the parameters of the others. Nodes need two passes over the episodes, weights one."""
-    nodes: Nodes = field(default_factory=Nodes)
+    nodes: Nodes = Nodes()
     """Settings of noise on outputs."""
-    sigma: float = 0.1
-    """Standard deviation of the noise on every parameter, or on every output of a layer."""
-    sigma_decay: float = 1.0
-    """Factor on sigma after every generation."""
-    rank: int | Literal["full"] = 1
-    """Rank of the noise on matrices; "full" is dense evolution strategies."""
     shaping: Literal["zscore", "centered_rank"] = "zscore"
     """How scores become weights; differences of rewards in a pair are taken as they are."""
-    optimizer: str = "adam"
-    """An optimizer of optax, or of this project as "optim.NAME"."""
-    learning_rate: float = 0.05
-    """Learning rate of the optimizer."""
-    learning_rate_decay: float = 1.0
-    """Factor on the learning rate after every generation."""
-    ppo: PPO = field(default_factory=PPO)
+    optimizer: Flat[Optimizer] = Optimizer(learning_rate=0.05)
+    """What moves the parameters."""
+    ppo: PPO = PPO()
     """Settings of PPO."""
 
-    seeds: int = 1
+    seeds: int = count(1, most=10_000)
     """Train so many times at once, with seeds `seed`, `seed` + 1, ... in one program."""
-    held_out_episodes: int = 64
+    held_out_episodes: int = count(64)
     """Episodes that measure the mean policy; their keys are never trained on."""
-    workers: int = 2
+    workers: int = count(2, most=4096)
     """Processes that step a Gymnasium environment."""
 
     @property
@@ -146,23 +138,11 @@ class Config(RunSettings):
     def together(self) -> str | None:
         """Runs of which this is the same can be one program; None for one that cannot be with others."""
         alone = self.env.startswith(GYMNASIUM) or self.algorithm != "eggroll"
-        return None if alone else program_of(self)
+        return None if alone or self.seeds > 1 else program_of(self)
 
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""
-        self.check_run()
-        even(self, "population")
-        positive(self, "sigma", "learning_rate")
-        positive(self.ppo, "learning_rate", "clip", "gradient_norm", "reward_scale", prefix="ppo.")
-        fraction(self, "sigma_decay", "learning_rate_decay")
-        fraction(self.ppo, "discount", "gae_lambda", prefix="ppo.")
-        if self.target is not None and not math.isfinite(self.target):
-            raise UsageError(f"--target {self.target}: choose a finite number, or None")
-        at_least_one(self, "rank", "width", "episodes", "seeds", "held_out_episodes", "workers")
-        counts = ("generations", "environments", "steps", "epochs", "minibatches")
-        at_least_one(self.ppo, *counts, prefix="ppo.")
-        if self.depth < 0:
-            raise UsageError(f"--depth {self.depth}: choose 0 (a linear policy) or more")
+        super().check()
         if self.perturb != "weights":
             self._check_nodes()
         batch = self.ppo.environments * self.ppo.steps
@@ -187,24 +167,18 @@ class Config(RunSettings):
                 f"{how}: episodes are played twice, by a JAX program; --env {self.env} is none, so choose "
                 "--perturb weights"
             )
-        if self.perturb == "nodes" and self.rank != 1:
+        if self.perturb == "nodes" and self.evolution.rank != 1:
             raise UsageError(
-                f"--rank {self.rank}: noise on nodes has no rank; leave it out, or choose another --perturb"
+                f"--rank {self.evolution.rank}: noise on nodes has no rank; leave it out, or choose another "
+                "--perturb"
             )
-        if not 0 <= self.nodes.gamma <= 1:
-            raise UsageError(f"--nodes.gamma {self.nodes.gamma}: choose a number from 0 to 1")
-        at_least_one(self.nodes, "hold", "steps", prefix="nodes.")
-        positive(self.nodes, "scale", prefix="nodes.")
 
 
 def preset(name: PresetName, env: str, target: float, **settings: object) -> Config:
-    return Config(
-        preset=name,
-        run_dir=Path("runs") / name,
-        env=env,
-        target=target,
-        **{"max_generations": 200, **settings},  # type: ignore[arg-type]
+    config = Config(
+        preset=name, run_dir=Path("runs") / name, env=env, target=target, max_generations=200
     )
+    return changed(config, settings)
 
 
 # Targets were written down before anything was tuned. Sources: [g] the returns of the checkpoints

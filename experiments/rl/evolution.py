@@ -1,8 +1,10 @@
-"""Evolution strategies on a gymnax environment, low-rank or dense, as a job for the loop."""
+"""Evolution strategies on a JAX environment, low-rank or dense."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 import eggroll
@@ -14,27 +16,28 @@ from experiments.rl.statistics import Statistics, merge, nothing_seen
 from experiments.rl.stretches import count, play
 from experiments.run.devices import ONE, Layout
 from experiments.run.errors import UsageError
-from experiments.run.optimizers import Rates, make_optimizer, rates_of
+from experiments.run.learners import row_of, strategy
+from experiments.run.trainer import Carry
+
+SHAPINGS = {
+    "zscore": eggroll.shaping.zscore,
+    "centered_rank": eggroll.shaping.centered_rank,
+}
 
 
-class Carry(NamedTuple):
-    """All that a run carries; with several seeds every leaf has a leading axis [seeds].
+class Seen(NamedTuple):
+    """What a run carries beside the strategy's state.
 
     Attributes:
-        es: the strategy's state.
         statistics: of the observations so far.
     """
 
-    es: eggroll.State
     statistics: Statistics
 
 
-def make_strategy(
-    config: Config, rates: Rates | None = None, layout: Layout = ONE
-) -> eggroll.EvolutionStrategy:
-    """The evolution strategy that the settings describe, at other rates than theirs if any are given."""
-    rates = rates or rates_of(config)
-    how: dict[str, Any] = {"shaping": getattr(eggroll.shaping, config.shaping)()}
+def make_strategy(config: Config, layout: Layout = ONE) -> eggroll.EvolutionStrategy:
+    """The evolution strategy that the settings describe."""
+    how: dict[str, Any] = {"shaping": SHAPINGS[config.shaping]()}
     if config.perturb != "weights":
         on_outputs = eggroll.Nodes(sigma=config.nodes.scale)
         how = {
@@ -44,16 +47,7 @@ def make_strategy(
                 {f"policy/{name}/*": on_outputs for name in layers_of(config)}
             ),
         }
-    return eggroll.EvolutionStrategy(
-        optimizer=make_optimizer(config.optimizer, rates.step),
-        population=config.population,
-        sigma=rates.noise,
-        rank=config.rank,
-        on_dense="error",
-        mesh=layout.mesh,
-        deterministic=layout.same_bits,
-        **how,
-    )
+    return strategy(config.evolution, config.optimizer, layout, **how)
 
 
 def layers_of(config: Config) -> list[str]:
@@ -68,24 +62,22 @@ def keys(seed: Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Arra
     return init, search, held_out
 
 
-def start(
-    config: Config, policy: Policy, task: Task, seed: Int[Array, ""], rates: Rates | None = None
-) -> Carry:
+def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> Carry:
     """The state before generation 0."""
     init_key, search_key, _ = keys(seed)
-    state = make_strategy(config, rates).init(policy.init(init_key), search_key)
-    return Carry(state, nothing_seen(task.observations))
+    state = make_strategy(config).init(policy.init(init_key), search_key)
+    seen = Seen(nothing_seen(task.observations))
+    return Carry(state, seen, jnp.int32(0), jnp.asarray(seed, jnp.int32))
 
 
 def make_generation(
     config: Config,
     policy: Policy,
     task: Task,
-    rates: Rates | None = None,
     layout: Layout = ONE,
-) -> Any:
+) -> Callable[[Carry], tuple[Carry, dict[str, Array]]]:
     """carry -> (next carry, metric row)."""
-    es = make_strategy(config, rates, layout)
+    es = make_strategy(config, layout)
 
     def fitness(
         params: PyTree, key: Key[Array, ""], statistics: Statistics
@@ -115,18 +107,16 @@ def make_generation(
 
     # In halves, because `es.step` gives back neither lengths nor observations.
     def generation(carry: Carry) -> tuple[Carry, dict[str, Array]]:
+        before = carry.own.statistics
         if config.perturb == "weights":
-            scores, (steps, seen) = es.evaluate(carry.es, fitness, carry.statistics)
-            state, metrics = es.update(carry.es, scores)
+            scores, (steps, seen) = es.evaluate(carry.learner, fitness, before)
+            state, metrics = es.update(carry.learner, scores)
         else:
-            args = carry.statistics, carry.es.params
-            scores, (steps, seen) = es.evaluate(carry.es, by_stretch, *args)
-            state, metrics = es.update(carry.es, scores, by_stretch, *args)
-        statistics = (
-            carry.statistics if seen is None else merge(carry.statistics, layout.gather(seen))
-        )
-        row = metrics._asdict()
-        del row["generation"]  # the loop's own
-        return Carry(state, statistics), {**row, "environment_steps": steps.sum()}
+            args = before, carry.learner.params
+            scores, (steps, seen) = es.evaluate(carry.learner, by_stretch, *args)
+            state, metrics = es.update(carry.learner, scores, by_stretch, *args)
+        statistics = before if seen is None else merge(before, layout.gather(seen))
+        after = Carry(state, Seen(statistics), carry.generation + 1, carry.seed)
+        return after, {**row_of(metrics), "environment_steps": steps.sum()}
 
     return generation

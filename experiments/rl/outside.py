@@ -14,10 +14,12 @@ from jaxtyping import Array, PyTree
 
 from experiments.rl.config import GYMNASIUM, Config
 from experiments.rl.environments import Continuous, Discrete
-from experiments.rl.evolution import Carry, keys, make_strategy
+from experiments.rl.evolution import Seen, keys, make_strategy
 from experiments.rl.policy import Policy, make_policy
 from experiments.rl.statistics import Statistics, Sums, merge, nothing_seen
 from experiments.rl.workers import Workers, shape_of, spaces_of
+from experiments.run.learners import row_of
+from experiments.run.trainer import Carry
 
 Row = dict[str, Any]
 # (observations [environments, ...], number of the step) -> actions [environments, ...]
@@ -61,45 +63,42 @@ class Outside:
         """The state before generation 0."""
         init_key, search_key, _ = keys(jnp.int32(self.config.seed))
         state = self.es.init(self.policy.init(init_key), search_key)
-        return Carry(state, nothing_seen(self.observations))
+        seen = Seen(nothing_seen(self.observations))
+        return Carry(state, seen, jnp.int32(0), jnp.int32(self.config.seed))
 
     def generation(self, carry: Carry) -> tuple[Carry, Row]:
         """Every member plays its episodes, both members of a pair from the same starts."""
-        config, done = self.config, int(carry.es.generation)
-        mean = np.asarray(carry.statistics.mean)
-        scores, taken = np.zeros(config.population, np.float32), 0
+        config, done = self.config, int(carry.generation)
+        population, before = config.evolution.population, carry.own.statistics
+        mean = np.asarray(before.mean)
+        scores, taken = np.zeros(population, np.float32), 0
         first, second = np.zeros_like(mean), np.zeros_like(mean)
         for episode in range(config.episodes):
             stream = np.random.SeedSequence([config.seed, 0, done, episode])
-            starts = np.repeat(stream.generate_state(config.population // 2) // 2, 2)
+            starts = np.repeat(stream.generate_state(population // 2) // 2, 2)
             act: Act = lambda seen, step: self._members(carry, seen, step)
             for seen, live, rewards in self.play(starts, act):
                 deviation = seen[live] - mean
                 first, second = first + deviation.sum(0), second + (deviation**2).sum(0)
                 scores, taken = scores + rewards, taken + int(live.sum())
-        state, metrics = self._tell(carry.es, scores / config.episodes)
-        statistics = carry.statistics
+        state, metrics = self._tell(carry.learner, scores / config.episodes)
+        statistics = before
         if config.normalise:
             sums = Sums(jnp.float32(taken), jnp.asarray(first), jnp.asarray(second))
             statistics = merge(statistics, sums)
-        row = metrics._asdict()
-        del row["generation"]  # the loop's own
-        return Carry(state, statistics), {**row, "environment_steps": taken}
+        after = Carry(state, Seen(statistics), carry.generation + 1, carry.seed)
+        return after, {**row_of(metrics), "environment_steps": taken}
 
-    def measure(self, carry: Carry) -> Row:
-        """The mean return of the mean policy over held-out episodes."""
-        returns = self.returns(carry, self.config.held_out_episodes, self.config.seed)
-        return {"held_out_return": float(np.mean(returns))}
-
-    def returns(self, carry: Carry, episodes: int, seed: int) -> np.ndarray:
-        """Returns of the mean policy in episodes that no member is trained on."""
-        starts = np.random.SeedSequence([seed, 1]).generate_state(episodes) // 2
+    def returns(self, carry: Carry, episodes: int, *stream: int) -> np.ndarray:
+        """Returns of the mean policy in episodes that no member is trained on; the stream decides which."""
+        population = self.config.evolution.population
+        starts = np.random.SeedSequence(stream).generate_state(episodes) // 2
         out = []
-        for at in range(0, episodes, self.config.population):
-            some = starts[at : at + self.config.population]
-            total = np.zeros(self.config.population, np.float32)
+        for at in range(0, episodes, population):
+            some = starts[at : at + population]
+            total = np.zeros(population, np.float32)
             # Environments that are too many play along, and do not count.
-            padded = np.resize(some, self.config.population)
+            padded = np.resize(some, population)
             for _, _, rewards in self.play(
                 padded, lambda seen, step: self._mean(carry, seen, step)
             ):
@@ -123,7 +122,9 @@ class Outside:
             (0 where an episode was over).
         """
         if self._workers is None:
-            self._workers = Workers(self.name, self.config.population, self.config.workers)
+            self._workers = Workers(
+                self.name, self.config.evolution.population, self.config.workers
+            )
         seen, over, step = self._workers.reset(starts.tolist()), np.zeros(len(starts), bool), 0
         while not over.all():
             live, before = ~over, seen
@@ -133,12 +134,14 @@ class Outside:
             step += 1
 
     def _members_act(self, carry: Carry, seen: Array, step: Array) -> Array:
-        return self.es.map(carry.es, self._act, carry.statistics, step, members=seen)
+        return self.es.map(carry.learner, self._act, carry.own.statistics, step, members=seen)
 
     def _mean_acts(self, carry: Carry, seen: Array, step: Array) -> Array:
         ids = jnp.arange(seen.shape[0])
         own = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(self.config.seed), i))(ids)
-        act = lambda key, seen: self._act(carry.es.params, key, seen, carry.statistics, step)
+        act = lambda key, seen: self._act(
+            carry.learner.params, key, seen, carry.own.statistics, step
+        )
         return jax.vmap(act)(own, seen)
 
     def _act(

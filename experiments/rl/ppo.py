@@ -5,6 +5,8 @@ passes over them in minibatches. Episodes that the time limit cuts are continued
 last observation; those that end are not.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,31 +20,25 @@ from experiments.rl.environments import Task
 from experiments.rl.evolution import keys
 from experiments.rl.policy import Policy
 from experiments.rl.statistics import Statistics, Sums, merge, normalise, nothing_seen
+from experiments.run.learners import Backprop, Trained
 from experiments.run.optimizers import make_optimizer
+from experiments.run.trainer import Carry
 
 
-class Carry(NamedTuple):
-    """All that a run carries; with several seeds every leaf has a leading axis [seeds].
+class Playing(NamedTuple):
+    """What a run carries beside parameters and optimizer.
 
     Attributes:
-        params: of the policy, and under "value" of the value function.
-        optimizer: its state.
         statistics: of the observations so far.
         observation: encoded, [environments, observations].
         env_state: of the environments.
         score: sum of the rewards of each running episode, [environments].
-        generation: rounds done.
-        seed: what everything random comes from.
     """
 
-    params: PyTree
-    optimizer: Any
     statistics: Statistics
     observation: Float[Array, "..."]
     env_state: Any
     score: Float[Array, "..."]
-    generation: Int[Array, "..."]
-    seed: Int[Array, "..."]
 
 
 class Batch(NamedTuple):
@@ -59,15 +55,14 @@ def value_model(config: Config) -> MLP:
     return MLP(1, config.width, config.depth, config.activation)
 
 
-def optimizer_of(config: Config) -> optax.GradientTransformation:
+def learner_of(config: Config) -> Backprop:
     """Clipped gradients into the optimizer that the settings name."""
     rate: Any = config.ppo.learning_rate
     if config.ppo.anneal:
         updates = config.ppo.epochs * config.ppo.minibatches * config.ppo.generations
         rate = optax.linear_schedule(rate, 0.0, updates)
-    return optax.chain(
-        optax.clip_by_global_norm(config.ppo.gradient_norm), make_optimizer(config.optimizer, rate)
-    )
+    clip = optax.clip_by_global_norm(config.ppo.gradient_norm)
+    return Backprop(optax.chain(clip, make_optimizer(config.optimizer.name, rate)))
 
 
 def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> Carry:
@@ -79,16 +74,14 @@ def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> C
     observation, env_state = jax.vmap(task.env.reset, (0, None))(
         jax.random.split(reset_key, config.ppo.environments), task.env_params
     )
-    return Carry(
-        params,
-        optimizer_of(config).init(params),
+    playing = Playing(
         nothing_seen(task.observations),
         jax.vmap(task.encode)(observation),
         env_state,
         jnp.zeros(config.ppo.environments),
-        jnp.int32(0),
-        jnp.asarray(seed, jnp.int32),
     )
+    learner = learner_of(config).start(params)
+    return Carry(learner, playing, jnp.int32(0), jnp.asarray(seed, jnp.int32))
 
 
 def explorative(params: PyTree, depth: int) -> PyTree:
@@ -132,7 +125,9 @@ def advantages(
     return jax.lax.scan(back, (jnp.zeros_like(last), last), (worth, values, over), reverse=True)[1]
 
 
-def make_generation(config: Config, policy: Policy, task: Task) -> Any:
+def make_generation(
+    config: Config, policy: Policy, task: Task
+) -> Callable[[Carry], tuple[Carry, dict[str, Array]]]:
     """carry -> (next carry, metric row)."""
     return Round(config, policy, task).generation
 
@@ -170,7 +165,7 @@ class Round:
 
     def __init__(self, config: Config, policy: Policy, task: Task) -> None:
         self.config, self.ppo, self.policy, self.task = config, config.ppo, policy, task
-        self.model, self.optimizer = value_model(config), optimizer_of(config)
+        self.model, self.learner = value_model(config), learner_of(config)
 
     def value(self, params: PyTree, statistics: Statistics, observation: Array) -> Array:
         """What is expected to follow, by the value function."""
@@ -178,10 +173,10 @@ class Round:
             observation = normalise(statistics, observation)
         return cast(Array, self.model.apply({"params": params["value"]}, observation))[..., 0]
 
-    def collect(self, carry: Carry, key: Array) -> tuple[Carry, Step]:
+    def collect(self, params: PyTree, own: Playing, key: Array) -> tuple[Playing, Step]:
         """One step of every environment."""
         act_key, env_key = jax.random.split(key)
-        seen, params, statistics = carry.observation, carry.params, carry.statistics
+        seen, statistics = own.observation, own.statistics
         task, ppo = self.task, self.ppo
 
         def act(observation: Array, key: Array) -> tuple[Array, Array]:
@@ -193,19 +188,19 @@ class Round:
         action, log_prob = jax.vmap(act)(seen, split(act_key))
         observation, env_state, reward, terminated, truncated, info = jax.vmap(
             task.env.step, (0, 0, 0, None)
-        )(split(env_key), carry.env_state, jax.vmap(self.policy.to_env)(action), task.env_params)
+        )(split(env_key), own.env_state, jax.vmap(self.policy.to_env)(action), task.env_params)
         last = jax.vmap(task.encode)(info["final_observation"])
         over, cut = terminated | truncated, truncated & ~terminated
-        score = carry.score + reward
+        score = own.score + reward
         # What would have followed a cut episode is worth what the value function says.
         after = ppo.discount * cut * self.value(params, statistics, last)
-        carry = carry._replace(
+        own = own._replace(
             observation=jax.vmap(task.encode)(observation),
             env_state=env_state,
             score=jnp.where(over, 0.0, score),
         )
         worth, value = ppo.reward_scale * reward + after, self.value(params, statistics, seen)
-        return carry, Step(seen, action, log_prob, worth, value, over, jnp.where(over, score, 0.0))
+        return own, Step(seen, action, log_prob, worth, value, over, jnp.where(over, score, 0.0))
 
     def loss(
         self, params: PyTree, statistics: Statistics, batch: Batch
@@ -226,35 +221,36 @@ class Round:
         parts = {"entropy": entropy.mean(), "value_error": error, "ratio": ratio.mean()}
         return -gain + ppo.value * error - ppo.entropy * entropy.mean(), parts
 
-    def learn(self, carry: Carry, batch: Batch, key: Array) -> tuple[Carry, dict[str, Array]]:
+    def learn(
+        self, state: Trained, statistics: Statistics, batch: Batch, key: Array
+    ) -> tuple[Trained, dict[str, Array]]:
         """Passes over a generation's steps, each in an order of its own."""
-        statistics, size = carry.statistics, batch.log_prob.shape[0]
+        size = batch.log_prob.shape[0]
 
-        def minibatch(carry: tuple, batch: Batch) -> tuple:
-            params, state = carry
-            grad = jax.value_and_grad(self.loss, has_aux=True)
-            (_, parts), grads = grad(params, statistics, batch)
-            updates, state = self.optimizer.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), parts
+        def minibatch(state: Trained, batch: Batch) -> tuple[Trained, dict[str, Array]]:
+            state, _, parts, _ = self.learner.step(state, self.loss, statistics, batch)
+            return state, parts
 
-        def epoch(carry: tuple, key: Array) -> tuple:
+        def epoch(state: Trained, key: Array) -> tuple[Trained, dict[str, Array]]:
             order = jax.random.permutation(key, size).reshape(self.ppo.minibatches, -1)
-            return jax.lax.scan(minibatch, carry, jax.tree.map(lambda x: x[order], batch))
+            return jax.lax.scan(minibatch, state, jax.tree.map(lambda x: x[order], batch))
 
         parts: dict[str, Array]
-        (params, state), parts = jax.lax.scan(
-            epoch, (carry.params, carry.optimizer), jax.random.split(key, self.ppo.epochs)
-        )
-        return carry._replace(params=params, optimizer=state), jax.tree.map(jnp.mean, parts)
+        state, parts = jax.lax.scan(epoch, state, jax.random.split(key, self.ppo.epochs))
+        return state, jax.tree.map(jnp.mean, parts)
 
     def generation(self, carry: Carry) -> tuple[Carry, dict[str, Array]]:
         """Steps, advantages, passes over them, statistics."""
-        ppo, statistics = self.ppo, carry.statistics
+        ppo, statistics, params = self.ppo, carry.own.statistics, carry.learner.params
         key = jax.random.fold_in(jax.random.key(carry.seed), carry.generation)
         collect_key, order_key = jax.random.split(key)
         steps: Step
-        carry, steps = jax.lax.scan(self.collect, carry, jax.random.split(collect_key, ppo.steps))
-        last = self.value(carry.params, statistics, carry.observation)
+        own, steps = jax.lax.scan(
+            functools.partial(self.collect, params),
+            carry.own,
+            jax.random.split(collect_key, ppo.steps),
+        )
+        last = self.value(params, statistics, own.observation)
         advantage = advantages(
             ppo.discount, ppo.gae_lambda, steps.worth, steps.value, steps.over, last
         )
@@ -265,7 +261,7 @@ class Round:
                 steps.observation, steps.action, steps.log_prob, advantage, advantage + steps.value
             ),
         )
-        carry, parts = self.learn(carry, flat, order_key)
+        learner, parts = self.learn(carry.learner, statistics, flat, order_key)
         if self.config.normalise:
             deviation = flat.observation - statistics.mean
             statistics = merge(statistics, Sums(jnp.ones(size), deviation, deviation**2))
@@ -277,4 +273,5 @@ class Round:
             "environment_steps": jnp.int32(size),
             **parts,
         }
-        return carry._replace(statistics=statistics, generation=carry.generation + 1), row
+        own = own._replace(statistics=statistics)
+        return Carry(learner, own, carry.generation + 1, carry.seed), row

@@ -4,12 +4,11 @@ Anything heavy is imported by the command that needs it, so that help and mistak
 """
 
 import functools
-import importlib
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from experiments.run import stopping
 from experiments.run.errors import RUN_ME_AGAIN, Interrupted, RunError, UsageError, suggestion
@@ -130,23 +129,22 @@ def parse(
     return tyro.cli(kind, prog=prog, default=default, args=args)
 
 
-def _train(driver: str, args: Sequence[str]) -> int:
+def _train(name: str, args: Sequence[str]) -> int:
     """Any driver: settings, then a run, then what it came to."""
-    from experiments.run.drivers import DRIVERS
+    from experiments.run.drivers import find_driver
 
-    modules = DRIVERS[driver]
-    settings = importlib.import_module(modules.config)
-    config: Any = parse(settings.Config, settings.PRESETS, args, f"eggroll {driver}")
+    driver = find_driver(name)
+    config = parse(driver.config, driver.presets, args, f"eggroll {name}").settled()
     config.check()
 
     from experiments.run import hosts
 
     # Before anything that might start JAX's backend.
-    with hosts.joined(config):
+    with hosts.joined(config.cluster):
         if hosts.several():
             stopping.hold()  # all of them end together
-        train = importlib.import_module(modules.train).train
         from experiments.run.compilation import keep_compiled_programs
+        from experiments.run.train import train
 
         keep_compiled_programs()
         sentence = train(config, STARTED).sentence
@@ -246,28 +244,20 @@ class Command(NamedTuple):
     trains: bool = False
 
 
+def _drivers() -> dict[str, Command]:
+    from experiments.run.drivers import FOLDERS, find_driver
+
+    run = {"rl": _rl}
+    return {
+        name: Command(
+            find_driver(name).summary, run.get(name, functools.partial(_train, name)), True
+        )
+        for name in FOLDERS
+    }
+
+
 COMMANDS = {
-    "rl": Command(
-        "train a policy in an environment; --list-envs names those of gymnax and Gymnasium",
-        _rl,
-        True,
-    ),
-    "pretrain": Command(
-        "pretrain a language model of bytes, in int8 or in floats",
-        functools.partial(_train, "pretrain"),
-        True,
-    ),
-    "reasoning": Command(
-        "fine-tune a language model on answers that can be checked",
-        functools.partial(_train, "reasoning"),
-        True,
-    ),
-    "supervised": Command(
-        "train a classifier of digits", functools.partial(_train, "supervised"), True
-    ),
-    "optimizers": Command(
-        "train by backpropagation, by any optimizer", functools.partial(_train, "optimizers"), True
-    ),
+    **_drivers(),
     "study": Command("compare optimizers, each at its best learning rate", _study, True),
     "sweep": Command(
         "run a driver at many settings, from a file that says what varies", _sweep, True

@@ -11,7 +11,7 @@ from eggroll.population import placement
 from eggroll.population.schedule import EXACT
 from experiments.run import hosts
 from experiments.run.errors import UsageError
-from experiments.run.settings import RunSettings
+from experiments.run.settings import Cluster
 
 # The axis of a mesh along which devices share weights.
 MODEL = "model"
@@ -63,7 +63,7 @@ ONE = Layout()
 
 
 def layout_of(
-    settings: RunSettings, population: int = 0, alone: str | None = None, sharing: int = 1
+    cluster: Cluster, population: int = 0, alone: str | None = None, sharing: int = 1
 ) -> Layout:
     """The devices that the settings name.
 
@@ -71,7 +71,7 @@ def layout_of(
     one, unless there are several processes: those always use all they have.
 
     Args:
-        settings: of the run.
+        cluster: the settings.
         population: members.
         alone: why there can be one device only, if so.
         sharing: how many devices share each weight.
@@ -82,10 +82,10 @@ def layout_of(
     there = jax.devices()
     if alone is not None:
         asked = {
-            "--same-bits": settings.same_bits,
+            "--same-bits": cluster.same_bits,
             f"--tensor-parallel {sharing}": sharing > 1,
             "several processes": hosts.several(),
-            f"--devices {settings.devices}": (settings.devices or 1) > 1,
+            f"--devices {cluster.devices}": (cluster.devices or 1) > 1,
         }
         for what, given in asked.items():
             if given:
@@ -93,13 +93,13 @@ def layout_of(
         return ONE
     if hosts.several():
         wanted = len(there)
-        if settings.devices not in (None, wanted):
+        if cluster.devices not in (None, wanted):
             raise UsageError(
-                f"--devices {settings.devices}: the {jax.process_count()} processes have {wanted}, and use "
+                f"--devices {cluster.devices}: the {jax.process_count()} processes have {wanted}, and use "
                 "all of them; leave this out"
             )
     else:
-        wanted = settings.devices or (1 if jax.default_backend() == "cpu" else len(there))
+        wanted = cluster.devices or (1 if jax.default_backend() == "cpu" else len(there))
     if wanted > len(there):
         raise UsageError(f"--devices {wanted}: there are {len(there)}; choose at most as many")
     if wanted % sharing:
@@ -109,7 +109,7 @@ def layout_of(
             f"run; choose a divisor, or {other}"
         )
     if wanted == 1:
-        return Layout(same_bits=settings.same_bits)
+        return Layout(same_bits=cluster.same_bits)
     axes = {placement.AXIS: wanted // sharing, **({MODEL: sharing} if sharing > 1 else {})}
     mesh = jax.make_mesh(
         tuple(axes.values()),
@@ -122,5 +122,5 @@ def layout_of(
         mesh,
         everywhere,
         everywhere if population % (wanted // sharing) else members,
-        settings.same_bits,
+        cluster.same_bits,
     )

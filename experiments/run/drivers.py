@@ -1,55 +1,44 @@
-"""Which drivers there are, and how a finished run of any of them is found, evaluated and exported."""
+"""The drivers by name, and how a run of any of them is found, evaluated, sampled and exported."""
 
+import contextlib
 import importlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tyro.conf import Positional
 
+from experiments.run.driver import Driver
 from experiments.run.errors import UsageError
-from experiments.run.folder import full_disk_in_one_sentence, read_config, write_whole
-from experiments.run.settings import RunSettings, from_json
+from experiments.run.fields import changed, from_json
+from experiments.run.folder import read_config
+from experiments.run.settings import RunSettings
+from experiments.run.trainer import Carry, LanguageTrainer, Trainer
 
-
-class Driver(NamedTuple):
-    """One driver: `config` has the class Config and PRESETS; `train` has job, train, evaluate and
-    parameters. Both are imported when they are needed."""
-
-    summary: str
-    config: str
-    train: str
-
-
-DRIVERS: Mapping[str, Driver] = {
-    "rl": Driver(
-        "train a policy in a gymnax or Gymnasium environment",
-        "experiments.rl.config",
-        "experiments.rl.train",
-    ),
-    "pretrain": Driver(
-        "pretrain a language model of bytes, in int8 or in floats",
-        "experiments.pretrain.config",
-        "experiments.pretrain.train",
-    ),
-    "reasoning": Driver(
-        "fine-tune a language model on answers that can be checked",
-        "experiments.reasoning.config",
-        "experiments.reasoning.train",
-    ),
-    "supervised": Driver(
-        "train a classifier of digits",
-        "experiments.supervised.config",
-        "experiments.supervised.train",
-    ),
-    "optimizers": Driver(
-        "train by backpropagation, by any optimizer",
-        "experiments.optimizers.config",
-        "experiments.optimizers.train",
-    ),
+# The folder of each driver; its `__init__` has the record.
+FOLDERS = {
+    "rl": "experiments.rl",
+    "pretrain": "experiments.pretrain",
+    "supervised": "experiments.supervised",
+    "optimizers": "experiments.optimizers",
 }
+
+
+def find_driver(name: str) -> Driver:
+    """The driver of a name.
+
+    Raises:
+        KeyError: where there is none.
+    """
+    found: Driver = importlib.import_module(FOLDERS[name]).DRIVER
+    return found
+
+
+def driver_of(config: RunSettings) -> Driver:
+    """The driver that settings are for."""
+    return find_driver(config.driver)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +83,15 @@ class SampleSettings:
 
 
 class Found(NamedTuple):
-    """A run read back: its settings, the module of its driver, and its newest state."""
+    """A run read back: its trainer, and its newest state."""
 
-    config: RunSettings
-    module: Any
+    trainer: Trainer[Any]
     generation: int
-    state: Any
+    state: Carry
 
 
-def read_run(path: Path, on_host: bool = False) -> Found:
+@contextlib.contextmanager
+def read_run(path: Path, on_host: bool = False) -> Iterator[Found]:
     """The newest state of a run.
 
     Args:
@@ -114,23 +103,45 @@ def read_run(path: Path, on_host: bool = False) -> Found:
     """
     from experiments.run.checkpoints import Checkpoints
 
-    content = dict(read_config(path))
-    name = content.pop("driver", None)
-    if not isinstance(name, str) or name not in DRIVERS:
-        raise UsageError(f"{path}/config.json names the driver {name!r}, which there is not")
+    with trainer_of(path) as trainer:
+        with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+            found = checkpoints.restore(trainer.start, on_host=on_host)
+        if found is None:
+            raise UsageError(f"{path} has no checkpoint yet")
+        yield Found(trainer, found[0], found[1])
+
+
+def trainer_of(path: Path) -> Trainer[Any]:
+    """The trainer of a run, for one device.
+
+    Raises:
+        UsageError: if the folder holds no run.
+    """
+    driver, config = read_settings(path)
     try:
-        config = from_json(importlib.import_module(DRIVERS[name].config).Config, content)
         # The folder may have been moved, and what is in it is to be read, not replaced.
-        config = replace(config.on_one_device(), run_dir=path, overwrite=False)
+        config = changed(config.on_one_device(), run_dir=path, overwrite=False).settled()
         config.check()
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
-    module = importlib.import_module(DRIVERS[name].train)
-    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
-        found = checkpoints.restore(module.job(config).start, on_host=on_host)
-    if found is None:
-        raise UsageError(f"{path} has no checkpoint yet")
-    return Found(config, module, found[0], found[1])
+    return driver.load()(config)
+
+
+def read_settings(path: Path) -> tuple[Driver, RunSettings]:
+    """The driver and the settings of a run.
+
+    Raises:
+        UsageError: if the folder holds no run.
+    """
+    content = dict(read_config(path))
+    name = content.pop("driver", None)
+    if not isinstance(name, str) or name not in FOLDERS:
+        raise UsageError(f"{path}/config.json names the driver {name!r}, which there is not")
+    driver = find_driver(name)
+    try:
+        return driver, from_json(driver.config, content)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
 
 
 def evaluate(settings: EvalSettings) -> str:
@@ -139,9 +150,9 @@ def evaluate(settings: EvalSettings) -> str:
 
     if settings.episodes < 1:
         raise UsageError(f"--episodes {settings.episodes}: choose a whole number of at least 1")
-    run = read_run(settings.run)
-    scores = run.module.evaluate(run.config, run.state, settings.episodes, settings.seed)
-    lines = [f"{settings.run}, after {run.generation} generations:"]
+    with read_run(settings.run) as run:
+        scores = run.trainer.evaluate(run.state, settings.episodes, settings.seed)
+        lines = [f"{settings.run}, after {run.generation} generations:"]
     for name, values in scores.items():
         x = np.asarray(values, float)
         spread = f" ± {x.std(ddof=1) / np.sqrt(x.size):.3g} (standard error)" if x.size > 1 else ""
@@ -160,48 +171,32 @@ def sample(settings: SampleSettings) -> str:
         raise UsageError(f"--length {settings.length}: choose a whole number of at least 1")
     if not (math.isfinite(settings.temperature) and settings.temperature >= 0):
         raise UsageError(f"--temperature {settings.temperature}: choose 0 or a positive number")
-    if "driver" in read_config(settings.run):
-        run: Any = read_run(settings.run)
-    else:
-        # A model's folder: the driver that takes such ones has no run of it.
-        module, found = (importlib.import_module(m) for m in DRIVERS["reasoning"][:0:-1])
-        config = replace(
-            found.PRESETS["tiny"],
-            model=str(settings.run),
-            chat=settings.chat,
-            max_new_tokens=64,
+    with contextlib.ExitStack() as stack:
+        state = None
+        if "driver" in read_config(settings.run):
+            trainer, _, state = stack.enter_context(read_run(settings.run))
+        else:
+            trainer = stack.enter_context(_of_model(settings))
+        if not isinstance(trainer, LanguageTrainer):
+            raise UsageError(
+                f"{settings.run} is a run without a language model: there is none to sample"
+            )
+        written = trainer.write(
+            state, settings.prompt, settings.length, settings.temperature, settings.seed
         )
-        run = Found(config, module, 0, None)
-    if not hasattr(run.module, "write"):
-        raise UsageError(
-            f"{settings.run} is a run without a language model: there is none to sample"
-        )
-    written = run.module.write(
-        *(run.config, run.state, settings.prompt),
-        *(settings.length, settings.temperature, settings.seed),
-    )
     return "\n\n".join(a + b for a, b in zip(settings.prompt, written, strict=True))
+
+
+def _of_model(settings: SampleSettings) -> Trainer[Any]:
+    """A trainer that has no run, of the driver that takes models from folders."""
+    driver = find_driver("reasoning")
+    config = changed(
+        driver.presets["tiny"], model=str(settings.run), chat=settings.chat, max_new_tokens=64
+    )
+    return driver.load()(config.settled())
 
 
 def export(settings: ExportSettings) -> str:
     """Writes the file and says what is in it."""
-    import jax
-    import numpy as np
-    from safetensors.numpy import save
-
-    run = read_run(settings.run, on_host=True)
-    if hasattr(run.module, "save"):
-        return run.module.save(run.config, run.state, settings.to or settings.run / "exported")
-    tree = jax.device_get(run.module.parameters(run.config, run.state))
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    tensors = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.ascontiguousarray(leaf)
-        for path, leaf in leaves
-    }
-    note = {"generation": str(run.generation), "run": settings.run.name}
-    path = settings.to or settings.run / "params.safetensors"
-    with full_disk_in_one_sentence(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: file.write(save(tensors, metadata=note)))
-    numbers = sum(leaf.size for leaf in tensors.values())
-    return f"Wrote {len(tensors)} tensors, {numbers:,} numbers, to {path}."
+    with read_run(settings.run, on_host=True) as run:
+        return run.trainer.export(run.state, settings.to)

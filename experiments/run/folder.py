@@ -29,7 +29,8 @@ from typing import Any, BinaryIO
 
 from experiments.run import hosts
 from experiments.run.errors import InUse, RunError, UsageError
-from experiments.run.settings import RunSettings, differences, to_json
+from experiments.run.fields import differences, to_json
+from experiments.run.settings import RunSettings
 
 FILES = (
     *("config.json", "files.json", "versions.json", "metrics.jsonl", "result.json", "curve.png"),
@@ -132,7 +133,11 @@ def _held_run_folder(
                 _remove_run(path)
             known = read_object(path / "config.json", REPLACE)
             if known is not None and not settings.accept_changes:
-                changed = [*differences(known, config), *_changed_files(path, digests)]
+                same_bits = settings.cluster.same_bits
+                changed = [
+                    *differences(known, config, type(settings), same_bits),
+                    *_changed_files(path, digests),
+                ]
                 if changed:
                     raise UsageError(
                         f"{path} holds a run of other settings ({', '.join(changed)}): choose another "

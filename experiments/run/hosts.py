@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from experiments.run.errors import Interrupted, RunError, UsageError
-from experiments.run.settings import RunSettings
+from experiments.run.settings import Cluster
 
 AUTO = "auto"
 # What JAX reads itself, and beside it, by the names of its tutorials, what it wants as arguments.
@@ -27,7 +27,7 @@ LOSS = re.compile(
 CONNECTION = re.compile(r"gloo|connection reset|connection closed|closed by peer", re.IGNORECASE)
 
 
-class Cluster(NamedTuple):
+class Process(NamedTuple):
     """Which process this is, and of how many.
 
     Attributes:
@@ -41,7 +41,7 @@ class Cluster(NamedTuple):
     process: int | None
 
 
-def cluster_of(settings: RunSettings, environment: Mapping[str, str]) -> Cluster | None:
+def process_of(settings: Cluster, environment: Mapping[str, str]) -> Process | None:
     """What the settings say, or where they are silent the environment; None for a process alone.
 
     Raises:
@@ -49,9 +49,9 @@ def cluster_of(settings: RunSettings, environment: Mapping[str, str]) -> Cluster
 
     Example:
         >>> from experiments.supervised.config import PRESETS
-        >>> settings = PRESETS["digits"]
-        >>> cluster_of(settings, {ADDRESS: "a:1234", PROCESSES: "2", PROCESS: "1"})
-        Cluster(address='a:1234', processes=2, process=1)
+        >>> settings = PRESETS["digits"].cluster
+        >>> process_of(settings, {ADDRESS: "a:1234", PROCESSES: "2", PROCESS: "1"})
+        Process(address='a:1234', processes=2, process=1)
     """
     address = settings.coordinator or environment.get(ADDRESS)
     processes = _whole(settings.processes, "--processes", PROCESSES, environment)
@@ -69,7 +69,7 @@ def cluster_of(settings: RunSettings, environment: Mapping[str, str]) -> Cluster
             raise UsageError(
                 "--coordinator auto: JAX asks the cluster for all else; leave --processes and --process out"
             )
-        return Cluster(None, None, None)
+        return Process(None, None, None)
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UsageError(
@@ -87,7 +87,7 @@ def cluster_of(settings: RunSettings, environment: Mapping[str, str]) -> Cluster
         raise UsageError(
             f"--process {process}: of {processes} processes, choose 0 to {processes - 1}"
         )
-    return Cluster(address, processes, process)
+    return Process(address, processes, process)
 
 
 def _whole(given: int | None, flag: str, name: str, environment: Mapping[str, str]) -> int | None:
@@ -102,31 +102,31 @@ def _whole(given: int | None, flag: str, name: str, environment: Mapping[str, st
 
 
 @contextlib.contextmanager
-def joined(settings: RunSettings) -> Iterator[None]:
+def joined(settings: Cluster) -> Iterator[None]:
     """The block is run as one of the processes that the settings name; has to begin before JAX's backend.
 
     Errors that all processes have alike leave the block as they are. Any other ends the process at once,
     with its sentence and exit code 1: in an orderly end JAX waits for the other processes, which may be
     gone, or wait themselves for what this one will not do.
     """
-    cluster = cluster_of(settings, os.environ)
-    if cluster is None:
+    own = process_of(settings, os.environ)
+    if own is None:
         yield
         return
     import jax
 
-    if cluster.process == 0:
+    if own.process == 0:
         print(
-            f"Waiting for {cluster.processes} processes at {cluster.address}, at most "
+            f"Waiting for {own.processes} processes at {own.address}, at most "
             f"{settings.lost_seconds} s.",
             file=sys.stderr,
         )
     try:
         jax.distributed.initialize(
-            coordinator_address=cluster.address,
-            num_processes=cluster.processes,
-            process_id=cluster.process,
-            cluster_detection_method=None if cluster.address is None else "deactivate",
+            coordinator_address=own.address,
+            num_processes=own.processes,
+            process_id=own.process,
+            cluster_detection_method=None if own.address is None else "deactivate",
             initialization_timeout=settings.lost_seconds,
             heartbeat_timeout_seconds=settings.lost_seconds,
             shutdown_timeout_seconds=settings.lost_seconds,

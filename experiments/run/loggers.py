@@ -8,7 +8,8 @@ from typing import Any
 
 from experiments.run import hosts
 from experiments.run.errors import UsageError
-from experiments.run.settings import RunSettings, to_json
+from experiments.run.fields import to_json
+from experiments.run.settings import RunSettings
 
 Log = Callable[[Mapping[str, Any]], None]
 

@@ -2,7 +2,8 @@
 
 The order of a generation g, from the state before it:
 
-1. every `evaluate_every` generations the state is measured (held-out); a reached target ends the run;
+1. every `evaluate_every` generations the state is measured (held-out); a target that is reached, and
+   confirmed on data that decided nothing before, ends the run;
 2. the generation is run: state g becomes state g + 1;
 3. row g is appended to metrics.jsonl;
 4. now and then, and at the end, the rows are synced and then state g + 1 is saved as checkpoint g + 1.
@@ -19,77 +20,40 @@ else decides the future, so that a run killed anywhere and continued gives the b
 """
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from experiments.run import agreement, hosts
 from experiments.run.checkpoints import Checkpoints
+from experiments.run.driver import Column, Driver
 from experiments.run.errors import Interrupted, RunError
 from experiments.run.loggers import loggers
 from experiments.run.metrics import MetricsFile, Row, expect_names, plain
 from experiments.run.progress import Progress
+from experiments.run.samples import Samples
+from experiments.run.seeds import average, each
 from experiments.run.settings import RunSettings
 from experiments.run.stopping import stop_requests
 from experiments.run.stopwatch import Stopwatch
+from experiments.run.trainer import Carry, Outcome, Trainer
 
 # So many generations in a row without a usable score say that something is broken.
 HOPELESS = 10
-
-
-class Job(NamedTuple):
-    """What a driver hands to the loop.
-
-    Attributes:
-        start: the state before generation 0; arrays only, a function of the settings alone.
-        generation: state -> (next state, row). The row's values are numbers, or lists with one number
-            for each of several seeds; the loop adds `generation` and, beside what the job puts into it,
-            `timing`.
-        measure: state -> held-out figures of it, for the row and the result.
-        reached: whether measured figures end the run early.
-        tell: the newest row in a few words, for the progress bar.
-        measured: the names of what `measure` gives; None in the rows between.
-        totals: names of row values that are summed over the generations of the run.
-        sharding: how the state lies on several devices, a tree of which its own begins; None for one.
-    """
-
-    start: Callable[[], Any]
-    generation: Callable[[Any], tuple[Any, Mapping[str, Any]]]
-    measure: Callable[[Any], Mapping[str, Any]]
-    reached: Callable[[Row], bool]
-    tell: Callable[[Row], str]
-    measured: tuple[str, ...]
-    totals: tuple[str, ...] = ()
-    sharding: Any = None
-
-
-class Outcome(NamedTuple):
-    """What a finished run came to.
-
-    Attributes:
-        state: the last one.
-        generations: done, in all processes that worked on the run.
-        before: what `measure` gave before training.
-        after: what it gave for the last state.
-        rows: all metric rows.
-    """
-
-    state: Any
-    generations: int
-    before: Row
-    after: Row
-    rows: list[Row]
 
 
 class Record:
     """What a run has on disk, and where it stands: one order of things for one run and for many at once.
 
     Args:
-        job: what is run.
+        driver: whose run it is.
+        trainer: what is run; of many at once, the first.
         settings: of the run.
+        start: gives the state before generation 0.
         folder: what `open_run_folder` gave: the run folder, or of other processes than the first their own.
         watch: whose seconds the rows carry.
 
@@ -99,23 +63,32 @@ class Record:
         after: what was measured when the run ended; None before.
     """
 
-    def __init__(self, job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> None:
-        self.job, self.settings, self.watch = job, settings, watch
+    def __init__(
+        self,
+        driver: Driver,
+        trainer: Trainer[Any],
+        settings: RunSettings,
+        start: Callable[[], Carry],
+        folder: Path,
+        watch: Stopwatch,
+    ) -> None:
+        self.driver, self.trainer, self.settings, self.watch = driver, trainer, settings, watch
         self.after: Row | None = None
+        self._fresh: Row = {}
         self._latest: Row = {}  # the last measured values, for the progress bar
         self._useless = 0
         with contextlib.ExitStack() as stack:
             # Those are of all processes in common.
             path = settings.run_dir / "checkpoints"
             self._checkpoints = stack.enter_context(Checkpoints(path))
-            found = self._checkpoints.restore(job.start, place=job.sharding)
-            self.generation, self.state, self._totals = found or (0, job.start(), {})
+            found = self._checkpoints.restore(start, place=trainer.sharding)
+            self.generation, self.state, self._totals = found or (0, start(), {})
             self._saved = self._begun = self.generation
             if found:
                 hosts.say(f"Continuing {settings.run_dir} at generation {self.generation}.")
             path = folder / "metrics.jsonl"
             self._metrics = stack.enter_context(MetricsFile(path, self.generation))
-            expect_names(path, self._metrics.rows, job.measured)
+            expect_names(path, self._metrics.rows, trainer.measured)
             self._log = stack.enter_context(loggers(settings, folder, self.generation))
             self._stack = stack.pop_all()
         self._last_save = time.monotonic()
@@ -128,25 +101,50 @@ class Record:
             or self.generation >= self.settings.limit
         )
 
-    def over(self, measured: Mapping[str, Any] | None) -> bool:
-        """Takes what was measured of the state, if it was; says whether the run ends here."""
+    def over(
+        self, measured: Mapping[str, Any] | None, confirm: Callable[[], Mapping[str, Any]]
+    ) -> bool:
+        """Takes what was measured of the state, if it was; says whether the run ends here.
+
+        Args:
+            measured: held-out figures.
+            confirm: gives the driver's figure of data that decided nothing before.
+        """
         self._measured: Row | None = None if measured is None else plain(measured)
         if self._measured is not None:
             self._latest = self._measured
-        if self.generation >= self.settings.limit or (
-            self.settings.generations is None
-            and self._measured
-            and agreement.agreed(self.job.reached(self._measured))
-        ):
-            self.after = self._measured
+        last = self.generation >= self.settings.limit
+        early = self.settings.generations is None and self._measured is not None
+        value = (self._measured or {}).get(self.driver.figure.name)
+        stale = early and agreement.agreed(self._no_longer_better(value))
+        if last or stale or (early and agreement.agreed(self._meets(value))):
+            self._fresh = plain(confirm())
+            # A figure that is looked at often reaches a target by luck: fresh data decide.
+            fresh = self._fresh[self.driver.figure.fresh]
+            if last or stale or agreement.agreed(self._meets(fresh)):
+                self.after = self._measured
         return self.after is not None
+
+    def _meets(self, value: Any) -> bool:
+        return self.driver.figure.meets(each(value), self.settings.target)
+
+    def _no_longer_better(self, value: Any) -> bool:
+        """Whether the last `patience` measurements, this one included, are no better than those before."""
+        patience, figure = self.settings.patience, self.driver.figure
+        if patience is None:
+            return False
+        sign = 1 if figure.better == "larger" else -1
+        values = [row[figure.name] for row in self._metrics.rows] + [value]
+        found = [sign * average(one) for one in values if one is not None]
+        before, recent = found[:-patience], found[-patience:]
+        return bool(before) and max(recent) <= max(before)
 
     def add(self, found: Mapping[str, Any], began: float, **timing: Any) -> None:
         """Appends the row of a generation that is done."""
         row = {"generation": self.generation, **plain(found)}
-        for name in self.job.totals:
+        for name in self.trainer.totals:
             row[name] = self._totals[name] = _add(self._totals.get(name, 0), row[name])
-        row.update(self._measured or dict.fromkeys(self.job.measured))
+        row.update(self._measured or dict.fromkeys(self.trainer.measured))
         times = {"seconds": time.perf_counter() - began, "since_start": self.watch.total()}
         row["timing"] = {**times, **timing, **row.get("timing", {})}
         row = self._metrics.write(row)
@@ -158,7 +156,7 @@ class Record:
     @property
     def told(self) -> str:
         """The newest row in a few words."""
-        return self.job.tell({**self._row, **self._latest})
+        return in_words(self.driver.columns, {**self._row, **self._latest})
 
     @property
     def save_due(self) -> bool:
@@ -195,7 +193,11 @@ class Record:
         assert self.after is not None
         rows = self._metrics.rows
         before = {name: rows[0][name] for name in self.after} if rows else self.after
-        return Outcome(state, self.generation, before, self.after, rows)
+        fresh = self._fresh
+        learned = None
+        if self.settings.target is not None:
+            learned = self._meets(fresh[self.driver.figure.fresh])
+        return Outcome(state, self.generation, before, self.after, fresh, learned, rows)
 
     def __enter__(self) -> "Record":
         return self
@@ -204,15 +206,20 @@ class Record:
         self._stack.__exit__(kind, error, trace)
 
 
-def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outcome:
-    """Run the generations of a job, from wherever the run folder says that it stands.
+def run(driver: Driver, trainer: Trainer[Any], folder: Path, watch: Stopwatch) -> Outcome:
+    """Runs the generations of a trainer, from wherever the run folder says that it stands.
 
     Raises:
         Interrupted: after SIGTERM, SIGHUP or Ctrl-C, with everything saved.
         RunError: where a file cannot be written, the last checkpoint too, or where no generation gives a
             usable score.
     """
-    with stop_requests(begun=False) as stop, Record(job, settings, folder, watch) as record:
+    settings = trainer.config
+    samples = Samples(trainer, folder / "samples.txt")
+    with (
+        stop_requests(begun=False) as stop,
+        Record(driver, trainer, settings, trainer.start, folder, watch) as record,
+    ):
         state = record.state
         del record.state  # its memory is the next generation's
         watch.finish("start")
@@ -220,11 +227,13 @@ def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outc
             progress.update(record.generation, "compiling")
             while True:
                 began = time.perf_counter()
-                if record.over(jax.device_get(job.measure(state)) if record.due else None):
+                measured = jax.device_get(trainer.measure(state)) if record.due else None
+                if record.over(measured, functools.partial(trainer.confirm, state)):
                     break
                 if stop.at(record.generation):
                     break
-                state, row = job.generation(state)
+                samples.add(record.generation, state)
+                state, row = trainer.generation(state)
                 row = jax.device_get(dict(row))
                 stop.begin()
                 record.add(row, began)
@@ -238,7 +247,23 @@ def run(job: Job, settings: RunSettings, folder: Path, watch: Stopwatch) -> Outc
             record.wait()
         if record.after is None:
             raise interrupted(stop.reason, record.generation)
+        samples.add(record.generation, state, last=True)
         return record.outcome(state)
+
+
+def in_words(columns: Sequence[Column], row: Row) -> str:
+    """A row in a few words, for the progress bar: the mean where several seeds have a value each."""
+    found = []
+    for column in columns:
+        value: Any = row
+        for name in column.name.split("/"):
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is None or None in each(value) or (column.name[:6] == "timing" and not value):
+            continue
+        number = format(average(value), column.format)
+        behind = column.words.startswith(" ")
+        found.append(f"{number}{column.words}" if behind else f"{column.words} {number}")
+    return ", ".join(found)
 
 
 def interrupted(reason: str | None, generation: int) -> Interrupted:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import optax
 
@@ -36,34 +36,6 @@ def decayed(value: Any, decay: Any) -> Any:
     """
     undecayed = isinstance(decay, int | float) and decay == 1
     return value if undecayed else lambda count: value * decay**count
-
-
-class Rates(NamedTuple):
-    """The numbers that may be arrays in a program: runs that differ in them alone need one program.
-
-    A decay of 1 stays the Python number: without a schedule the optimizer has another state.
-    """
-
-    sigma: Any
-    sigma_decay: Any
-    learning_rate: Any
-    learning_rate_decay: Any
-
-    @property
-    def noise(self) -> Any:
-        """Sigma for an evolution strategy, which takes a number that it can look at, or a schedule."""
-        sigma = decayed(self.sigma, self.sigma_decay)
-        return sigma if callable(sigma) or isinstance(sigma, int | float) else lambda _: sigma
-
-    @property
-    def step(self) -> Any:
-        """The learning rate for an optimizer: a number, or a schedule."""
-        return decayed(self.learning_rate, self.learning_rate_decay)
-
-
-def rates_of(config: Any) -> Rates:
-    """Those of a run's settings."""
-    return Rates(*(getattr(config, name) for name in Rates._fields))
 
 
 def find_optimizer(name: str) -> Callable[..., optax.GradientTransformation]:

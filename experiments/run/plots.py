@@ -2,13 +2,49 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from experiments.run.folder import write_whole
 
 POPULATION, HELD_OUT, GREY = "#4C78A8", "#E4572E", "#8A8A8A"
+
+
+class Curve(NamedTuple):
+    """What a learning curve shows.
+
+    Attributes:
+        name: of the held-out figure in the rows.
+        words: the figure and its unit, for the axis.
+        who: what is trained, as the subject of a sentence.
+        target: a value to mark, if any.
+        better: whether larger or smaller values are better.
+        x: a total of the rows that the curve is drawn over, and what it is in words; None for generations.
+        population: whether the population's scores are of the same kind.
+        of: the number of questions or images that the figure is a share of, if it is one.
+        references: values to compare with, by name.
+    """
+
+    name: str
+    words: str
+    who: str
+    target: float | None = None
+    better: Literal["larger", "smaller"] = "larger"
+    x: tuple[str, str] | None = None
+    population: bool = False
+    of: int | None = None
+    references: Mapping[str, float] = {}
+
+
+def draw_curve(
+    path: Path, rows: Sequence[Mapping[str, Any]], curve: Curve, title: str, final: tuple[int, Any]
+) -> None:
+    """Draws a run's curve as a PNG."""
+    learning_curve(
+        path, rows, title, curve.words, final, curve.target, curve.name, curve.population, curve.who,
+        curve.references,
+    )  # fmt: skip
 
 
 def learning_curve(

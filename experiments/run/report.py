@@ -14,7 +14,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from tyro.conf import Positional
 
+from experiments.run.drivers import FOLDERS, find_driver
 from experiments.run.errors import UsageError, suggestion
+from experiments.run.fields import Place, Role, flat, places
 from experiments.run.folder import (
     full_disk_in_one_sentence,
     is_number,
@@ -25,7 +27,6 @@ from experiments.run.folder import (
 )
 from experiments.run.metrics import Row, expect_names, read_metrics, seconds_of
 from experiments.run.plots import column, finish
-from experiments.run.settings import FREE
 
 X_LABELS = {
     "generation": "generations",
@@ -185,15 +186,19 @@ def group(runs: Sequence[Run], names: Sequence[str] = ()) -> list[Group]:
     return groups
 
 
-def essence(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def essence(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide a run, but for the seed."""
-    out = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            out.update(essence(value, f"{prefix}{name}."))
-        elif prefix + name not in FREE | {"seed", "seeds"}:
-            out[prefix + name] = value
-    return out
+    driver, known = config.get("driver"), dict[str, Place]()
+    if driver in FOLDERS:
+        kind = find_driver(driver).config
+        known = {place.key: place._replace(path=(name,)) for name, place in places(kind).items()}
+    found = {}
+    for key, value in flat(config):
+        place = known.get(key)
+        if key not in ("seed", "seeds") and (place is None or place.role is Role.RESULT):
+            # By the name of its flag.
+            found[place.key if place else key] = value
+    return found
 
 
 def draw(groups: Sequence[Group], x: str, y: str, path: Path) -> None:

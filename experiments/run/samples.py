@@ -3,9 +3,33 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.run.errors import RunError
 from experiments.run.folder import full_disk_in_one_sentence, write_whole
+from experiments.run.trainer import Carry, LanguageTrainer, Trainer
+
+
+class Samples:
+    """Writes samples.txt, where a trainer has a language model.
+
+    Args:
+        trainer: of the run.
+        path: the file.
+    """
+
+    def __init__(self, trainer: Trainer[Any], path: Path) -> None:
+        self._trainer = trainer if isinstance(trainer, LanguageTrainer) else None
+        self._path = path
+
+    def add(self, generation: int, state: Carry, last: bool = False) -> None:
+        """Adds a sample, if one is due."""
+        if self._trainer is None:
+            return
+        every = self._trainer.sample_every
+        if last or generation == 0 or (every is not None and generation % every == 0):
+            add_sample(self._path, generation, self._trainer.sample(state))
+
 
 _HEADER = "after "
 _INDENT = "    "

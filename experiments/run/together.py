@@ -10,50 +10,36 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from experiments.run.driver import Driver
 from experiments.run.errors import RunError, UsageError
+from experiments.run.fields import changed, value_at
 from experiments.run.folder import open_run_folder
-from experiments.run.loop import Job, Outcome, Record, interrupted
-from experiments.run.optimizers import Rates
+from experiments.run.loop import Record, interrupted
+from experiments.run.program import ProgramTrainer
 from experiments.run.progress import Progress
-from experiments.run.settings import SHARED
+from experiments.run.result import Result
+from experiments.run.settings import RunSettings, shared_numbers
 from experiments.run.stopping import stop_requests
 from experiments.run.stopwatch import Stopwatch
-
-
-class Pieces(NamedTuple):
-    """What a run with one seed is made of, as functions that can be traced.
-
-    Attributes:
-        start: seed -> the state before generation 0.
-        generation: state -> (next state, row).
-        measure: (state, seed) -> held-out figures.
-    """
-
-    start: Callable[[Any], Any]
-    generation: Callable[[Any], tuple[Any, Any]]
-    measure: Callable[[Any, Any], Any]
+from experiments.run.trainer import Outcome, Trainer
 
 
 def run_together(
-    driver: str,
-    configs: Sequence[Any],
-    job: Job,
-    pieces: Callable[[Any, Rates], Pieces],
-    finish: Callable[[Any, Path, Outcome, Stopwatch], Any],
+    driver: Driver,
+    configs: Sequence[RunSettings],
+    finish: Callable[[Trainer[Any], RunSettings, Path, Outcome, Stopwatch], Result],
     watch: Stopwatch,
-) -> list[Any]:
+) -> list[Result | Exception]:
     """Run all of them in one program, each from where its folder says that it stands.
 
     Args:
-        driver: its name, for the folders.
+        driver: whose runs they are.
         configs: settings whose `together` is the same.
-        job: of the first run alone: what it tells of rows, and the shape of its state, hold for all.
-        pieces: makes a run's functions at given rates, which may be traced.
         finish: fills the folder of a run that has ended, and gives its result.
         watch: of the process.
 
@@ -68,15 +54,19 @@ def run_together(
         config.check()
     if len({config.together for config in configs}) != 1 or configs[0].together is None:
         raise UsageError("these runs differ in more than one program can take as numbers")
-    many = _Program(configs, pieces)
+    # The runs are mapped, not their members divided.
+    trainer = driver.load()(configs[0].on_one_device())
+    assert isinstance(trainer, ProgramTrainer), "only such settings have a `together`"
+    many = _Programs(configs, trainer)
     out: list[Any] = [None] * len(configs)
     with contextlib.ExitStack() as stack:
         records: dict[int, Record] = {}
         for i, config in enumerate(configs):
             try:
-                folder = stack.enter_context(open_run_folder(driver, config))
-                alone = job._replace(start=functools.partial(many.start, i))
-                records[i] = stack.enter_context(Record(alone, config, folder, watch))
+                folder = stack.enter_context(open_run_folder(driver.name, config))
+                start = functools.partial(many.start, i)
+                record = Record(driver, trainer, config, start, folder, watch)
+                records[i] = stack.enter_context(record)
             except (UsageError, RunError) as error:
                 out[i] = error
         watch.finish("start")
@@ -85,12 +75,12 @@ def run_together(
         watch.finish("training")
         for i, ended in enumerate(out):
             if isinstance(ended, Outcome):
-                out[i] = finish(configs[i], configs[i].run_dir, ended, watch)
+                out[i] = finish(trainer, configs[i], configs[i].run_dir, ended, watch)
     return out
 
 
 def _loop(
-    many: "_Program", configs: Sequence[Any], records: dict[int, Record]
+    many: "_Programs", configs: Sequence[RunSettings], records: dict[int, Record]
 ) -> dict[int, Outcome | RunError]:
     """Generations of all until each has ended; by number of the run."""
     ended: dict[int, Outcome | RunError] = {}
@@ -110,7 +100,14 @@ def _loop(
             measured: Any = None
             if any(record.due for record in alive.values()):
                 measured = many.slices(jax.device_get(many.measure(states)))
-            over = [i for i, r in alive.items() if r.over(measured[i] if r.due else None)]
+            fresh = functools.cache(
+                lambda states=states: many.slices(jax.device_get(many.confirm(states)))
+            )
+            over = [
+                i
+                for i, r in alive.items()
+                if r.over(measured[i] if r.due else None, lambda i=i, fresh=fresh: fresh()[i])
+            ]
             if over:
                 parts = many.split(states)
                 for i in over:
@@ -161,34 +158,37 @@ def _save_all(alive: Mapping[int, Record], parts: Sequence[Any]) -> None:
         raise problems[0]
 
 
-class _Program:
+class _Programs:
     """The functions of all runs at once; every leaf of a state or a row has a leading axis [runs]."""
 
-    def __init__(self, configs: Sequence[Any], pieces: Callable[[Any, Rates], Pieces]) -> None:
+    def __init__(self, configs: Sequence[RunSettings], trainer: ProgramTrainer[Any]) -> None:
         first, self._runs = configs[0], len(configs)
+        numbers = shared_numbers(first)
         # A decay of 1 is a number of the program itself: without a schedule the state is another.
         traced = {
-            name: jnp.array([getattr(c, name) for c in configs], jnp.float32)
-            for name in SHARED[1:]
-            if getattr(first, name) != 1 or not name.endswith("_decay")
+            name: jnp.array([value_at(c, place) for c in configs], jnp.float32)
+            for name, place in numbers.items()
+            if value_at(first, place) != 1 or not name.endswith("_decay")
         }
-        fixed = dict.fromkeys(set(SHARED[1:]) - traced.keys(), 1.0)
         self._seeds = jnp.array([c.seed for c in configs], jnp.int32)
         self._traced = traced
 
         def every(use: Callable[..., Any]) -> Callable[..., Any]:
-            return jax.vmap(
-                lambda seed, rates, *state: use(
-                    pieces(first, Rates(**{**rates, **fixed})), seed, *state
-                )
-            )
+            """`use(program, seed, *state)` of all runs."""
+
+            def one(seed: Any, rates: Mapping[str, Any], *state: Any) -> Any:
+                return use(trainer.program(changed(first, rates)), seed, *state)
+
+            return jax.vmap(one)
 
         start = jax.jit(every(lambda one, seed: one.start(seed)))
-        measure = jax.jit(every(lambda one, seed, state: one.measure(state, seed)))
+        measure = jax.jit(every(lambda one, seed, state: one.measure(state)))
+        confirm = jax.jit(every(lambda one, seed, state: one.confirm(state)))
         generation = jax.jit(
             every(lambda one, seed, state: one.generation(state)), donate_argnums=2
         )
         self.measure = lambda states: measure(self._seeds, traced, states)
+        self.confirm = lambda states: confirm(self._seeds, traced, states)
         self.generation = lambda states: generation(self._seeds, traced, states)
         self.split = jax.jit(self.slices)
         # At once, and not when it is asked for, which may be inside a trace.

@@ -1,1 +1,18 @@
-"""Training classifiers of real digits: `eggroll supervised`."""
+"""Training a classifier of digits: `eggroll supervised`."""
+
+from experiments.run.driver import Column, Driver, Figure
+from experiments.supervised.config import PRESETS, Config
+
+DRIVER = Driver(
+    name="supervised",
+    summary="train a classifier of digits",
+    config=Config,
+    presets=PRESETS,
+    figure=Figure("held_out_accuracy", "fresh_accuracy"),
+    columns=(
+        Column("held_out_accuracy", "held out", ".3f"),
+        Column("train_accuracy", "accuracy", ".3f"),
+    ),
+    results=("train_accuracy", "train_accuracy_before"),
+    trainer="experiments.supervised.train:Classifier",
+)

@@ -1,19 +1,18 @@
 """The settings of `eggroll supervised`, and its presets. Imports nothing heavy."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from experiments.run.errors import UsageError
+from experiments.run.fields import Role, changed, count, setting
 from experiments.run.settings import (
+    Evolution,
+    Flat,
+    Optimizer,
     RunSettings,
-    at_least_one,
-    even,
-    flag,
-    fraction,
-    positive,
     program_of,
+    target_is_share,
 )
 
 PresetName = Literal[
@@ -25,7 +24,9 @@ PresetName = Literal[
 class Config(RunSettings):
     """Train a classifier by evolution strategies, or by backpropagation for comparison."""
 
-    preset: PresetName
+    driver: ClassVar[str] = "supervised"
+
+    preset: PresetName = setting(role=Role.FREE)
     """Where the other settings start from."""
     data: Path | None = None
     """Folder with data in MNIST's format; scikit-learn's digits where it is not given."""
@@ -33,57 +34,38 @@ class Config(RunSettings):
     """"eggroll" is evolution strategies; with `rank full` dense ones."""
     fitness: Literal["cross_entropy", "accuracy"] = "cross_entropy"
     """What the evolution strategy maximises: minus the cross-entropy, or the accuracy itself."""
-    target: float | None = None
-    """Held-out accuracy at which training stops early."""
 
-    width: int = 64
+    width: int = count(64, most=2**16)
     """Units of each hidden layer."""
-    depth: int = 1
-    """Hidden layers."""
+    depth: int = count(1, least=0, most=1000)
+    """Hidden layers; 0 is a linear classifier."""
     activation: Literal["relu", "tanh", "layer_norm_relu"] = "relu"
     """What follows each hidden layer."""
-    batch: int = 256
+    batch: int = count(256)
     """Images that all members are scored on in a generation, or that a gradient is taken of."""
 
-    population: int = 1024
-    """Members of a generation; even, as they come in opposite pairs."""
+    evolution: Flat[Evolution] = Evolution(population=1024, sigma=0.1)
+    """Evolution strategies."""
     perturb: Literal["weights", "nodes"] = "weights"
     """What noise is added to: the parameters, one score a member; or the outputs of every layer, anew for
     every image, one score an image. Nodes need two passes over the images, weights one."""
-    sigma: float = 0.1
-    """Standard deviation of the noise on every parameter, or on every output of a layer."""
-    sigma_decay: float = 1.0
-    """Factor on sigma after every generation."""
-    rank: int | Literal["full"] = 1
-    """Rank of the noise on matrices; "full" is dense evolution strategies."""
-    optimizer: str = "adam"
-    """An optimizer of optax, or of this project as "optim.NAME"."""
-    learning_rate: float = 0.03
-    """Learning rate of the optimizer."""
-    learning_rate_decay: float = 1.0
-    """Factor on the learning rate after every generation."""
+    optimizer: Flat[Optimizer] = Optimizer(learning_rate=0.03)
+    """What moves the parameters."""
 
-    seeds: int = 1
+    seeds: int = count(1, most=10_000)
     """Train so many times at once, with seeds `seed`, `seed` + 1, ... in one program."""
 
     @property
     def together(self) -> str | None:
         """Runs of which this is the same can be one program; None for one that cannot be with others."""
-        return program_of(self)
+        return program_of(self) if self.seeds == 1 else None
 
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""
-        self.check_run()
-        even(self, "population")
-        positive(self, "sigma", "learning_rate")
-        fraction(self, "sigma_decay", "learning_rate_decay")
-        at_least_one(self, "rank", "width", "batch", "seeds")
-        if self.depth < 0:
-            raise UsageError(f"--depth {self.depth}: choose 0 (a linear classifier) or more")
+        super().check()
+        target_is_share(self, "an accuracy")
         if self.perturb == "nodes":
             self._check_nodes()
-        if self.target is not None and not (math.isfinite(self.target) and 0 < self.target <= 1):
-            raise UsageError(f"{flag('target')} {self.target}: choose an accuracy above 0, up to 1")
 
     def _check_nodes(self) -> None:
         """Raises UsageError for the first setting that node noise has no use for."""
@@ -91,9 +73,10 @@ class Config(RunSettings):
             raise UsageError(
                 f"--perturb nodes: --algorithm {self.algorithm} has no noise; choose eggroll"
             )
-        if self.rank != 1:
+        if self.evolution.rank != 1:
             raise UsageError(
-                f"--rank {self.rank}: noise on nodes has no rank; leave it out, or choose --perturb weights"
+                f"--rank {self.evolution.rank}: noise on nodes has no rank; leave it out, or choose "
+                "--perturb weights"
             )
 
 
@@ -105,7 +88,7 @@ PRESETS: dict[str, Config] = {
     "digits": DIGITS,
     # The noise of an image says little about 64 + 10 outputs and much less about 4,810 weights: few pairs of
     # members and all images, instead of many members and few images. 98.1% after 60 to 100 generations.
-    "digits-nodes": replace(
+    "digits-nodes": changed(
         DIGITS,
         preset="digits-nodes",
         run_dir=Path("runs/digits-nodes"),
@@ -116,7 +99,7 @@ PRESETS: dict[str, Config] = {
         learning_rate=0.04,  # 0.02 is as good and slower, 0.1 loses 1.5 points
         max_generations=100,
     ),
-    "digits-accuracy": replace(
+    "digits-accuracy": changed(
         DIGITS,
         preset="digits-accuracy",
         run_dir=Path("runs/digits-accuracy"),
@@ -125,10 +108,10 @@ PRESETS: dict[str, Config] = {
         # is learned of them (88 percent right instead of 98).
         sigma=0.2,
     ),
-    "digits-dense": replace(
+    "digits-dense": changed(
         DIGITS, preset="digits-dense", run_dir=Path("runs/digits-dense"), rank="full"
     ),
-    "digits-sgd": replace(
+    "digits-sgd": changed(
         DIGITS,
         preset="digits-sgd",
         run_dir=Path("runs/digits-sgd"),
@@ -137,7 +120,7 @@ PRESETS: dict[str, Config] = {
         learning_rate=0.3,
         max_generations=600,
     ),
-    "digits-adamw": replace(
+    "digits-adamw": changed(
         DIGITS,
         preset="digits-adamw",
         run_dir=Path("runs/digits-adamw"),

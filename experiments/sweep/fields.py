@@ -1,32 +1,12 @@
-"""The fields of a driver's settings by their dotted names, and whether a value fits one."""
+"""Values of a sweep's file as values of settings."""
 
-import dataclasses
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from experiments.run.errors import suggestion
-
-Settings = TypeVar("Settings")
-
-
-def fields_of(kind: Any, prefix: str = "") -> dict[str, Any]:
-    """Types of all fields, those of nested settings as "outer.inner".
-
-    Example:
-        >>> from experiments.rl.config import Config
-        >>> fields_of(Config)["ppo.learning_rate"]
-        <class 'float'>
-    """
-    out: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            out.update(fields_of(hint, f"{prefix}{name}."))
-        else:
-            out[prefix + name] = hint
-    return out
+from experiments.run.fields import members
 
 
 def find(name: object, known: Mapping[str, Any]) -> str:
@@ -57,7 +37,7 @@ def fit(value: Any, hint: Any) -> Any:
         Traceback (most recent call last):
         ValueError: choose a whole number or 'full'
     """
-    for one in _members(hint):
+    for one in members(hint):
         try:
             return _fit(value, one)
         except (TypeError, ValueError, OverflowError):  # an infinity is no whole number
@@ -95,7 +75,7 @@ def in_words(hint: Any) -> str:
         Path: "a path",
         type(None): "null",
     }
-    for one in _members(hint):
+    for one in members(hint):
         if typing.get_origin(one) is Literal:
             words += map(repr, typing.get_args(one))
         elif typing.get_origin(one) is tuple:
@@ -107,18 +87,5 @@ def in_words(hint: Any) -> str:
 
 def whole(hint: Any) -> bool | None:
     """Whether a field's numbers are whole; None where it has no numbers."""
-    members = _members(hint)
-    return False if float in members else True if int in members else None
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return typing.get_args(hint) if union else (hint,)
-
-
-def with_value(settings: Settings, name: str, value: Any) -> Settings:
-    """Settings with another value of a field, by its dotted name."""
-    first, _, rest = name.partition(".")
-    if rest:
-        value = with_value(getattr(settings, first), rest, value)
-    return dataclasses.replace(settings, **{first: value})  # type: ignore[type-var]
+    found = members(hint)
+    return False if float in found else True if int in found else None

@@ -3,12 +3,10 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from experiments.run.errors import UsageError
-from experiments.run.settings import FREE, to_json
-from experiments.sweep.fields import with_value
+from experiments.run.fields import changed, flat, free_keys, places, to_json
 from experiments.sweep.space import points
 from experiments.sweep.spec import Spec
 
@@ -52,15 +50,15 @@ def make_plan(spec: Spec) -> Plan:
     for values in points(spec.axes, spec.samples, spec.sweep_seed):
         config = spec.base
         for field, value in values.items():
-            config = with_value(config, field, value)
+            config = changed(config, {field: value})
         new = False
         for seed in spec.seeds:
-            one = replace(config, seed=seed)
+            one = changed(config, seed=seed)
             name = run_id(spec, one)
             if name in known:
                 continue
             known.add(name)
-            one = replace(one, run_dir=spec.out / "runs" / name)
+            one = changed(one, run_dir=spec.out / "runs" / name)
             _check(spec, one, values)
             runs.append(Run(len(runs), setting, values, seed, name, one))
             new = True
@@ -71,9 +69,9 @@ def make_plan(spec: Spec) -> Plan:
 def run_id(spec: Spec, config: Any) -> str:
     """Ten hexadecimal digits that name the settings: where, how long and what is logged do not count,
     unless it varies."""
-    fields = {axis.field for axis in spec.axes}
-    content = to_json(config)
-    own = {name: value for name, value in content.items() if name not in FREE or name in fields}
+    varied = {places(type(config))[axis.field].key for axis in spec.axes}
+    left_out = free_keys(type(config)) - varied
+    own = {name: value for name, value in flat(to_json(config)) if name not in left_out}
     text = json.dumps({"driver": spec.driver, **own}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

@@ -1,24 +1,18 @@
 """The file of a sweep, read and checked; every mistake is one sentence that names file, field and value."""
 
-import importlib
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.run.drivers import DRIVERS
+from experiments.run.driver import Driver
+from experiments.run.drivers import FOLDERS, find_driver
 from experiments.run.errors import UsageError, suggestion
-from experiments.sweep.fields import fields_of, find, fit, with_value
+from experiments.run.fields import changed, places
+from experiments.sweep.fields import find, fit
 from experiments.sweep.space import Axis, read_axis
 
-# What counts, and whether more of it is better, where the file does not say.
-METRICS = {
-    "rl": ("held_out_return", True),
-    "supervised": ("held_out_accuracy", True),
-    "pretrain": ("held_out_bits_per_byte", False),
-    "reasoning": ("held_out_accuracy", True),
-    "optimizers": ("held_out_loss", False),
-}
 GOALS = {"maximise": True, "minimise": False}
 # The sweep decides these itself.
 OWN = {"run_dir": "out", "preset": "preset", "seed": "seeds"}
@@ -172,9 +166,8 @@ class _Reader:
     def spec(self) -> Spec:
         self.names("", self.content, KEYS)
         driver = self.driver()
-        module = importlib.import_module(DRIVERS[driver].config)
-        known = {n: h for n, h in fields_of(module.Config).items() if n not in NEVER}
-        base = self.base(module, known)
+        known = {n: at.hint for n, at in places(driver.config).items() if n not in NEVER}
+        base = self.base(driver, known)
         axes = self.axes(known)
         metric, maximise = self.metric(driver)
         samples = self.count("samples", 1)
@@ -182,7 +175,7 @@ class _Reader:
             raise self.wrong("samples", f"{samples}: nothing in the space is drawn; leave it out")
         halving = self.halving(base, axes)
         return Spec(
-            self.file, driver, base, axes, samples, self.seeds(),
+            self.file, driver.name, base, axes, samples, self.seeds(),
             self.count("sweep_seed", 0, least=0), metric, maximise, self.out(), self.executor(),
             halving, self.count("top", 5),
         )  # fmt: skip
@@ -193,15 +186,15 @@ class _Reader:
                 near = suggestion(str(name), known) or f"; there are {', '.join(known)}"
                 raise UsageError(f"{self.file}: there is no field {prefix}{name}{near}")
 
-    def driver(self) -> str:
+    def driver(self) -> Driver:
         found = self.content.get("driver")
-        if not isinstance(found, str) or found not in DRIVERS:
-            near = suggestion(str(found), DRIVERS) or f"; there are {', '.join(DRIVERS)}"
+        if not isinstance(found, str) or found not in FOLDERS:
+            near = suggestion(str(found), FOLDERS) or f"; there are {', '.join(FOLDERS)}"
             raise self.wrong("driver", f"{found!r} is no driver{near}")
-        return str(found)
+        return find_driver(found)
 
-    def base(self, module: Any, known: Mapping[str, Any]) -> Any:
-        presets = module.PRESETS
+    def base(self, driver: Driver, known: Mapping[str, Any]) -> Any:
+        presets = driver.presets
         preset = self.content.get("preset", next(iter(presets)))
         if not isinstance(preset, str) or preset not in presets:
             near = suggestion(str(preset), presets) or f"; there are {', '.join(presets)}"
@@ -214,7 +207,7 @@ class _Reader:
 
     def put(self, base: Any, field: str, value: Any, known: Mapping[str, Any], where: str) -> Any:
         try:
-            return with_value(base, field, fit(value, known[field]))
+            return changed(base, {field: fit(value, known[field])})
         except ValueError as error:
             raise self.wrong(where, f"{value!r}: {error}") from error
 
@@ -271,19 +264,21 @@ class _Reader:
             return tuple(found)
         return tuple(range(self.count("seeds", 1)))
 
-    def metric(self, driver: str) -> tuple[str, bool]:
+    def metric(self, driver: Driver) -> tuple[str, bool]:
         found = self.content.get("metric", {})
         found = {"name": found} if isinstance(found, str) else found
         if not isinstance(found, Mapping):
             raise self.wrong("metric", f"{found!r}: choose the name of a value in result.json")
         self.names("metric.", found, ("name", "goal"))
-        usual, maximise = METRICS[driver]
+        usual, maximise = driver.figure.name, driver.figure.better == "larger"
         name, goal = found.get("name", usual), found.get("goal")
         if name != usual:
-            result = importlib.import_module(DRIVERS[driver].train).Result._fields
+            result = driver.result_names
             if str(name).partition(".")[0] not in result:
                 near = suggestion(str(name), result) or f"; there are {', '.join(result)}"
-                raise self.wrong("metric.name", f"{name!r} is not in result.json of {driver}{near}")
+                raise self.wrong(
+                    "metric.name", f"{name!r} is not in result.json of {driver.name}{near}"
+                )
             if goal is None:
                 raise self.wrong("metric.goal", f"say whether to maximise or minimise {name}")
         if goal is not None and (not isinstance(goal, str) or goal not in GOALS):
@@ -302,8 +297,8 @@ class _Reader:
         found = {"kind": found} if isinstance(found, str) else found
         if not isinstance(found, Mapping):
             raise self.wrong("executor", f"{found!r}: choose {', '.join(EXECUTORS)}")
-        known = fields_of(Executor)
-        self.names("executor.", found, known)
+        hints = typing.get_type_hints(Executor)
+        self.names("executor.", found, hints)
         kind = found.get("kind", "processes")
         if kind not in EXECUTORS:
             near = suggestion(str(kind), EXECUTORS) or f"; there are {', '.join(EXECUTORS)}"
@@ -315,7 +310,7 @@ class _Reader:
             if name == "command" and isinstance(value, str):
                 value = value.split()
             try:
-                values[name] = fit(value, known[name])
+                values[name] = fit(value, hints[name])
             except ValueError as error:
                 raise self.wrong(f"executor.{name}", f"{value!r}: {error}") from error
         for name in ("at_once", "together"):

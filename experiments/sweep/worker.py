@@ -1,17 +1,15 @@
 """Trains the runs of one job of a sweep, in a process of its own; started again it goes on."""
 
-import importlib
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
-from experiments.run.drivers import DRIVERS
 from experiments.run.errors import RUN_ME_AGAIN, Interrupted, InUse, RunError, UsageError
+from experiments.run.fields import changed
 from experiments.run.folder import is_held
 from experiments.run.stopping import StopRequest, stop_requests
 from experiments.sweep.halving import at_rung, settled
@@ -137,14 +135,13 @@ def _train(records: Records, runs: Sequence[Run], limit: int | None, started: fl
     """Results, or what stopped each run. Whatever is wrong stops these runs alone, not the sweep."""
     configs = [run.config for run in runs]
     if limit is not None:
-        configs = [replace(config, generations=limit) for config in configs]
+        configs = [changed(config, generations=limit) for config in configs]
     if not configs:
         return []
     try:
-        module = importlib.import_module(DRIVERS[records.spec.driver].train)
-        if len(configs) > 1:
-            return module.train_many(configs, started)
-        return [module.train(configs[0], started)]
+        from experiments.run.train import train, train_many
+
+        return train_many(configs, started) if configs[1:] else [train(configs[0], started)]
     except Interrupted:
         raise
     except (UsageError, RunError) as error:

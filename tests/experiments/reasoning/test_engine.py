@@ -161,7 +161,9 @@ def test_how_much_is_written_is_told_after_every_segment() -> None:
     es = strategy(TRANSFORMER)
     state = es.init(params, 0)
     first = answer(TRANSFORMER, es, state, pack([[1]]), rule, (), segment=2).tokens[..., 0].ravel()
-    answer(TRANSFORMER, es, state, pack([[1]]), rule, sorted({*first.tolist()}), segment=2, share=share)
+    answer(
+        TRANSFORMER, es, state, pack([[1]]), rule, sorted({*first.tolist()}), segment=2, share=share
+    )
     assert found == [(6, 6, "tokens")]  # all answers have ended
 
 

@@ -1,0 +1,110 @@
+"""Learners that several drivers share: an evolution strategy from settings, and backpropagation."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jaxtyping import Array, PyTree
+
+import eggroll
+from experiments.run.devices import ONE, Layout
+from experiments.run.optimizers import decayed, make_optimizer
+from experiments.run.settings import Evolution, Optimizer
+
+
+def strategy(
+    evolution: Evolution, optimizer: Optimizer, layout: Layout = ONE, /, **own: Any
+) -> eggroll.EvolutionStrategy:
+    """The evolution strategy that settings describe.
+
+    Args:
+        evolution: the group of settings.
+        optimizer: the group of settings; its rates may be traced, as those of `evolution`.
+        layout: the devices.
+        **own: what the problem decides: plan, credit, shaping, rows, ...; takes precedence.
+
+    Raises:
+        UsageError: for an optimizer that there is not.
+    """
+    settings: dict[str, Any] = dict(
+        optimizer=optimizer_of(optimizer),
+        population=evolution.population,
+        sigma=sigma_of(evolution),
+        rank=evolution.rank,
+        chunk=evolution.chunk,
+        on_dense="error",
+        mesh=layout.mesh,
+        deterministic=layout.same_bits,
+    )
+    return eggroll.EvolutionStrategy(**{**settings, **own})
+
+
+def optimizer_of(optimizer: Optimizer) -> optax.GradientTransformation:
+    """The optimizer that settings name, at their learning rate with its decay.
+
+    Raises:
+        UsageError: for an optimizer that there is not.
+    """
+    rate = decayed(optimizer.learning_rate, optimizer.learning_rate_decay)
+    return make_optimizer(optimizer.name, rate)
+
+
+def sigma_of(evolution: Evolution) -> Any:
+    """Sigma as an evolution strategy takes it: a number, or a schedule where it decays or is traced."""
+    sigma = decayed(evolution.sigma, evolution.sigma_decay)
+    return sigma if callable(sigma) or isinstance(sigma, int | float) else lambda _: sigma
+
+
+def row_of(metrics: eggroll.Metrics) -> dict[str, Array]:
+    """The metrics of an update as a row, without the generation, which the loop counts."""
+    row = metrics._asdict()
+    del row["generation"]
+    return row
+
+
+class Trained(NamedTuple):
+    """The state of backpropagation.
+
+    Attributes:
+        params: the parameters.
+        optimizer: the optimizer's state.
+    """
+
+    params: PyTree
+    optimizer: Any
+
+
+class Backprop(NamedTuple):
+    """Learning by backpropagation.
+
+    Attributes:
+        optimizer: what moves the parameters.
+    """
+
+    optimizer: optax.GradientTransformation
+
+    def start(self, params: PyTree) -> Trained:
+        """The state before the first update."""
+        return Trained(params, self.optimizer.init(params))
+
+    def step(
+        self, state: Trained, loss: Callable[..., tuple[Array, Any]], *args: Any
+    ) -> tuple[Trained, Array, Any, PyTree]:
+        """One update.
+
+        Args:
+            state: before it.
+            loss: (params, *args) -> (loss, what it gives beside).
+            *args: for the loss.
+
+        Returns:
+            The next state, the loss, what the loss gave beside, and the gradient.
+        """
+        (value, beside), grads = jax.value_and_grad(loss, has_aux=True)(state.params, *args)
+        return self.apply(state, grads), value, beside, grads
+
+    def apply(self, state: Trained, grads: PyTree) -> Trained:
+        """The state after a step along a gradient."""
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        return Trained(optax.apply_updates(state.params, updates), optimizer)
