@@ -21,6 +21,7 @@ from experiments.run.trainer import Carry, LanguageTrainer, Trainer
 FOLDERS = {
     "rl": "experiments.rl",
     "pretrain": "experiments.pretrain",
+    "reasoning": "experiments.reasoning",
     "supervised": "experiments.supervised",
     "optimizers": "experiments.optimizers",
 }

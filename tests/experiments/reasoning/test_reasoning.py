@@ -267,7 +267,7 @@ def test_the_anchor_pulls_back() -> None:
         (["--population", "7"], "an even number of at least 2"),
         (["--algorithm", "grpo"], "--temperature 0: the answers of a group would all be the same"),
         (["--samples", "2"], "--samples 2: without --temperature they would all be the same"),
-        (["--grpo.group", "1"], "--grpo.group 1: answers are compared with each other"),
+        (["--grpo.group", "1"], "--grpo.group 1: choose a whole number of at least 2"),
         (["--task", "sum"], "there is no task 'sum'"),
         (["--task-settings", "[1]"], "an object such as"),
         (["--task-settings", '{"name": "sums"}'], "the name of a task is that of --task"),
