@@ -26,7 +26,6 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,10 +36,10 @@ import numpy as np
 from experiments.run import report
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import RunError, UsageError
+from experiments.run.fields import changed, differences, from_json, to_json
 from experiments.run.folder import open_run_folder, read_config, write_json
 from experiments.run.metrics import MetricsFile, expect_names
 from experiments.run.samples import add_sample
-from experiments.run.settings import differences, from_json, to_json
 from experiments.supervised.config import PRESETS, Config
 from experiments.sweep.plan import make_plan
 from experiments.sweep.records import Records
@@ -165,7 +164,7 @@ def state_at(generation: int) -> Any:
 
 def config_of(folder: Path) -> Config:
     """The settings of the run."""
-    return replace(PRESETS["digits"], run_dir=folder, generations=GENERATIONS)
+    return changed(PRESETS["digits"], run_dir=folder, generations=GENERATIONS)
 
 
 def records_of(folder: Path) -> Records:
@@ -235,7 +234,7 @@ def read_settings(folder: Path) -> list[str]:
     config = from_json(Config, content)
     config.check()
     right = config_of(folder)
-    other = list(differences(to_json(right), to_json(config)))
+    other = list(differences(to_json(right), to_json(config), Config, same_bits=False))
     with open_run_folder("supervised", right):
         if other:
             raise Silent(f"{other} would be ignored")

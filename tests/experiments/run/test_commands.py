@@ -1,7 +1,6 @@
 """report, eval and export, on small finished runs."""
 
 import base64
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from experiments.rl.config import PRESETS
-from experiments.rl.train import train
 from experiments.run.cli import main
+from experiments.run.fields import changed
 from experiments.run.metrics import read_metrics
 from experiments.run.report import Group, draw, group, read_run
+from experiments.run.train import train
 
-SMALL = dataclasses.replace(
+SMALL = changed(
     PRESETS["cartpole"],
     width=8,
     depth=1,
@@ -36,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "a": {}, "b": {"seed": 1}, "wide": {"sigma": 0.4}, "seeds": {"seeds": 2, "normalise": True},
     }.items():  # fmt: skip
         settings: dict[str, Any] = {"run_dir": root / name, **changes}
-        train(dataclasses.replace(SMALL, **settings))
+        train(changed(SMALL, settings))
     return root
 
 
