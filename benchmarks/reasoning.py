@@ -27,8 +27,10 @@ from benchmarks.common import PLAIN, Call, Case, Row
 from eggroll import EvolutionStrategy
 from eggroll.perturbation import draw_pairs
 from experiments.models import rwkv7, transformer
-from experiments.reasoning.engine import Sampling, answer, generate, pack, segments
+from experiments.reasoning.engine import answer, generate
 from experiments.reasoning.language_model import LanguageModel, of_rwkv7, of_transformer
+from experiments.reasoning.sampling import Sampling
+from experiments.reasoning.sequences import pack, segments
 
 PERTURBED, DRAWING = "perturbed", "drawing alone"
 HEAD_DIM = 32

@@ -1,1 +1,23 @@
-"""Tasks whose answers can be checked, rewards, and the processes that compute them."""
+"""Fine-tuning language models on answers that can be checked: `eggroll reasoning`."""
+
+from experiments.reasoning.config import PRESETS, Config
+from experiments.run.driver import Column, Driver, Figure
+
+DRIVER = Driver(
+    name="reasoning",
+    summary="fine-tune a language model on answers that can be checked",
+    config=Config,
+    presets=PRESETS,
+    figure=Figure("held_out_accuracy", "fresh_accuracy"),
+    columns=(
+        Column("held_out_accuracy", " of held-out questions right", ".1%"),
+        Column("reward_mean", "reward", ".3f"),
+        Column("loss", "loss", ".3f"),
+        Column("timing/written_tokens_per_second", " written tokens/s", ",.0f"),
+    ),
+    results=(
+        *("held_out_reward", "held_out_reward_before", "held_out_length", "held_out_length_before"),
+        *("prompt_tokens", "generated_tokens"),
+    ),
+    trainer="experiments.reasoning.train:Reasoning",
+)

@@ -1,6 +1,6 @@
 """Learning by backpropagation: GRPO from rewards of its own answers, SFT from worked solutions."""
 
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax
@@ -9,10 +9,12 @@ from jaxtyping import Array, PyTree
 
 from experiments.reasoning import diagnostics, grpo, sft
 from experiments.reasoning.config import Config
-from experiments.reasoning.engine import Completions, Prompts, generate
-from experiments.reasoning.examiner import Examiner, repeated, sampling_of
+from experiments.reasoning.engine import Share, generate, unseen
+from experiments.reasoning.examiner import Examiner
+from experiments.reasoning.questions import Questions, repeated
+from experiments.reasoning.sequences import Completions, Prompts
 from experiments.reasoning.start import Start
-from experiments.reasoning.tasks import Question
+from experiments.run.learners import Trained
 from experiments.run.optimizers import decayed
 
 
@@ -21,118 +23,134 @@ class Backprop:
 
     Args:
         config: the settings.
-        begin: the model.
+        base: the model that training begins with.
+        questions: of the task.
+        examiner: rewards answers.
     """
 
-    def __init__(self, config: Config, begin: Start) -> None:
-        self._config, self._begin = config, begin
+    sharding = None
+
+    def __init__(
+        self, config: Config, base: Start, questions: Questions, examiner: Examiner
+    ) -> None:
+        self._config, self._base = config, base
+        self._questions, self._examiner = questions, examiner
         self._optimizer = sft.optimizer_of(
-            config.optimizer,
-            decayed(config.learning_rate, config.learning_rate_decay),
+            config.optimizer.name,
+            decayed(config.optimizer.learning_rate, config.optimizer.learning_rate_decay),
             config.gradient_norm,
         )
 
     def _compiled(self, update: Any) -> Any:
         """An update that also tells how many narrow weights changed, in the memory of what it is given."""
 
-        def told(params: PyTree, state: Any, *data: Any) -> tuple[PyTree, Any, dict[str, Any]]:
-            new, state, row = update(params, state, *data)
+        def apply(state: Trained, *data: Any) -> tuple[Trained, dict[str, Any]]:
+            params, optimizer, row = update(*state, *data)
             narrow = self._config.narrow_type
-            return new, state, row | diagnostics.changed_weights(params, new, narrow)
+            changed = diagnostics.changed_weights(state.params, params, narrow)
+            return Trained(params, optimizer), row | changed
 
-        return jax.jit(told, donate_argnums=(0, 1))
+        return jax.jit(apply, donate_argnums=0)
 
-    def start(self, seed: Array) -> Any:
+    def start(self, seed: Array) -> Trained:
         """The state before generation 0."""
         # Copies, as an EvolutionStrategy makes them: updates reuse the memory of what they are given, and
         # the reference of the KL divergence, or a later run, wants these parameters as they were.
-        params = jax.tree.map(lambda x: jnp.array(x, copy=True), self._begin.params(seed))
-        return params, self._optimizer.init(params)
-
-    def params(self, state: Any) -> PyTree:
-        """The trained parameters."""
-        return state[0]
+        params = jax.tree.map(lambda x: jnp.array(x, copy=True), self._base.params(seed))
+        return Trained(params, self._optimizer.init(params))
 
 
 class Supervised(Backprop):
     """The likelihood of worked solutions is raised."""
 
-    def __init__(self, config: Config, begin: Start) -> None:
-        super().__init__(config, begin)
-        self._update = self._compiled(sft.make_update(begin.model, self._optimizer))
+    @functools.cached_property
+    def _update(self) -> Any:
+        return self._compiled(sft.make_update(self._base.model, self._optimizer))
 
     def generation(
-        self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner
-    ) -> tuple[Any, dict[str, Any]]:
+        self, state: Trained, generation: int, share: Share = unseen
+    ) -> tuple[Trained, dict[str, Any]]:
         """One update by the solutions of the questions."""
-        params, inner, row = self._update(*state, *examiner.solutions(questions))
-        return (params, inner), {**row, "generated_tokens": 0}
+        questions = self._questions.of_generation(generation)
+        state, row = self._update(state, *self._questions.solutions(questions))
+        return state, {**row, "prompt_tokens": 0, "generated_tokens": 0}
 
 
 class GroupPolicy(Backprop):
     """GRPO: answers become likelier that have more reward than others to the same question."""
 
-    def __init__(self, config: Config, begin: Start) -> None:
-        super().__init__(config, begin)
-        own = config.grpo
+    @functools.cached_property
+    def _settings(self) -> grpo.GRPO:
+        own = self._config.grpo
         constant = own.advantages == "dr_grpo"
-        self._settings = grpo.GRPO(
+        sampling = self._questions.sampling()
+        return grpo.GRPO(
             advantage=own.advantages,
             clip_low=own.clip_low,
             clip_high=own.clip_high,
             beta=own.kl,
             aggregation="constant" if constant else "sequence",
-            length=config.max_new_tokens if constant else None,
-            temperature=config.temperature,
+            length=sampling.max_new_tokens if constant else None,
+            temperature=sampling.temperature,
             epochs=own.epochs,
             micro_batch=own.micro_batch,
         )
-        self._update = self._compiled(
-            grpo.make_update(begin.model, self._optimizer, self._settings)
-        )
-        self._reference = None
-        if own.kl:
-            self._reference = jax.tree.map(jnp.asarray, begin.params(jnp.int32(config.seed)))
+
+    @functools.cached_property
+    def _update(self) -> Any:
+        update = grpo.make_update(self._base.model, self._optimizer, self._settings)
+        return self._compiled(update)
+
+    @functools.cached_property
+    def _reference(self) -> PyTree | None:
+        """The parameters that are not to be left far behind."""
+        if not self._config.grpo.kl:
+            return None
+        return jax.tree.map(jnp.asarray, self._base.params(jnp.int32(self._config.seed)))
 
     def generation(
-        self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner
-    ) -> tuple[Any, dict[str, Any]]:
+        self, state: Trained, generation: int, share: Share = unseen
+    ) -> tuple[Trained, dict[str, Any]]:
         """Answers, rewards, an update."""
-        config, model, group = self._config, self._begin.model, self._config.grpo.group
-        prompts = examiner.prompts(questions)
-        key = jax.random.fold_in(jax.random.key(config.seed), generation)
+        config, model, group = self._config, self._base.model, self._config.grpo.group
+        questions = self._questions.of_generation(generation)
+        prompts = self._questions.prompts(questions)
         written = generate(
             model,
-            state[0],
+            state.params,
             prompts,
-            key,
-            sampling_of(config),
-            self._begin.tokenizer.eos,
+            jax.random.fold_in(jax.random.key(config.seed), generation),
+            self._questions.sampling(),
+            self._base.tokenizer.eos,
             samples=group,
+            share=share,
         )
-        texts = examiner.texts(written)
-        handle = examiner.hand_in(texts, repeated(questions, group))
-        marks = examiner.marks(handle, (len(questions), group))
+        texts = self._questions.texts(written)
+        handle = self._examiner.submit(texts, repeated(questions, group))
+        found = self._examiner.rewards(handle, (len(questions), group))
         rollouts = grpo.prepare(
             model,
-            state[0],
+            state.params,
             *joined(prompts, written),
-            marks.rewards,
+            found.rewards,
             self._settings,
             self._reference,
         )
-        params, inner, told = self._update(*state, rollouts)
-        parts = {name: table.T for name, table in marks.parts.items()}
+        state, learned = self._update(state, rollouts)
+        parts = {name: table.T for name, table in found.parts.items()}
         row = diagnostics.summary(
-            marks.rewards.T,
+            found.rewards.T,
             None,
             parts if len(parts) > 1 else None,
             written.lengths.T,
             written.ended.T,
             written.entropy.T,
         )
-        tokens = int(written.lengths.sum())
-        return (params, inner), {**told, **row, "generated_tokens": tokens}
+        tokens = {
+            "prompt_tokens": group * int(prompts.lengths.sum()),
+            "generated_tokens": int(written.lengths.sum()),
+        }
+        return state, {**learned, **row, **tokens}
 
 
 def joined(prompts: Prompts, written: Completions) -> sft.Packed:

@@ -1,13 +1,22 @@
 """The settings of `eggroll reasoning`, and its presets. Imports nothing heavy."""
 
 import json
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from experiments.run.errors import UsageError
-from experiments.run.settings import RunSettings, at_least_one, even, flag, fraction, positive
+from experiments.run.fields import (
+    Role,
+    changed,
+    count,
+    flag,
+    from_zero,
+    positive,
+    setting,
+    share,
+)
+from experiments.run.settings import Evolution, Flat, Optimizer, RunSettings, target_is_share
 
 PresetName = Literal[
     "warm-start", "sft", "grpo", "eggroll", "dense-es", "rwkv7", "countdown", "gsm-symbolic", "tiny"
@@ -18,27 +27,59 @@ PresetName = Literal[
 class Grpo:
     """What only GRPO has."""
 
-    group: int = 8
-    """Completions of every prompt."""
+    group: int = count(8, least=2)
+    """Completions of every prompt, which are compared with each other."""
     advantages: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """How rewards are compared within a group."""
-    clip_low: float = 0.2
+    clip_low: float = share(0.2)
     """The ratio of new and old probabilities counts down to 1 - clip_low."""
-    clip_high: float = 0.28
+    clip_high: float = positive(0.28)
     """... and up to 1 + clip_high."""
-    kl: float = 0.0
+    kl: float = from_zero(0.0)
     """Weight of the KL divergence from the model that training began with."""
-    epochs: int = 1
+    epochs: int = count(1)
     """Passes over the completions of a generation."""
-    micro_batch: int | None = None
+    micro_batch: int | None = count(None)
     """Completions whose gradient is taken at a time; None for all. Bounds memory, changes nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """What answers are rewarded by, and the processes that do it."""
+
+    reward: str | None = None
+    """Rewards with weights, such as "countdown=1,format=0.1" or "my_rewards.py:score"; the task's own by
+    default. What has 1 or more counts as right."""
+    reward_workers: int = count(2, least=0)
+    """Processes that compute rewards; 0 for this one, without limits."""
+    reward_seconds: float = positive(5.0)
+    """Seconds after which the reward of a completion is given up, which leaves the completion out."""
+    reward_memory_gib: float | None = positive(4.0)
+    """Memory that a reward may take beyond what its process holds when it begins, which is counted as address
+    space; None for no limit, which a reward needs that has a model on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How answers are written in training; measurements always take the likeliest tokens."""
+
+    max_new_tokens: int | None = count(None)
+    """Tokens of a completion, at most; by default the task's own number."""
+    temperature: float = from_zero(0.0)
+    """Of sampling in training; 0 takes the likeliest token. Measurements always do."""
+    top_k: int = count(0, least=0)
+    """Sample among so many of the likeliest tokens; 0 for all."""
+    top_p: float = share(1.0)
+    """Sample among the likeliest tokens that together have this probability."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
     """Fine-tune a language model on answers that can be checked, with or without backpropagation."""
 
-    preset: PresetName
+    driver: ClassVar[str] = "reasoning"
+
+    preset: PresetName = setting(role=Role.FREE)
     """Where the other settings start from."""
 
     model: str = "transformer"
@@ -47,13 +88,13 @@ class Config(RunSettings):
     start: Path | None = None
     """Run folder of this driver whose model is trained on. A model that is named takes the place of a
     preset's start."""
-    layers: int = 4
+    layers: int = count(4, most=1000)
     """Blocks of a new model."""
-    width: int = 128
+    width: int = count(128, most=2**16)
     """Its width."""
     tokenizer: Literal["bytes", "bpe"] = "bytes"
     """What it reads: bytes, or byte pairs that are learned from the questions and solutions of the task."""
-    vocabulary: int = 512
+    vocabulary: int = count(512)
     """Tokens of "bpe", at most."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights that are read; evolution strategies and backpropagation train float32 copies."""
@@ -67,104 +108,56 @@ class Config(RunSettings):
     """What else the template knows, as a JSON object, such as {"enable_thinking": false} of Qwen3."""
 
     task: str = "countdown-easy"
-    """"sums", "countdown-easy", a task of reasoning-gym, or a file of questions that ends with .jsonl."""
+    """"sums", "countdown-easy", a task of reasoning-gym, a file of questions that ends with .jsonl, or your
+    own as my_file.py:make."""
     task_settings: str = "{}"
     """Its settings, as a JSON object."""
-    reward: str | None = None
-    """Rewards with weights, such as "countdown=1,format=0.1" or "my_rewards.py:score"; the task's own by
-    default. What has 1 or more counts as right."""
-    reward_workers: int = 2
-    """Processes that compute rewards; 0 for this one, without limits."""
-    reward_seconds: float = 5.0
-    """Seconds after which the reward of a completion is given up, which leaves the completion out."""
-    reward_memory_gib: float | None = 4.0
-    """Memory that a reward may take beyond what its process holds when it begins, which is counted as address
-    space; None for no limit, which a reward needs that has a model on a GPU."""
-    held_out_questions: int = 256
-    """Questions that are measured on, none of which is trained on."""
-
-    patience: int | None = None
-    """Stop after so many held-out measurements without a better one than before, unless --generations says
-    how long to train."""
+    rewards: Flat[Rewards] = Rewards()
+    """What answers are rewarded by."""
+    held_out_questions: int = count(256)
+    """Questions that are measured on, and fresh ones at the end, at most; none of them is trained on."""
 
     algorithm: Literal["eggroll", "grpo", "sft"] = "eggroll"
     """"sft" is supervised, on worked solutions; "grpo" samples groups of answers and backpropagates."""
-    prompts: int = 16
+    prompts: int = count(16)
     """Questions of a generation."""
-    optimizer: str = "sgd"
-    """An optimizer of optax, or of this project as "optim.NAME"."""
-    learning_rate: float = 2e-4
-    """Its learning rate. SGD at 0.2 sigma^2 sqrt(population) moves weights by a fifth of sigma an update."""
-    learning_rate_decay: float = 1.0
-    """Factor on the learning rate after every generation."""
-    gradient_norm: float = 1.0
+    optimizer: Flat[Optimizer] = Optimizer(name="sgd", learning_rate=2e-4)
+    """What moves the parameters. SGD at 0.2 sigma^2 sqrt(population) moves weights by a fifth of sigma an
+    update."""
+    gradient_norm: float = positive(1.0)
     """Gradients of backpropagation are scaled down to this norm."""
-    grpo: Grpo = field(default_factory=Grpo)
+    grpo: Grpo = Grpo()
     """What only GRPO has."""
 
-    population: int = 64
-    """Members of a generation, which all answer its questions."""
-    rank: int | Literal["full"] = 1
-    """Rank of the noise on matrices; "full" is dense ES."""
-    sigma: float = 0.01
-    """Standard deviation of the noise."""
-    noise_reuse: int = 1
+    evolution: Flat[Evolution] = Evolution(population=64, sigma=0.01)
+    """Evolution strategies, whose members all answer the questions of a generation."""
+    noise_reuse: int = count(1)
     """Generations that see the same noise."""
-    tensor_parallel: int = 1
+    tensor_parallel: int = count(1, role=Role.ROUNDING)
     """Devices that share each large matrix, for models that one cannot hold; members are divided over the
     rest."""
-    memory_gib: float | None = None
+    memory_gib: float | None = positive(None)
     """Memory that a population may take; by default nine tenths of the device's, half of a CPU's."""
-    chunk: int | None = None
-    """Members that write at a time, which changes nothing but rounding; by default as many as fit."""
-    prompt_chunk: int | None = None
+    prompt_chunk: int | None = count(None)
     """Questions answered at a time: rewards of some are computed while others are answered. By default as
     many as fit."""
-    anchor: float = 0.0
+    anchor: float = from_zero(0.0)
     """Share of the way back to the model that training began with, times the learning rate, an update."""
     fitness: Literal["reward", "likelihood", "match"] = "reward"
     """Of a member: rewards of its answers; the mean log-probability of worked solutions, which "sft" raises
     too; or the share of them that it would write, each token after the right ones before it."""
     objective: Literal["mean", "best"] = "mean"
     """Of several samples of a member for a question: their mean reward, or the best of them (pass@k)."""
-    samples: int = 1
+    samples: int = count(1)
     """Completions of a member for each question."""
 
-    max_new_tokens: int = 40
-    """Tokens of a completion, at most."""
-    temperature: float = 0.0
-    """Of sampling in training; 0 takes the likeliest token. Measurements always do."""
-    top_k: int = 0
-    """Sample among so many of the likeliest tokens; 0 for all."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability."""
+    writing: Flat[Writing] = Writing()
+    """How answers are written in training."""
 
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""
-        self.check_run()
-        even(self, "population")
-        positive(self, "sigma", "learning_rate", "gradient_norm", "reward_seconds")
-        fraction(self, "learning_rate_decay", "top_p")
-        at_least_one(self, "layers", "width", "prompts", "noise_reuse", "chunk", "prompt_chunk")
-        at_least_one(self, "tensor_parallel")
-        at_least_one(self, "samples", "max_new_tokens", "held_out_questions", "rank", "patience")
-        for name in ("memory_gib", "reward_memory_gib"):
-            if getattr(self, name) is not None:
-                positive(self, name)
-        at_least_one(self.grpo, "epochs", "micro_batch", prefix="grpo.")
-        positive(self.grpo, "clip_high", prefix="grpo.")
-        fraction(self.grpo, "clip_low", prefix="grpo.")
-        if self.grpo.group < 2:
-            raise UsageError(
-                f"--grpo.group {self.grpo.group}: answers are compared with each other, so choose at least 2"
-            )
-        for name, value in (
-            ("temperature", self.temperature),
-            ("anchor", self.anchor),
-            ("grpo.kl", self.grpo.kl),
-        ):
-            if not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"{flag(name)} {value}: choose 0 or a positive number")
+        super().check()
+        target_is_share(self, "a share of questions")
         answers = self.prompts * self.grpo.group
         if self.grpo.micro_batch is not None and answers % self.grpo.micro_batch:
             raise UsageError(
@@ -175,18 +168,12 @@ class Config(RunSettings):
             raise UsageError(
                 f"--quantised: --algorithm {self.algorithm} trains floats alone; choose eggroll"
             )
-        if self.chunk is not None and self.chunk % 2:
-            raise UsageError(f"--chunk {self.chunk}: pairs stay together, so choose an even number")
-        if self.top_k < 0 or self.reward_workers < 0:
-            name = "top_k" if self.top_k < 0 else "reward_workers"
-            raise UsageError(
-                f"{flag(name)} {getattr(self, name)}: choose 0 or a whole number above"
-            )
-        if self.algorithm == "grpo" and not self.temperature:
+        greedy = not self.writing.temperature
+        if self.algorithm == "grpo" and greedy:
             raise UsageError(
                 "--temperature 0: the answers of a group would all be the same; choose 1 for GRPO"
             )
-        if self.samples > 1 and not self.temperature:
+        if self.samples > 1 and greedy:
             raise UsageError(
                 f"--samples {self.samples}: without --temperature they would all be the same"
             )
@@ -206,7 +193,7 @@ class Config(RunSettings):
         if self.chat_arguments() and not self.chat:
             raise UsageError(f"--chat-settings {self.chat_settings!r}: they are those of --chat")
 
-    def on_one_device(self) -> Any:
+    def on_one_device(self) -> "Config":
         """The same by one process on one device."""
         return replace(super().on_one_device(), tensor_parallel=1)
 
@@ -265,15 +252,17 @@ def _object(name: str, text: str, example: str) -> dict[str, Any]:
 
 
 def preset(name: PresetName, **settings: object) -> Config:
-    return Config(
+    config = Config(
         preset=name,
         run_dir=Path("runs/reasoning") / name,
-        **{"max_generations": 200, "evaluate_every": 10, **settings},  # type: ignore[arg-type]
+        max_generations=200,
+        evaluate_every=10,
     )
+    return changed(config, settings)
 
 
 # A model of 131,000 weights that learns to add two numbers, digit by digit, in half a minute.
-SMALL: dict[str, object] = dict(layers=2, width=64, task="sums", max_new_tokens=24)
+SMALL: dict[str, object] = dict(layers=2, width=64, task="sums")
 SFT: dict[str, object] = dict(
     algorithm="sft", optimizer="adamw", learning_rate=3e-3, prompts=64, evaluate_every=40
 )
@@ -292,7 +281,6 @@ HUB: dict[str, object] = dict(
     chunk=128,
     sigma=1e-3,
     learning_rate=5e-6,
-    max_new_tokens=512,
 )
 
 PRESETS: dict[str, Config] = {
@@ -321,7 +309,6 @@ PRESETS: dict[str, Config] = {
         task_settings='{"digits": 1}',
         population=8,
         prompts=4,
-        max_new_tokens=6,
         held_out_questions=4,
         reward_workers=0,
         max_generations=4,

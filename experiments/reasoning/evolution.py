@@ -9,69 +9,92 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 import eggroll
 from eggroll.population.placement import tracing
 from experiments.models import parallel
 from experiments.reasoning import diagnostics, scores, sft
 from experiments.reasoning.config import Config
-from experiments.reasoning.engine import stream
-from experiments.reasoning.examiner import Examiner, repeated, sampling_of
+from experiments.reasoning.engine import Share, stream, unseen
+from experiments.reasoning.examiner import Examiner
+from experiments.reasoning.questions import Questions, repeated
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question
+from experiments.run import learners
 from experiments.run.devices import ONE, Layout
-from experiments.run.optimizers import decayed, make_optimizer
+from experiments.run.learners import optimizer_of, row_of
 
 FITNESS = {"likelihood": sft.cross_entropy_score, "match": sft.exact_match_score}
 
 
-class Evolution:
-    """EGGROLL, or with rank "full" dense ES.
+def strategy(config: Config, base: Start, layout: Layout = ONE) -> eggroll.EvolutionStrategy:
+    """The evolution strategy of a run: EGGROLL, or with rank "full" dense ES. Computes nothing.
 
     Args:
         config: the settings.
-        begin: the model.
+        base: the model that training begins with.
         layout: the devices.
+
+    Raises:
+        UsageError: for an optimizer that there is not.
+    """
+    optimizer = optimizer_of(config.optimizer)
+    if config.anchor:
+        optimizer = optax.chain(optimizer, anchored(config.optimizer.learning_rate * config.anchor))
+    planned = base.model.plan(jax.eval_shape(base.params, jnp.int32(0)), config.evolution.rank)
+    sigmas = {leaf.path: leaf.sigma for leaf in planned.leaves}
+    return learners.strategy(
+        config.evolution,
+        config.optimizer,
+        layout,
+        optimizer=in_noise_units(optimizer, sigmas),
+        plan=base.model.plan,
+        # Questions differ in how hard they are: members are compared on each by itself.
+        shaping=eggroll.shaping.per_task(),
+        noise_reuse=config.noise_reuse,
+    )
+
+
+class Evolution:
+    """Learning by :func:`strategy`.
+
+    Args:
+        config: the settings, with the numbers of members and questions at a time.
+        base: the model that training begins with.
+        questions: of the task.
+        examiner: rewards answers.
+        layout: the devices.
+
+    Attributes:
+        sharding: where the state lies on several devices; None for one.
     """
 
-    def __init__(self, config: Config, begin: Start, layout: Layout = ONE) -> None:
-        self._config, self._begin, self._layout = config, begin, layout
-        rate = decayed(config.learning_rate, config.learning_rate_decay)
-        optimizer = make_optimizer(config.optimizer, rate)
-        if config.anchor:
-            optimizer = optax.chain(optimizer, anchored(config.learning_rate * config.anchor))
-        shapes = jax.eval_shape(begin.params, jnp.int32(0))
-        planned = begin.model.plan(shapes, config.rank)
-        optimizer = in_noise_units(optimizer, {leaf.path: leaf.sigma for leaf in planned.leaves})
-        self.es = eggroll.EvolutionStrategy(
-            optimizer=optimizer,
-            population=config.population,
-            sigma=config.sigma,
-            rank=config.rank,
-            plan=begin.model.plan,
-            # Questions differ in how hard they are: members are compared on each by itself.
-            shaping=eggroll.shaping.per_task(),
-            noise_reuse=config.noise_reuse,
-            chunk=config.chunk,
-            on_dense="error",
-            mesh=layout.mesh,
-            deterministic=layout.same_bits,
-        )
-        # How the state lies on several devices.
-        self.lies = None
+    def __init__(
+        self,
+        config: Config,
+        base: Start,
+        questions: Questions,
+        examiner: Examiner,
+        layout: Layout = ONE,
+    ) -> None:
+        self._config, self._base, self._layout = config, base, layout
+        self._questions, self._examiner = questions, examiner
+        self.es = strategy(config, base, layout)
+        self.sharding = None
         if layout.mesh is not None:
-            self.lies = parallel.shardings(jax.eval_shape(self.start, jnp.int32(0)), layout.mesh)
+            shapes = jax.eval_shape(self.start, jnp.int32(0))
+            self.sharding = parallel.shardings(shapes, layout.mesh)
         self._update = layout.jit(
             self._updated,
-            (self.lies, layout.everywhere, layout.everywhere),
+            (self.sharding, layout.everywhere, layout.everywhere),
             static_argnums=0,
             donate_argnums=1,
         )
 
     def start(self, seed: Array) -> Any:
         """The state before generation 0."""
-        params = self._on_devices(self._begin.params(seed))
+        params = self._on_devices(self._base.params(seed))
         return self.es.init(params, jax.random.fold_in(jax.random.key(seed), 1))
 
     def _on_devices(self, params: PyTree) -> PyTree:
@@ -90,19 +113,19 @@ class Evolution:
         return jax.tree.map(put, whole, parallel.shardings(whole, self._layout.mesh))
 
     def generation(
-        self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner
+        self, state: Any, generation: int, share: Share = unseen
     ) -> tuple[Any, dict[str, Any]]:
         """Scores of every member, and an update."""
-        told = self._rewarded if self._config.fitness == "reward" else self._likely
-        values, row = told(state, questions, examiner)
+        questions = self._questions.of_generation(generation)
+        if self._config.fitness == "reward":
+            values, row = self._rewards(state, questions, share)
+        else:
+            # Scores of worked solutions, with no answer written.
+            solutions = self._questions.solutions(questions)
+            values = self._score(self.es.placed(state), state, *solutions)
+            row = {"prompt_tokens": 0, "generated_tokens": 0}
         state, metrics, changed = self._update(self.es.placed(state), state, values)
-        row |= {
-            "fitness_mean": metrics.fitness_mean,
-            "fitness_std": metrics.fitness_std,
-            "update_norm": metrics.update_norm,
-            "updated": metrics.updated,
-        }
-        return state, row | changed
+        return state, row | row_of(metrics) | changed
 
     def _updated(
         self, es: eggroll.EvolutionStrategy, state: Any, values: Array
@@ -114,64 +137,54 @@ class Evolution:
     @functools.cached_property
     def _score(self) -> Any:
         """Scores of all members on worked solutions."""
-        score = functools.partial(FITNESS[self._config.fitness], self._begin.model)
+        score = functools.partial(FITNESS[self._config.fitness], self._base.model)
         return self._layout.jit(
             lambda es, state, tokens, mask: es.evaluate(state, score, tokens, mask),
             static_argnums=0,
         )
 
-    def _likely(
-        self, state: Any, questions: Sequence[Question], examiner: Examiner
-    ) -> tuple[Array, dict[str, Any]]:
-        """Scores of worked solutions, with no answer written."""
-        values = self._score(self.es.placed(state), state, *examiner.solutions(questions))
-        return values, {"generated_tokens": 0}
-
-    def _rewarded(
-        self, state: Any, questions: Sequence[Question], examiner: Examiner
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Rewards of what every member answers."""
-        config = self._config
+    def _rewards(
+        self, state: Any, questions: Sequence[Question], share: Share
+    ) -> tuple[Float[np.ndarray, "population prompts"], dict[str, Any]]:
+        """Scores of what every member answers, and a row about the answers."""
+        config, examiner = self._config, self._examiner
         asked = repeated(questions, config.samples)
+        prompts = self._questions.prompts(asked)
         parts, texts, handles = [], [], []
         for part in stream(
-            self._begin.model,
+            self._base.model,
             self.es,
             state,
-            examiner.prompts(asked),
-            sampling_of(config),
-            self._begin.tokenizer.eos,
+            prompts,
+            self._questions.sampling(),
+            self._base.tokenizer.eos,
             chunk=config.prompt_chunk and config.prompt_chunk * config.samples,
+            share=share,
         ):
             # Processes compute these rewards while the next questions are answered.
-            own = [asked[i] for i in part.which] * config.population
-            texts.append(examiner.texts(part.completions))
-            handles.append(examiner.hand_in(texts[-1], own))
+            own = [asked[i] for i in part.which] * config.evolution.population
+            texts.append(self._questions.texts(part.completions))
+            handles.append(examiner.submit(texts[-1], own))
             parts.append(part)
-        shapes = [(config.population, len(part.which)) for part in parts]
-        marks = [examiner.marks(*one) for one in zip(handles, shapes, strict=True)]
+        shapes = [(config.evolution.population, len(part.which)) for part in parts]
+        found = [examiner.rewards(*one) for one in zip(handles, shapes, strict=True)]
         order = np.argsort(np.concatenate([part.which for part in parts]))
-        together = lambda tables: np.concatenate(list(tables), axis=1)[:, order]
-        rewards = together(m.rewards for m in marks)
-        by_name = {name: together(m.parts[name] for m in marks) for name in marks[0].parts}
-        lengths = together(part.completions.lengths for part in parts)
-
-        row = diagnostics.summary(
+        join = lambda tables: np.concatenate(list(tables), axis=1)[:, order]
+        rewards = join(one.rewards for one in found)
+        by_name = {name: join(one.parts[name] for one in found) for name in found[0].parts}
+        lengths = join(part.completions.lengths for part in parts)
+        written = (np.array(t, object).reshape(s) for t, s in zip(texts, shapes, strict=True))
+        row: dict[str, Any] = diagnostics.summary(
             rewards,
-            together(
-                np.array(t, object).reshape(s) for t, s in zip(texts, shapes, strict=True)
-            ).tolist(),
+            join(written).tolist(),
             by_name if len(by_name) > 1 else None,
             lengths,
-            together(part.completions.ended for part in parts),
-            together(part.completions.entropy for part in parts),
+            join(part.completions.ended for part in parts),
+            join(part.completions.entropy for part in parts),
         )
+        row["prompt_tokens"] = config.evolution.population * int(prompts.lengths.sum())
         row["generated_tokens"] = int(lengths.sum())
         return objective(rewards, config), row
-
-    def params(self, state: Any) -> PyTree:
-        """The trained parameters."""
-        return state.params
 
 
 def objective(rewards: np.ndarray, config: Config) -> np.ndarray:

@@ -16,8 +16,9 @@ from jaxtyping import PyTree
 
 from eggroll import EvolutionStrategy
 from experiments.models import parallel
-from experiments.reasoning.engine import Sampling, padded_length, segments
 from experiments.reasoning.language_model import LanguageModel
+from experiments.reasoning.sampling import Sampling
+from experiments.reasoning.sequences import padded_length, segments
 from experiments.run.errors import UsageError
 
 # As many sequences as no model's other axes have entries: what has an axis of this size is a sequence's own.

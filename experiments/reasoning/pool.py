@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from experiments.reasoning.rewards import Reward, RewardError, call, load, names
+from experiments.reasoning.reward_values import Reward, RewardError, call, names
+from experiments.reasoning.rewards import load
 from experiments.reasoning.worker import START_S, Part, Worker
 from experiments.run.errors import UsageError
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 
 def pass_at_k(
@@ -97,6 +97,29 @@ def majority_at_k(
     if not votes:
         return 0.0
     return float(correct[answers.index(votes.most_common(1)[0][0])])
+
+
+def of_samples(
+    answers: Sequence[Sequence[str]], correct: Bool[np.ndarray, "questions samples"]
+) -> dict[str, list[float]]:
+    """pass@k, for each power of two k, and the majority of all samples, a number for each question.
+
+    Args:
+        answers: of the samples of each question.
+        correct: whether each is right.
+
+    Example:
+        >>> of_samples([["5", "7"], ["3", "4"]], np.array([[False, True], [False, False]]))
+        {'pass@1 of 2 samples': [0.5, 0.0], 'pass@2 of 2 samples': [1.0, 0.0], 'majority@2': [0.0, 0.0]}
+    """
+    samples = correct.shape[1]
+    found = {}
+    for k in (2**i for i in range(samples.bit_length())):
+        passed = pass_at_k(correct.sum(1), samples, k)
+        found[f"pass@{k} of {samples} samples"] = np.asarray(passed).tolist()
+    rows = zip(answers, correct.tolist(), strict=True)
+    found[f"majority@{samples}"] = [majority_at_k(said, right) for said, right in rows]
+    return found
 
 
 # ---------------------------------------------------------------- advantages

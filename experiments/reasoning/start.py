@@ -181,12 +181,12 @@ def _of_folder(config: Config) -> Start:
 def _of_run(config: Config) -> Start:
     """The model of an earlier run, with the parameters that it ended with."""
     assert config.start is not None
-    found = read_run(config.start, on_host=True)
-    if not isinstance(found.config, Config):
-        raise UsageError(f"--start {config.start}: that run is of another driver")
-    before = start(found.config)
-    params = found.module.parameters(found.config, found.state)
-    params = in_floats(before.shape, params, found.config.dtype)
+    with read_run(config.start, on_host=True) as found:
+        trainer: Any = found.trainer
+        if not isinstance(trainer.config, Config):
+            raise UsageError(f"--start {config.start}: that run is of another driver")
+        before: Start = trainer.base
+        params = in_floats(before.shape, found.state.learner.params, trainer.config.dtype)
     return before._replace(model=_functions(before.shape, config), params=lambda seed: params)
 
 

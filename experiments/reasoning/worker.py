@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.reasoning.guard import KILL_S, guard
-from experiments.reasoning.rewards import Reward, RewardError, call, names
+from experiments.reasoning.reward_values import Reward, RewardError, call, names
+from experiments.run import own_code
 from experiments.run.children import starting
 
 # Seconds for a new process to import what its reward needs.
@@ -94,7 +95,8 @@ class Worker:
             there.close()
             os.close(control)
         try:
-            self._send((program, sent, memory_gib), time.monotonic() + START_S)
+            message = (program, own_code.sources(), sent, memory_gib)
+            self._send(message, time.monotonic() + START_S)
         except OSError:
             pass  # it has died, as the first question will tell
 
@@ -207,10 +209,11 @@ def serve(descriptor: int) -> None:
     begun = _receive(pipe)
     if begun is None:
         return
-    program, sent, memory_gib = pickle.loads(begun)
+    program, sources, sent, memory_gib = pickle.loads(begun)
     reward, broken = None, None
     try:
         _import_program(program)
+        own_code.adopt(sources)
         reward = pickle.loads(sent)
     # The module that the function is in may raise anything when it is imported here.
     except Exception as error:

@@ -1,6 +1,7 @@
 """The run folder: everything a run leaves behind.
 
 - config.json: the settings, resolved, and the driver that they are for
+- files.json: the digests of files that decide what the run learns, such as a task or a reward of one's own
 - versions.json: packages, Python, kind of machine, git commit; of the process that began the run
 - metrics.jsonl: one row a generation
 - checkpoints/: the two newest states
@@ -12,6 +13,7 @@
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -20,7 +22,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +33,7 @@ from experiments.run.fields import differences, to_json
 from experiments.run.settings import RunSettings
 
 FILES = (
-    *("config.json", "versions.json", "metrics.jsonl", "result.json", "curve.png"),
+    *("config.json", "files.json", "versions.json", "metrics.jsonl", "result.json", "curve.png"),
     *("anchors.json", "samples.txt"),
 )
 FOLDERS = ("checkpoints", "damaged", "tensorboard", "tokenizer", "wandb")
@@ -42,30 +44,38 @@ PACKAGES = ("eggroll-jax", "jax", "jaxlib", "numpy", "optax", "flax", "orbax-che
 
 
 @contextlib.contextmanager
-def open_run_folder(driver: str, settings: RunSettings) -> Iterator[Path]:
+def open_run_folder(
+    driver: str, settings: RunSettings, files: Iterable[Path] = ()
+) -> Iterator[Path]:
     """The folder of a run, made or found, held by this process alone.
 
     Of several processes the first holds it. The others get a folder that is removed at the end, so that all
     do the same, and one alone writes what is kept.
 
+    Args:
+        driver: the name of the command.
+        settings: of the run.
+        files: whose content decides what the run learns, beside the settings.
+
     Raises:
-        UsageError: if it cannot be written to, is in use, or holds a run of other settings; or if another
-            process does not see it.
+        UsageError: if it cannot be written to, is in use, or holds a run of other settings or files; or if
+            another process does not see it, or has other files.
     """
     from experiments.run import agreement
 
+    digests = {str(file): _digest(file) for file in files}
     with contextlib.ExitStack() as stack:
         path: Path = settings.run_dir
         problem: UsageError | None = None
         if hosts.first():
             try:
-                stack.enter_context(_held_run_folder(driver, settings))
+                stack.enter_context(_held_run_folder(driver, settings, digests))
             except UsageError as error:
                 problem = error
         agreement.share_fate(problem)
         if not hosts.first():
             path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eggroll-")))
-            problem = _copy_rows(settings.run_dir, path)
+            problem = _copy_rows(settings.run_dir, path) or _other_files(settings.run_dir, digests)
         agreement.share_fate(problem)
         yield path
 
@@ -82,8 +92,37 @@ def _copy_rows(run_dir: Path, to: Path) -> UsageError | None:
     return None
 
 
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _changed_files(run_dir: Path, digests: Mapping[str, str]) -> list[str]:
+    """The files whose content is another than when the run began, in words."""
+    known = read_object(run_dir / "files.json", REPLACE) or {}
+    return [
+        f"{path} has other content"
+        for path, digest in digests.items()
+        if known.get(path, digest) != digest
+    ]
+
+
+def _other_files(run_dir: Path, digests: Mapping[str, str]) -> UsageError | None:
+    """What is wrong with the files of another process than the first, if anything is."""
+    changed = _changed_files(run_dir, digests)
+    if not changed:
+        return None
+    return UsageError(
+        f"{', '.join(changed)} than in the first process: all processes must have one file"
+    )
+
+
 @contextlib.contextmanager
-def _held_run_folder(driver: str, settings: RunSettings) -> Iterator[None]:
+def _held_run_folder(
+    driver: str, settings: RunSettings, digests: Mapping[str, str]
+) -> Iterator[None]:
     path = settings.run_dir
     config = {"driver": driver, **to_json(settings)}
     with contextlib.ExitStack() as stack:
@@ -94,9 +133,11 @@ def _held_run_folder(driver: str, settings: RunSettings) -> Iterator[None]:
                 _remove_run(path)
             known = read_object(path / "config.json", REPLACE)
             if known is not None and not settings.accept_changes:
-                changed = list(
-                    differences(known, config, type(settings), settings.cluster.same_bits)
-                )
+                same_bits = settings.cluster.same_bits
+                changed = [
+                    *differences(known, config, type(settings), same_bits),
+                    *_changed_files(path, digests),
+                ]
                 if changed:
                     raise UsageError(
                         f"{path} holds a run of other settings ({', '.join(changed)}): choose another "
@@ -104,6 +145,8 @@ def _held_run_folder(driver: str, settings: RunSettings) -> Iterator[None]:
                     )
             if known is None or known != config:
                 write_json(path / "config.json", config)
+            if digests and read_object(path / "files.json", REPLACE) != digests:
+                write_json(path / "files.json", digests)
             if not (path / "versions.json").exists():
                 write_json(path / "versions.json", versions())
             # Of a run that has ended: where it is continued, it has not.

@@ -14,7 +14,7 @@ from experiments.run.settings import Evolution, Optimizer
 
 
 def strategy(
-    evolution: Evolution, optimizer: Optimizer, layout: Layout = ONE, **own: Any
+    evolution: Evolution, optimizer: Optimizer, layout: Layout = ONE, /, **own: Any
 ) -> eggroll.EvolutionStrategy:
     """The evolution strategy that settings describe.
 

@@ -40,7 +40,7 @@ def train(config: RunSettings, started: float | None = None) -> Result:
     with driver.load()(config) as trainer:
         for note in trainer.notes:
             hosts.say(note)
-        with open_run_folder(driver.name, config) as folder:
+        with open_run_folder(driver.name, config, trainer.files) as folder:
             trainer.prepare(folder)
             watch.finish("setup")
             outcome = run(driver, trainer, folder, watch)

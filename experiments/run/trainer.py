@@ -92,12 +92,14 @@ class Trainer(ABC, Generic[Config]):
         totals: names of row values that are summed over the generations of the run.
         sharding: where the state lies on several devices, a tree of which its own begins; None for one.
         notes: sentences that are said before training.
+        files: whose content decides what is learned, beside the settings; with others a run does not go on.
     """
 
     measured: tuple[str, ...]
     totals: tuple[str, ...] = ()
     sharding: PyTree | None = None
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
+    files: Sequence[Path] = ()
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -15,9 +15,11 @@ import pytest
 from eggroll import EvolutionStrategy
 from experiments.models import rwkv7, transformer
 from experiments.reasoning import engine
-from experiments.reasoning.engine import Sampling, answer, choose, generate, pack, stream
+from experiments.reasoning.engine import answer, generate, stream
 from experiments.reasoning.language_model import LanguageModel, of_rwkv7, of_transformer
 from experiments.reasoning.memory import plan_memory
+from experiments.reasoning.sampling import Sampling, choose
+from experiments.reasoning.sequences import pack
 from experiments.run.errors import UsageError
 
 VOCAB = 11
@@ -147,6 +149,24 @@ def test_answers_are_cut_at_their_longest() -> None:
     assert (short.lengths == 6).all() and not short.ended.any()
 
 
+def test_how_much_is_written_is_told_after_every_segment() -> None:
+    params, found = params_of(TRANSFORMER), list[tuple[int, int, str]]()
+    share = lambda *told: found.append(told)
+    rule = Sampling(max_new_tokens=6)
+    how: Any = dict(segment=2, chunk=1, share=share)
+    generate(TRANSFORMER, params, pack([[1], [2]]), KEY, rule, (), **how)
+    # Two chunks, each of the first token and segments of 2.
+    assert found == [(n, 12, "tokens") for n in (1, 3, 5, 6, 7, 9, 11, 12)]
+    found.clear()
+    es = strategy(TRANSFORMER)
+    state = es.init(params, 0)
+    first = answer(TRANSFORMER, es, state, pack([[1]]), rule, (), segment=2).tokens[..., 0].ravel()
+    answer(
+        TRANSFORMER, es, state, pack([[1]]), rule, sorted({*first.tolist()}), segment=2, share=share
+    )
+    assert found == [(6, 6, "tokens")]  # all answers have ended
+
+
 def test_long_and_short_prompts_come_back_in_their_order() -> None:
     params, long = params_of(TRANSFORMER), [i % VOCAB for i in range(20)]
     prompts = [[3, 1, 4], long, [5, 9, 2, 6, 5], [7], [3, 1, 4]]
@@ -250,11 +270,11 @@ def test_no_matrix_is_built_and_no_cache_copied(family: str) -> None:
     state = jax.eval_shape(lambda: es.init(model.init(jax.random.key(0)), 0))
     ids = jax.ShapeDtypeStruct((1,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
-    begin, go_on = engine._Begin(model, GREEDY, 8), engine._GoOn(model, GREEDY, 8)
-    first = engine._plain_call.lower(begin, es, state, None, None, (ids, ids, tokens, ids))
+    read, write = engine._ReadPrompts(model, GREEDY, 8), engine._WriteSegment(model, GREEDY, 8)
+    first = engine._plain_call.lower(read, es, state, None, None, (ids, ids, tokens, ids))
     texts = first.out_info[0]
     t = jax.ShapeDtypeStruct((), jnp.int32)
-    program = engine._plain_call.lower(go_on, es, state, None, texts, (ids, ids, t)).compile()
+    program = engine._plain_call.lower(write, es, state, None, texts, (ids, ids, t)).compile()
     memory, text = program.memory_analysis(), program.as_text()
     # One matrix for every member would be four times as much.
     assert memory.temp_size_in_bytes < population * size**2 * 4 / 4

@@ -1,6 +1,5 @@
 """The documented commands on folders of published architectures: trained, continued, read back."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import model_folders
 import numpy as np
 import pytest
 from places import HELPERS
+from run_states import state_of
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("reasoning_gym")
@@ -18,12 +18,13 @@ pytest.importorskip("reasoning_gym")
 from eggroll import _checks as checks
 from experiments.models import hugging_face, rwkv7_weights
 from experiments.reasoning.config import PRESETS
-from experiments.reasoning.examiner import asked
+from experiments.reasoning.questions import as_asked
 from experiments.reasoning.start import start
-from experiments.reasoning.train import Course, train
+from experiments.reasoning.train import Reasoning
 from experiments.run.cli import main
-from experiments.run.drivers import read_run
+from experiments.run.fields import changed
 from experiments.run.metrics import read_metrics
+from experiments.run.train import train
 
 SMALL = (
     "reasoning --preset countdown --population 4 --prompts 2 --prompt-chunk 2 --chunk 4 --max-new-tokens 5 "
@@ -58,8 +59,7 @@ def test_the_documented_command_of_a_qwen3(
     assert main([*words, "--generations", "3"]) == 0
     assert "Continuing" in capsys.readouterr().err
     assert [row["updated"] for row in rows(tmp_path)] == [True] * 3
-    run = read_run(tmp_path / "run")
-    training = run.state.training
+    training = state_of(tmp_path / "run").learner
     shape, before = hugging_face.load(qwen)
     assert {leaf.dtype for leaf in jax.tree.leaves(training.params)} == {jnp.dtype("bfloat16")}
     assert training.master.keys() == {f"layers/{x}" for x in before["layers"] if "_proj" in x}
@@ -103,10 +103,10 @@ def test_what_is_read_stays_on_the_host(
 ) -> None:
     """Devices that share a model get their parts from there: none has room for all of it."""
     run, tiny = tmp_path / "run", PRESETS["tiny"]
-    train(dataclasses.replace(tiny, generations=1, run_dir=run, quantised=True))
+    train(changed(tiny, generations=1, run_dir=run, quantised=True))
     read = [rwkv7_weights.load(model_folders.rwkv(tmp_path / "rwkv"), on_host=True)[1]]
     for changes in (dict(model=str(qwen)), dict(model=str(qwen), quantised=True), dict(start=run)):
-        read.append(start(dataclasses.replace(tiny, **changes)).params(jnp.int32(0)))
+        read.append(start(changed(tiny, **changes)).params(jnp.int32(0)))
     for params in read:
         assert {type(leaf) for leaf in jax.tree.leaves(params)} == {np.ndarray}
 
@@ -115,25 +115,25 @@ def test_what_is_read_stays_on_the_host(
     monkeypatch.setattr(
         checks, "_count_unfit", lambda known, unfit: {} if not known else pytest.fail()
     )
-    shared = dataclasses.replace(tiny, model=str(qwen), devices=4, tensor_parallel=2)
-    for config in (shared, dataclasses.replace(shared, devices=1, tensor_parallel=1)):
-        course = Course(config)
-        assert jax.eval_shape(course.first).training.params["norm"].shape == (64,)
+    shared = changed(tiny, model=str(qwen), devices=4, tensor_parallel=2)
+    for config in (shared, changed(shared, devices=1, tensor_parallel=1)):
+        trainer = Reasoning(config)
+        assert jax.eval_shape(trainer.start).learner.params["norm"].shape == (64,)
 
 
 def test_a_chat_is_asked_and_ended_as_the_folder_says(qwen: Path) -> None:
-    config = dataclasses.replace(PRESETS["countdown"], model=str(qwen))
-    begin = start(config)
-    plain = asked(config, begin.tokenizer, "1+1?")
+    config = changed(PRESETS["countdown"], model=str(qwen))
+    base = start(config)
+    plain = as_asked(config, base, "1+1?")
     assert plain == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
-    quiet = dataclasses.replace(config, chat_settings='{"enable_thinking": false}')
-    assert asked(quiet, begin.tokenizer, "1+1?") == plain + "<think>\n\n</think>\n\n"
-    ends = [begin.tokenizer.model.token_to_id(x) for x in (model_folders.STOP, model_folders.END)]
-    assert list(begin.tokenizer.eos) == ends
+    quiet = changed(config, chat_settings='{"enable_thinking": false}')
+    assert as_asked(quiet, base, "1+1?") == plain + "<think>\n\n</think>\n\n"
+    ends = [base.tokenizer.model.token_to_id(x) for x in (model_folders.STOP, model_folders.END)]
+    assert list(base.tokenizer.eos) == ends
     # Each special token is one, and none of them is in what was written.
-    ids = begin.tokenizer.encode(plain)
-    assert [ids.count(begin.tokenizer.encode(model_folders.START)[0]), ids.count(ends[0])] == [2, 1]
-    assert begin.tokenizer.decode(ids) == "user\n1+1?\nassistant\n"
+    ids = base.tokenizer.encode(plain)
+    assert [ids.count(base.tokenizer.encode(model_folders.START)[0]), ids.count(ends[0])] == [2, 1]
+    assert base.tokenizer.decode(ids) == "user\n1+1?\nassistant\n"
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_a_qwen3_in_shards_is_trained_otherwise(words: str, tmp_path: Path) -> N
     assert main(command(tmp_path, folder, *words.split(), "--generations", "1")) == 0
     (row,) = rows(tmp_path)
     assert row["reward_spread"] > 0
-    training = read_run(tmp_path / "run").state.training
+    training = state_of(tmp_path / "run").learner
     assert main(["export", str(tmp_path / "run")]) == 0
     before = hugging_face.load(folder)[1]
     _, after = hugging_face.load(tmp_path / "run" / "exported")
@@ -167,7 +167,7 @@ def test_a_qwen3_in_shards_is_trained_otherwise(words: str, tmp_path: Path) -> N
         built = (matrix["int8"] * matrix["scale"][:, None]).astype(jnp.bfloat16)
         np.testing.assert_array_equal(after["layers"]["up_proj"], built)
         return
-    jax.tree.map(np.testing.assert_array_equal, after, training[0])
+    jax.tree.map(np.testing.assert_array_equal, after, training.params)
 
 
 @pytest.mark.soak
@@ -188,7 +188,7 @@ def test_the_documented_command_of_an_rwkv7(
     exported = tmp_path / "run" / "exported"
     assert main(["sample", str(exported), *written]) == 0
     assert capsys.readouterr().out == sampled
-    training = read_run(tmp_path / "run").state.training
+    training = state_of(tmp_path / "run").learner
     _, params = rwkv7_weights.load(exported)
     key = lambda tree: tree["blocks"]["ffn"]["key"]
     np.testing.assert_array_equal(key(params), key(training.params))

@@ -18,7 +18,8 @@ import pytest
 
 from experiments.reasoning.guard import descendants
 from experiments.reasoning.pool import Batch, RewardPool
-from experiments.reasoning.rewards import RewardError, exact, format_, weighted
+from experiments.reasoning.reward_values import RewardError, weighted
+from experiments.reasoning.rewards import exact, format_
 from experiments.run.errors import UsageError
 
 

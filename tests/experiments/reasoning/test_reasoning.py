@@ -1,6 +1,5 @@
 """`eggroll reasoning`: every algorithm runs, goes on where it stopped, and learns."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,32 +8,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from run_states import state_of
 
 pytest.importorskip("tokenizers")
 
 from experiments.models import hugging_face, tokens
 from experiments.reasoning import tasks
-from experiments.reasoning.config import PRESETS, Config, Grpo
+from experiments.reasoning.config import PRESETS, Config
 from experiments.reasoning.evolution import anchored, objective
-from experiments.reasoning.examiner import reward_of
 from experiments.reasoning.start import start
-from experiments.reasoning.train import Course, train
+from experiments.reasoning.train import Reasoning
 from experiments.run.cli import main
-from experiments.run.drivers import read_run
+from experiments.run.drivers import trainer_of
 from experiments.run.errors import UsageError
+from experiments.run.fields import changed
 from experiments.run.metrics import read_metrics
+from experiments.run.train import train
 
 TINY = PRESETS["tiny"]
 ARMS: dict[str, dict[str, Any]] = {
     "eggroll": dict(sigma=0.3, learning_rate=0.1, anchor=0.1, prompt_chunk=2, noise_reuse=2),
     "dense": dict(rank="full", sigma=0.3, learning_rate=0.1, temperature=1.0, samples=2, objective="best"),
-    "grpo": dict(algorithm="grpo", temperature=1.0, optimizer="adamw", grpo=Grpo(group=4, kl=0.1)),
+    "grpo": dict(algorithm="grpo", temperature=1.0, optimizer="adamw", **{"grpo.group": 4, "grpo.kl": 0.1}),
     "sft": dict(algorithm="sft", optimizer="adamw", task_settings='{"digits": 2}'),
 }  # fmt: skip
 
 
 def settings(folder: Path, **changes: Any) -> Config:
-    return dataclasses.replace(TINY, **{"run_dir": folder, "checkpoint_seconds": 0.0, **changes})
+    return changed(TINY, {"run_dir": folder, "checkpoint_seconds": 0.0, **changes})
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def settings(folder: Path, **changes: Any) -> Config:
 def test_a_run_in_two_parts_is_the_whole(arm: str, tmp_path: Path) -> None:
     whole, parts = (settings(tmp_path / name, **ARMS[arm]) for name in ("whole", "parts"))
     train(whole)
-    train(dataclasses.replace(parts, generations=1))
+    train(changed(parts, generations=1))
     train(parts)
     untimed = [
         [{**row, "timing": None} for row in read_metrics(config.run_dir / "metrics.jsonl")]
@@ -52,7 +53,7 @@ def test_a_run_in_two_parts_is_the_whole(arm: str, tmp_path: Path) -> None:
     ]
     assert untimed[0] == untimed[1]
     assert [row["generation"] for row in untimed[0]] == [0, 1, 2, 3]
-    states = (jax.tree.leaves(read_run(config.run_dir).state) for config in (whole, parts))
+    states = (jax.tree.leaves(state_of(config.run_dir)) for config in (whole, parts))
     for leaf, right in zip(*states, strict=True):
         np.testing.assert_array_equal(leaf, right)
     result = json.loads((parts.run_dir / "result.json").read_text())
@@ -84,7 +85,7 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         dict(population=32, sigma=0.03, learning_rate=1e-3, generations=25, prompts=16),
         # With a reference: parameters that were read are not lost to the updates.
-        dict(ARMS["grpo"], learning_rate=3e-3, generations=30, prompts=16, grpo=Grpo(kl=0.01)),
+        dict(ARMS["grpo"], learning_rate=3e-3, generations=30, prompts=16, **{"grpo.kl": 0.01}),
     ],
     ids=["eggroll", "grpo"],
 )
@@ -109,7 +110,7 @@ def test_a_run_is_evaluated_sampled_and_exported(
     folder = warm / "exported"
     assert f"to {folder}" in capsys.readouterr().out
     params = hugging_face.load(folder)[1]
-    trained = read_run(warm).state.training[0]
+    trained = state_of(warm).learner.params
     for leaf, right in zip(jax.tree.leaves(params), jax.tree.leaves(trained), strict=True):
         np.testing.assert_array_equal(leaf, right)
     assert tokens.from_folder(folder).encode("2+2=") == list(b"2+2=")
@@ -120,7 +121,7 @@ def test_a_run_is_evaluated_sampled_and_exported(
     assert main(["sample", str(folder)]) == 2
     assert "--prompt '': this model begins with nothing" in capsys.readouterr().err
     config = settings(tmp_path / "run", model=str(folder), generations=1)
-    assert 8 * 4 <= train(config).generated_tokens <= 8 * 4 * 6
+    assert 8 * 4 <= train(config)["generated_tokens"] <= 8 * 4 * 6
 
 
 @pytest.mark.soak
@@ -133,16 +134,16 @@ def test_byte_pairs_are_learned_once_and_stay_with_the_run(
     kept = tokens.from_folder(tmp_path / "run" / "tokenizer")
     assert len(kept.encode("47+85=7+5=12")) < len("47+85=7+5=12")
     saved = kept.model.to_str()
-    train(dataclasses.replace(config, run_dir=tmp_path / "again"))
+    train(changed(config, run_dir=tmp_path / "again"))
     again = tokens.from_folder(tmp_path / "again" / "tokenizer")
     assert again.model.to_str() == saved
-    read = lambda folder: jax.tree.leaves(read_run(folder).state)
+    read = lambda folder: jax.tree.leaves(state_of(folder))
     for leaf, right in zip(read(tmp_path / "again"), read(tmp_path / "run"), strict=True):
         np.testing.assert_array_equal(leaf, right)
 
     # From here on they are read: learning others would be told.
     monkeypatch.setattr(tokens, "train_bpe", None)
-    train(dataclasses.replace(config, generations=2))
+    train(changed(config, generations=2))
     moved = tmp_path / "moved"
     (tmp_path / "run").rename(moved)
     words = ["--prompt", "47+85=", "--length", "5"]
@@ -155,16 +156,13 @@ def test_byte_pairs_are_learned_once_and_stay_with_the_run(
     assert main(["sample", str(exported), *words]) == 0
     assert capsys.readouterr().out == sampled
     train(settings(tmp_path / "next", start=moved, generations=1))
-    assert (
-        read_run(tmp_path / "next").state.training.params["embed_tokens"].shape[0]
-        == kept.vocab_size
-    )
+    assert state_of(tmp_path / "next").learner.params["embed_tokens"].shape[0] == kept.vocab_size
 
     monkeypatch.undo()
-    overwritten = dataclasses.replace(config, run_dir=moved, overwrite=True, vocabulary=270)
+    overwritten = changed(config, run_dir=moved, overwrite=True, vocabulary=270)
     train(overwritten)
     assert tokens.from_folder(moved / "tokenizer").vocab_size == 270
-    assert read_run(moved).config.overwrite is False
+    assert trainer_of(moved).config.overwrite is False
     (moved / "tokenizer" / "tokenizer_config.json").unlink()
     assert main(["sample", str(tmp_path / "next"), "--prompt", "1"]) == 2
     assert f"{moved} has lost its folder tokenizer" in capsys.readouterr().err
@@ -181,13 +179,16 @@ def test_another_seed_learns_from_other_questions(tmp_path: Path) -> None:
 
 def test_questions_are_passed_over_in_an_order_of_each_pass(tmp_path: Path) -> None:
     config = settings(tmp_path, prompts=23)
-    course = Course(config)
-    with course.examiner() as examiner:
-        passes = [
-            [q.prompt for g in range(4 * turn, 4 * turn + 4) for q in examiner.questions(g)]
-            for turn in range(2)
+    trainer = Reasoning(config)
+    passes = [
+        [
+            question.prompt
+            for g in range(4 * turn, 4 * turn + 4)
+            for question in trainer.questions.of_generation(g)
         ]
-    everything = sorted(q.prompt for q in course.task.train)
+        for turn in range(2)
+    ]
+    everything = sorted(q.prompt for q in trainer.task.train)
     assert len(everything) == 92
     assert [sorted(one) for one in passes] == [everything] * 2
     assert passes[0] != passes[1]
@@ -195,26 +196,25 @@ def test_questions_are_passed_over_in_an_order_of_each_pass(tmp_path: Path) -> N
 
 def test_rewards_are_summed_by_weight_and_told_apart(tmp_path: Path) -> None:
     config = settings(tmp_path, reward="exact=2,format=0.5")
-    course = Course(config)
-    with course.examiner() as examiner:
-        questions = course.held_out[:2]
-        texts = [f"<answer>{questions[0].answer}</answer>", questions[1].answer]
-        marks = examiner.marks(examiner.hand_in(texts, questions), (2,))
-    assert marks.rewards.tolist() == [2.5, 2.0]
-    assert {name: part.tolist() for name, part in marks.parts.items()} == {
+    trainer = Reasoning(config)
+    questions, examiner = trainer.questions.measured[:2], trainer.examiner
+    texts = [f"<answer>{questions[0].answer}</answer>", questions[1].answer]
+    found = examiner.rewards(examiner.submit(texts, questions), (2,))
+    assert found.rewards.tolist() == [2.5, 2.0]
+    assert {name: part.tolist() for name, part in found.parts.items()} == {
         "exact": [1, 1],
         "format": [1, 0],
     }
     with pytest.raises(UsageError, match="'x' is no weight"):
-        reward_of(settings(tmp_path, reward="exact=x"), course.task)
+        assert Reasoning(settings(tmp_path, reward="exact=x")).notes
 
 
 def test_a_completion_that_cannot_be_told_leaves_its_pair_out() -> None:
-    config = dataclasses.replace(TINY, samples=2)
+    config = changed(TINY, samples=2)
     rewards = np.array([[1.0, np.nan, 1.0, 0.0]])
     assert np.isnan(objective(rewards, config)[0, 0])
     assert objective(rewards, config)[0, 1] == 0.5
-    best = dataclasses.replace(config, objective="best")
+    best = changed(config, objective="best")
     assert objective(rewards, best)[0, 1] == 1
 
 
@@ -226,10 +226,10 @@ def test_weights_in_int8_are_trained_on_and_exported_as_floats(warm: Path, tmp_p
     assert np.mean([row["reward_mean"] for row in rows[-3:]]) > rows[0]["reward_mean"]
     # A fifth of sigma is several steps for some matrices and a part of one for none.
     assert all(0.1 < row["changed_weights"] < 1 for row in rows)
-    state = read_run(tmp_path / "run").state.training
+    state = state_of(tmp_path / "run").learner
     layers = state.params["layers"]
     assert layers["up_proj"]["int8"].dtype == jnp.int8
-    before = read_run(warm).state.training[0]
+    before = state_of(warm).learner.params
     apart = layers["up_proj"]["int8"] * layers["up_proj"]["scale"][:, None]
     assert 0 < float(jnp.abs(apart - before["layers"]["up_proj"]).max()) < 0.5
     assert main(["export", str(tmp_path / "run")]) == 0
@@ -238,7 +238,7 @@ def test_weights_in_int8_are_trained_on_and_exported_as_floats(warm: Path, tmp_p
     # Another run may go on from it, in either form.
     for quantised in (True, False):
         config = settings(tmp_path / f"{quantised}", start=tmp_path / "run", quantised=quantised)
-        again = Course(config).begin.params(jnp.int32(0))["layers"]["up_proj"]
+        again = Reasoning(config).base.params(jnp.int32(0))["layers"]["up_proj"]
         if quantised:
             again = again["int8"] * again["scale"][:, None]
         np.testing.assert_allclose(again, apart, atol=float(jnp.abs(apart).max()) / 200)
@@ -248,7 +248,7 @@ def test_weights_in_int8_are_trained_on_and_exported_as_floats(warm: Path, tmp_p
 def test_worked_solutions_are_a_fitness(fitness: Any, warm: Path, tmp_path: Path) -> None:
     changes = dict(fitness=fitness, population=32, sigma=0.03, learning_rate=1e-3, prompts=16)
     config = settings(tmp_path / "run", start=warm, generations=12, evaluate_every=100, **changes)
-    assert train(config).generated_tokens == 0
+    assert train(config)["generated_tokens"] == 0
     scores = [row["fitness_mean"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert np.mean(scores[-3:]) > np.mean(scores[:3])
 

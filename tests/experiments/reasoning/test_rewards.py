@@ -20,17 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.reasoning import rewards
+from experiments.reasoning.answers import extract, number, tagged
 from experiments.reasoning.arithmetic import ExpressionError, evaluate, numbers_used
-from experiments.reasoning.rewards import (
-    LARGEST,
-    RewardError,
-    call,
-    extract,
-    load,
-    number,
-    tagged,
-    weighted,
-)
+from experiments.reasoning.reward_values import LARGEST, RewardError, call, weighted
+from experiments.reasoning.rewards import load
 from experiments.run.errors import UsageError
 
 # ---------------------------------------------------------------- arithmetic
@@ -390,12 +383,12 @@ def test_a_users_reward_is_loaded_from_a_file(tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("exct", "there is no reward 'exct'; choose one of exact, .*; did you mean 'exact'"),
-        ("mine.py", "there is no reward 'mine.py'; choose one of exact, "),
-        ("{}/none.py:f", "none.py cannot be imported: FileNotFoundError"),
-        ("{}/broken.py:f", "broken.py cannot be imported: ZeroDivisionError"),
+        ("mine.py", "--reward mine.py: must name a function in a file, as mine.py:NAME does"),
+        ("{}/none.py:f", "--reward .*none.py:f: there is no file .*none.py"),
+        ("{}/broken.py:f", "broken.py, line 1 raised ZeroDivisionError: division by zero"),
         ("{}/good.py:lenght", "good.py has no function 'lenght'; did you mean 'length'"),
-        ("{}/good.py:value", "good.py has no function 'value'"),
-        ("no_such_module:f", "no_such_module cannot be imported: ModuleNotFoundError"),
+        ("{}/good.py:value", r"value in .*good.py must be a function, got 3 \(int\)"),
+        ("no_such_module:f", "--reward no_such_module:f: there is no module 'no_such_module'"),
     ],
 )
 def test_a_reward_that_cannot_be_loaded_is_told(name: str, words: str, tmp_path: Path) -> None:

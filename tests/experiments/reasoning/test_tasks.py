@@ -10,18 +10,10 @@ import pytest
 
 from experiments.reasoning import rewards
 from experiments.reasoning.arithmetic import evaluate
-from experiments.reasoning.tasks import (
-    PRESETS,
-    RUN_ANSWERS,
-    Generated,
-    Question,
-    Task,
-    columns,
-    countdown_easy,
-    jsonl,
-    load,
-    sums,
-)
+from experiments.reasoning.tasks import Question, Task, columns, load
+from experiments.reasoning.tasks.files import jsonl
+from experiments.reasoning.tasks.gym import PRESETS, RUN_ANSWERS, Generated
+from experiments.reasoning.tasks.home_made import countdown_easy, sums
 from experiments.run.errors import UsageError
 
 
@@ -29,14 +21,19 @@ def score(task: Task, questions: list[Question], completions: list[str]) -> list
     return task.reward(completions, [q.answer for q in questions], **columns(questions))
 
 
+def everything_of(task: Task) -> list[Question]:
+    return [*task.train, *task.held_out, *task.fresh]
+
+
 # ---------------------------------------------------------------- home-made
 
 
 def test_sums_are_all_there_and_right() -> None:
     task = sums(digits=2)
-    everything = [*task.train, *task.held_out]
+    everything = everything_of(task)
     assert len({q.prompt for q in everything}) == len(everything) == 10_000
-    assert 700 < len(task.held_out) < 1300
+    assert 700 < len(task.held_out) + len(task.fresh) < 1300
+    assert 0.4 < len(task.fresh) / len(task.held_out) < 0.6
     everything = everything[::20]
     for question in everything:
         assert int(question.answer) == evaluate(question.prompt.rstrip("="))
@@ -49,19 +46,20 @@ def test_sums_are_all_there_and_right() -> None:
     assert set(score(task, everything, [f"{int(q.answer) + 1}" for q in everything])) == {0.0}
     # Nor is the other order of what is held out trained on.
     pairs = lambda questions: {frozenset(q.prompt[:-1].split("+")) for q in questions}
-    assert not pairs(task.train) & pairs(task.held_out)
+    kinds = [pairs(task.train), pairs(task.held_out), pairs(task.fresh)]
+    assert sum(map(len, kinds)) == len(set.union(*kinds))
 
 
 def test_a_sample_of_sums_is_a_function_of_the_seed() -> None:
     first, again, other = (sums(digits=5, size=100, seed=seed) for seed in (1, 1, 2))
     assert first.train == again.train
     assert first.train != other.train
-    assert len(first.train) + len(first.held_out) == 100
+    assert len(everything_of(first)) == 100
 
 
 def test_countdown_questions_have_the_answers_they_say() -> None:
     task = load("countdown-easy", size=500, seed=3)
-    everything = [*task.train, *task.held_out]
+    everything = everything_of(task)
     assert len({q.prompt for q in everything}) == len(everything) == 500
     assert task == countdown_easy(size=500, seed=3)
     assert {len(q.columns["numbers"]) for q in everything} == {3, 4}
@@ -123,9 +121,9 @@ def test_a_file_in_the_form_of_gsm8k(tmp_path: Path) -> None:
         {"question": f"{i} and {i}?", "answer": f"It is {i}+{i}.\n#### {2 * i}"} for i in range(200)
     ]
     task = load(str(write(tmp_path / "a.jsonl", rows)))
-    everything = [*task.train, *task.held_out]
+    everything = everything_of(task)
     assert len(everything) == 200
-    assert 5 < len(task.held_out) < 40
+    assert 5 < len(task.held_out) + len(task.fresh) < 40
     one = next(q for q in everything if q.prompt == "7 and 7?\n")
     assert one.answer == "14"
     assert task.trace(one) == "It is 7+7.\n#### 14"
@@ -140,6 +138,7 @@ def test_what_is_held_out_depends_on_the_text_alone(tmp_path: Path) -> None:
     other = jsonl(write(tmp_path / "b.jsonl", [*rows[::-1], "", *twice, *rows[:9]]))
     assert sorted(first.train) == sorted(other.train)
     assert sorted(first.held_out) == sorted(other.held_out)
+    assert sorted(first.fresh) == sorted(other.fresh) != []
 
 
 def test_questions_of_a_held_out_file_are_not_trained_on(tmp_path: Path) -> None:
@@ -166,7 +165,8 @@ def test_a_file_is_read_as_the_settings_of_a_command_say(
     write(Path("test.jsonl"), rows[:3])
     words = '{"question": "q", "answer": "a", "trace": "how", "held_out": "test.jsonl", "reward": "exact=2,format"}'
     task = load("train.jsonl", **json.loads(words))
-    assert [q.prompt for q in task.held_out] == ["q0\n", "q1\n", "q2\n"]
+    assert sorted(q.prompt for q in [*task.held_out, *task.fresh]) == ["q0\n", "q1\n", "q2\n"]
+    assert len(task.fresh) == 1
     assert [q.answer for q in task.train] == list("345678")
     assert task.trace(task.train[0]) == "It is 3, I think.\n#### 3"
     traces = [str(task.trace(q)) for q in task.train]
@@ -223,8 +223,8 @@ def test_presets_of_reasoning_gym_know_their_answers(name: str) -> None:
     size = 2 if name == "countdown" else 20  # of which each takes a search
     task = load(name, size=size, held_out=size)
     assert len(task.train) == size
-    everything = [*task.train, *task.held_out]
-    assert not {q.prompt for q in task.train} & {q.prompt for q in task.held_out}
+    everything = everything_of(task)
+    assert len({q.prompt for q in everything}) == len(everything)
     assert set(score(task, everything, [q.answer for q in everything])) == {1.0}
     wrong = score(task, everything, ["none"] * len(everything))
     assert max(wrong) < 0.1
@@ -241,7 +241,9 @@ def test_held_out_questions_are_the_same_for_every_seed_and_never_trained_on() -
     assert prompts(first.held_out) == prompts(other.held_out)
     assert len(first.held_out) == len(prompts(first.held_out)) < 60
     assert len(first.train) == 300
-    assert not prompts(first.train) & prompts(first.held_out)
+    assert not prompts(first.train) & prompts([*first.held_out, *first.fresh])
+    assert not prompts(first.held_out) & prompts(first.fresh)
+    assert prompts(first.fresh) == prompts(other.fresh) != set()
     assert [q.prompt for q in first.train] != [q.prompt for q in other.train]
     assert first.train[-1] == first.train[299]
     with pytest.raises(IndexError):

@@ -1,13 +1,15 @@
 """Files of a run folder are whole or not there."""
 
+import dataclasses
 import errno
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
+from experiments.reasoning.config import PRESETS, Config
 from experiments.run.errors import RunError, UsageError
-from experiments.run.folder import read_result, write_json, write_whole
+from experiments.run.folder import open_run_folder, read_result, write_json, write_whole
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
@@ -48,3 +50,31 @@ def test_a_result_of_other_types_is_refused(tmp_path: Path, content: bytes, word
     with pytest.raises(UsageError) as error:
         read_result(tmp_path)
     assert words in str(error.value)
+
+
+def test_a_file_with_other_content_is_another_run(tmp_path: Path) -> None:
+    file, run_dir = tmp_path / "own.py", tmp_path / "run"
+    file.write_text("one")
+    config = dataclasses.replace(PRESETS["tiny"], run_dir=run_dir)
+
+    def opened(config: Config) -> None:
+        with open_run_folder("reasoning", config, [file]):
+            pass
+
+    opened(config)
+    opened(config)
+    (run_dir / "result.json").write_text("{}")
+    file.write_text("two")
+    words = (
+        r"holds a run of other settings \(.*own.py has other content\): choose another --run-dir"
+    )
+    with pytest.raises(UsageError, match=words):
+        opened(config)
+    assert (run_dir / "result.json").exists()
+    opened(dataclasses.replace(config, accept_changes=True))
+    opened(config)
+    file.write_text("three")
+    opened(dataclasses.replace(config, overwrite=True))
+    file.unlink()
+    with pytest.raises(UsageError, match=r"own.py cannot be read: No such file"):
+        opened(config)

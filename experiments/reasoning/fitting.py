@@ -1,0 +1,61 @@
+"""How many members write at a time, and to how many questions: settled before anything is built."""
+
+import jax
+import jax.numpy as jnp
+
+from experiments.reasoning.config import Config
+from experiments.reasoning.evolution import strategy
+from experiments.reasoning.memory import MemoryPlan, device_bytes, plan_memory
+from experiments.reasoning.questions import Questions
+from experiments.reasoning.speed import expected_tokens_per_s
+from experiments.reasoning.start import Start
+from experiments.run import agreement
+from experiments.run.devices import Layout
+from experiments.run.fields import changed
+
+
+def fit(
+    config: Config, base: Start, questions: Questions, layout: Layout
+) -> tuple[Config, MemoryPlan]:
+    """The settings with as many members and questions at a time as fit into the memory, and the plan of it.
+
+    The plan is made from shapes alone. What the settings say themselves is left as it is.
+
+    Args:
+        config: the settings.
+        base: the model that training begins with.
+        questions: of the task, of which those of the first generation say how long prompts are.
+        layout: the devices.
+
+    Raises:
+        UsageError: where not even two members fit, or for an optimizer that there is not.
+    """
+    prompts = questions.prompts(questions.of_generation(0))
+    shapes = jax.eval_shape(base.params, jnp.int32(0))
+    # Every device, or group of them, has the members of at most so many pairs.
+    share = 2 * -(-config.evolution.population // (2 * layout.groups))
+    # The same for all processes, whose programs are one.
+    budget = agreement.least(
+        device_bytes() if config.memory_gib is None else int(config.memory_gib * 2**30)
+    )
+    plan = plan_memory(
+        base.model,
+        strategy(config, base, layout),
+        shapes,
+        share,
+        config.prompts * config.samples,
+        prompts.tokens.shape[1],
+        questions.sampling(),
+        budget,
+    )
+    members = plan.members if plan.members < share else None
+    few = max(1, plan.prompts // config.samples)
+    settled = changed(
+        config,
+        chunk=config.evolution.chunk or members,
+        prompt_chunk=config.prompt_chunk or (few if few < config.prompts else None),
+    )
+    # Devices of a CPU share its cores.
+    devices = 1 if jax.default_backend() == "cpu" else layout.devices
+    speed = devices * expected_tokens_per_s(shapes, plan.members * plan.prompts)
+    return settled, plan._replace(tokens_per_s=speed)

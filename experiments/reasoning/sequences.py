@@ -1,0 +1,190 @@
+"""Prompts and completions as arrays on the host: packed, put in buckets, cut to length, joined."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+# Stands where there is no token; nothing reads it.
+PAD = 0
+SMALLEST_BUCKET = 16
+
+Ends = int | Sequence[int]
+
+
+class Prompts(NamedTuple):
+    """Prompts of any lengths.
+
+    Attributes:
+        tokens: int32 [prompts, slots], padded behind their ends.
+        lengths: int32 [prompts].
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+class Completions(NamedTuple):
+    """What was written, on the host; leading axes [population, prompts] or [prompts, samples].
+
+    Attributes:
+        tokens: int32 [..., new], padded with 0 behind the end.
+        lengths: int32 [...], tokens up to the end-of-text token, which counts.
+        ended: bool [...], whether there was one; else the answer was cut.
+        log_probs: float32 [..., new], of the chosen tokens under softmax(logits / temperature): the
+            policy that sampled, before top_k and top_p, as a learner finds them again from whole texts
+            (greedy ones at temperature 1). 0 behind the end.
+        entropy: float32 [...], of that policy, mean over tokens.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    ended: np.ndarray
+    log_probs: np.ndarray
+    entropy: np.ndarray
+
+
+class Part(NamedTuple):
+    """Answers to some of the prompts, [population, which, ...].
+
+    Attributes:
+        which: int [which], numbers of the prompts.
+        completions: to them.
+    """
+
+    which: np.ndarray
+    completions: Completions
+
+
+def pack(prompts: Sequence[Sequence[int]], slots: int | None = None) -> Prompts:
+    """Prompts of token numbers as arrays.
+
+    Args:
+        prompts: at least one token each.
+        slots: width of the array; that of the longest prompt by default.
+
+    Raises:
+        ValueError: for no prompts, an empty one, or one that is longer than slots.
+
+    Example:
+        >>> pack([[5, 6, 7], [8]])
+        Prompts(tokens=array([[5, 6, 7], [8, 0, 0]], dtype=int32), lengths=array([3, 1], dtype=int32))
+    """
+    if not prompts:
+        raise ValueError("there are no prompts; at least one is right")
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    slots = int(lengths.max()) if slots is None else slots
+    tokens = np.full((len(prompts), slots), PAD, np.int32)
+    for i, prompt in enumerate(prompts):
+        if not 1 <= len(prompt) <= slots:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; 1 to {slots} is right")
+        tokens[i, : len(prompt)] = prompt
+    return Prompts(tokens, lengths)
+
+
+def buckets(
+    lengths: Int[np.ndarray, "prompts"], chunk: int | None = None
+) -> list[tuple[int, np.ndarray]]:
+    """Prompts that are read together: (padded length, numbers of the prompts).
+
+    Padded lengths are powers of two from 16 on, so that there are few programs to compile.
+
+    Args:
+        lengths: of the prompts.
+        chunk: at most so many at once.
+
+    Example:
+        >>> buckets(np.array([3, 40, 16, 5]), chunk=2)
+        [(16, array([0, 2])), (16, array([3])), (64, array([1]))]
+    """
+    padded = np.array([padded_length(int(n)) for n in lengths])
+    found = []
+    for slots in np.unique(padded):
+        which = np.flatnonzero(padded == slots)
+        size = len(which) if chunk is None else chunk
+        found += [(int(slots), which[i : i + size]) for i in range(0, len(which), size)]
+    return found
+
+
+def padded_length(length: int) -> int:
+    """How long a prompt is read."""
+    return power_of_two(max(SMALLEST_BUCKET, length))
+
+
+def segments(max_new_tokens: int, segment: int) -> tuple[int, int]:
+    """How many segments follow the first token, and the tokens of each, all alike.
+
+    They write at most one token a segment too many, which is cut off, and are one program.
+
+    Example:
+        >>> segments(max_new_tokens=64, segment=16), segments(1, 16)
+        ((4, 16), (0, 0))
+    """
+    rest = max_new_tokens - 1
+    count = -(-rest // segment)
+    return count, -(-rest // max(count, 1))
+
+
+def completions_of(
+    tokens: np.ndarray,
+    log_probs: np.ndarray,
+    entropy: np.ndarray,
+    prompts: int,
+    new: int,
+    eos: Sequence[int],
+) -> Completions:
+    """What was written for the first prompts, cut, or padded, to `new` tokens.
+
+    Args:
+        tokens: [..., prompts, written], as the other two.
+        log_probs: of each token.
+        entropy: of the policy at each token.
+        prompts: those that count; more may have been written.
+        new: tokens of a completion, at most.
+        eos: the tokens that end a text.
+    """
+
+    def fit(x: np.ndarray) -> np.ndarray:
+        short = max(0, new - x.shape[-1])
+        return np.pad(x[..., :prompts, :new], [(0, 0)] * (x.ndim - 1) + [(0, short)])
+
+    tokens, log_probs, entropy = map(fit, (tokens, log_probs, entropy))
+    is_end = np.isin(tokens, eos)
+    ended = np.asarray(is_end.any(-1))
+    lengths = np.where(ended, is_end.argmax(-1) + 1, new).astype(np.int32)
+    mean = (entropy.sum(-1) / lengths).astype(np.float32)
+    return Completions(tokens, lengths, ended, log_probs, mean)
+
+
+def joined(parts: list[Part], axis: int) -> Completions:
+    """The answers to all prompts, in their order."""
+    order = np.argsort(np.concatenate([part.which for part in parts]))
+    join = lambda *x: np.take(np.concatenate(x, axis), order, axis)
+    return jax.tree.map(join, *(part.completions for part in parts))
+
+
+def as_ends(eos: Ends) -> tuple[int, ...]:
+    """The tokens that end a text, given as one or as several."""
+    return tuple(eos) if isinstance(eos, Sequence) else (eos,)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is not less than n."""
+    return 1 << (n - 1).bit_length()
+
+
+def check_tokens(prompts: Prompts, vocab: int, eos: Sequence[int]) -> None:
+    """Raises ValueError for tokens that a model does not have, and lengths that do not fit."""
+    slots = prompts.tokens.shape[1]
+    for i, length in enumerate(prompts.lengths):
+        if not 1 <= length <= slots:
+            raise ValueError(f"prompt {i} has {length} tokens; 1 to {slots} is right")
+        tokens = prompts.tokens[i, :length]
+        wrong = tokens[(tokens < 0) | (tokens >= vocab)]
+        if wrong.size:
+            raise ValueError(f"prompt {i} has the token {wrong[0]}; 0 to {vocab - 1} is right")
+    for token in eos:
+        if not 0 <= token < vocab:
+            raise ValueError(f"eos is {token}; 0 to {vocab - 1} is right")
