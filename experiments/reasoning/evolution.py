@@ -61,7 +61,8 @@ class Evolution:
         # How the state lies on several devices.
         self.lies = None
         if layout.mesh is not None:
-            self.lies = parallel.shardings(jax.eval_shape(self.start, jnp.int32(0)), layout.mesh)
+            state = jax.eval_shape(self.start, jnp.int32(0))
+            self.lies = parallel.shardings(state, layout.mesh, begin.model.sharding)
         self._update = layout.jit(
             self._updated,
             (self.lies, layout.everywhere, layout.everywhere),
@@ -87,7 +88,8 @@ class Evolution:
         def put(x: np.ndarray, where: NamedSharding) -> Array:
             return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
 
-        return jax.tree.map(put, whole, parallel.shardings(whole, self._layout.mesh))
+        rules = self._begin.model.sharding
+        return jax.tree.map(put, whole, parallel.shardings(whole, self._layout.mesh, rules))
 
     def generation(
         self, state: Any, generation: int, questions: Sequence[Question], examiner: Examiner
