@@ -1,6 +1,6 @@
 """Folders of families without a published layout: config.json, and a tensor a parameter, named by its path.
 
-A family with a published layout has a `load` and `save` of its own, as `hugging_face` and `rwkv7_weights`.
+A family with a published layout has its own `load` and `save`, as in `hugging_face` and `rwkv7_weights`.
 """
 
 import dataclasses
@@ -95,14 +95,13 @@ def load(
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), config))
     right = dict(leaf_paths(shapes))
     if odd := sorted(right.keys() ^ tensors.keys()):
-        found = "lacks" if odd[0] in right else "has left over"
-        raise UsageError(
-            f"{file} {found} the tensor {odd[0]}; {len(right)} by config.json are right"
-        )
+        if odd[0] in right:
+            raise UsageError(f"{file} has no tensor {odd[0]}, which config.json asks for")
+        raise UsageError(f"{file} has the tensor {odd[0]}, which a {model_type} does not have")
     for path, leaf in right.items():
         if tensors[path].shape != leaf.shape:
             raise UsageError(
-                f"{file}: {path} has the shape {list(tensors[path].shape)}; {list(leaf.shape)} is right "
+                f"{file}: {path} has the shape {list(tensors[path].shape)}; it must be {list(leaf.shape)} "
                 "by config.json"
             )
     leaves = [np.asarray(tensors[path], dtype) for path in right]
@@ -114,13 +113,13 @@ def _config(file: Path, model_type: str, config_class: type[C]) -> C:
     told = fields.read_json(file)
     if told.get("model_type") != model_type:
         raise UsageError(
-            f"{file} has the model_type {fields.shown(told.get('model_type'))}; {model_type!r} is right"
+            f"{file} has the model_type {fields.shown(told.get('model_type'))}; it must be {model_type!r}"
         )
     kinds = typing.get_type_hints(config_class)
     names = [field.name for field in dataclasses.fields(config_class)]
     if extra := sorted(told.keys() - {"model_type", *names}):
         raise UsageError(
-            f"{file}: {extra[0]} is no setting of {model_type}; {', '.join(sorted(names))} are"
+            f"{file}: {extra[0]} is no setting of {model_type}; the settings are {', '.join(sorted(names))}"
         )
     try:
         return config_class(**{name: READERS[kinds[name]](told, name) for name in names})
