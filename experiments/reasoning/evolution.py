@@ -84,7 +84,7 @@ class Evolution:
         self.sharding = None
         if layout.mesh is not None:
             shapes = jax.eval_shape(self.start, jnp.int32(0))
-            self.sharding = parallel.shardings(shapes, layout.mesh)
+            self.sharding = parallel.shardings(shapes, layout.mesh, base.model.sharding)
         self._update = layout.jit(
             self._updated,
             (self.sharding, layout.everywhere, layout.everywhere),
@@ -110,7 +110,8 @@ class Evolution:
         def put(x: np.ndarray, where: NamedSharding) -> Array:
             return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
 
-        return jax.tree.map(put, whole, parallel.shardings(whole, self._layout.mesh))
+        rules = self._base.model.sharding
+        return jax.tree.map(put, whole, parallel.shardings(whole, self._layout.mesh, rules))
 
     def generation(
         self, state: Any, generation: int, share: Share = unseen
