@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.run.canvas import GREY, HELD_OUT, POPULATION, finish
 from experiments.run.metrics import read_metrics
-from experiments.run.plots import GREY, HELD_OUT, POPULATION, finish
 
 Runs = dict[str, list[str]]
 

@@ -168,7 +168,7 @@ def draw(lines: list[Line], base: Config, path: Path) -> None:
     """Losses of all seeds beside the bytes of the states, the lowest mean first."""
     from matplotlib.figure import Figure
 
-    from experiments.run.plots import finish
+    from experiments.run.canvas import finish
 
     lines = sorted((one for one in lines if one.loss < float("inf")), key=lambda one: -one.loss)
     figure = Figure(figsize=(8.4, 1.6 + 0.27 * len(lines)), dpi=150, layout="constrained")

@@ -165,8 +165,8 @@ def tell(row: Row) -> str:
     """A row in a few words."""
     loss, held_out = row["loss"], row["held_out_loss"]
     parts = (
-        f"loss {loss:.3f}" if loss is not None else "",
         f"held out {held_out:.3f}" if held_out else "",
+        f"loss {loss:.3f}" if loss is not None else "",
     )
     return ", ".join(filter(None, parts))
 

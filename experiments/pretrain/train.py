@@ -76,7 +76,8 @@ def job(config: Config, text: Text | None = None) -> Job:
         began = time.perf_counter()
         carry, row = jax.block_until_ready(update(carry, tokens))
         rate = config.tokens_an_update / (time.perf_counter() - began)
-        return carry, {**row, "timing": {"tokens_per_second": rate}}
+        count = {"bytes_read": config.tokens_an_update}
+        return carry, {**row, **count, "timing": {"tokens_per_second": rate}}
 
     @layout.jit
     def measure(carry: Carry) -> dict[str, Array]:
@@ -92,6 +93,7 @@ def job(config: Config, text: Text | None = None) -> Job:
         ),
         tell=tell,
         measured=tuple(f"held_out_{name}" for name in figures(model)),
+        totals=("bytes_read",),
         sharding=lies,
     )
 
@@ -114,8 +116,7 @@ def tell(row: Row) -> str:
     """A row in a few words."""
     if row.get("held_out_bits_per_byte") is None:
         return ""
-    rate = row["timing"]["tokens_per_second"]
-    return f"{row['held_out_bits_per_byte']:.3f} bits/byte held out, {rate:,.0f} tokens/s"
+    return f"{row['held_out_bits_per_byte']:.3f} bits/byte held out"
 
 
 def evaluate(config: Config, state: Carry, episodes: int, seed: int) -> dict[str, list[float]]:

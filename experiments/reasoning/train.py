@@ -268,8 +268,7 @@ def tell(row: Row) -> str:
         words.append(f"reward {row['reward_mean']:.3f}")
     elif row.get("loss") is not None:
         words.append(f"loss {row['loss']:.3f}")
-    rate = row["timing"]["tokens_per_second"]
-    return ", ".join([*words, f"{rate:,.0f} tokens/s"] if rate else words)
+    return ", ".join(words)
 
 
 def train(config: Config, started: float | None = None) -> Result:

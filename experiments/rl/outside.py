@@ -129,6 +129,7 @@ class Outside:
             live, before = ~over, seen
             actions = np.asarray(act(seen, step)) + self.first_action
             seen, rewards, over = self._workers.step(actions)
+            part(int(over.sum()), len(over), "episodes")
             yield before, live, rewards
             step += 1
 

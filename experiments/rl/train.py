@@ -191,8 +191,8 @@ def tell(row: Row) -> str:
     words = [
         f"{label} {average(row[name]):.1f}"
         for label, name in (
-            ("return", "fitness_mean" if "fitness_mean" in row else "episode_return"),
             ("held out", "held_out_return"),
+            ("return", "fitness_mean" if "fitness_mean" in row else "episode_return"),
         )
         if row[name] is not None and None not in each(row[name])
     ]

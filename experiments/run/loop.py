@@ -31,13 +31,15 @@ from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import Interrupted, RunError
 from experiments.run.loggers import loggers
 from experiments.run.metrics import MetricsFile, Row, expect_names, plain
-from experiments.run.progress import Progress
+from experiments.run.progress import Progress, rates
 from experiments.run.settings import RunSettings
 from experiments.run.stopping import stop_requests
 from experiments.run.stopwatch import Stopwatch
 
 # So many generations in a row without a usable score say that something is broken.
 HOPELESS = 10
+# What totals are called where it is told how many of them a second took.
+RATES = {"environment_steps": "steps", "generated_tokens": "written tokens", "bytes_read": "bytes"}
 
 
 class Job(NamedTuple):
@@ -146,6 +148,8 @@ class Record:
         row = {"generation": self.generation, **plain(found)}
         for name in self.job.totals:
             row[name] = self._totals[name] = _add(self._totals.get(name, 0), row[name])
+        counts = {RATES.get(name, name): plain(found[name]) for name in self.job.totals}
+        self._rates = rates(counts, time.perf_counter() - began)
         row.update(self._measured or dict.fromkeys(self.job.measured))
         times = {"seconds": time.perf_counter() - began, "since_start": self.watch.total()}
         row["timing"] = {**times, **timing, **row.get("timing", {})}
@@ -157,8 +161,8 @@ class Record:
 
     @property
     def told(self) -> str:
-        """The newest row in a few words."""
-        return self.job.tell({**self._row, **self._latest})
+        """The newest row in a few words, the most important first."""
+        return ", ".join([self.job.tell({**self._row, **self._latest}), *self._rates])
 
     @property
     def save_due(self) -> bool:

@@ -199,7 +199,8 @@ def tell(row: Row) -> str:
     """A row in a few words."""
     if row["held_out_accuracy"] is None:
         return ""
-    return f"accuracy {average(row['train_accuracy']):.3f}, held out {average(row['held_out_accuracy']):.3f}"
+    held_out, seen = average(row["held_out_accuracy"]), average(row["train_accuracy"])
+    return f"held out {held_out:.1%} right, {seen:.1%} of training images"
 
 
 def evaluate(config: Config, state: Carry, episodes: int, seed: int) -> dict[str, list[float]]:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from experiments.run.canvas import GREY, HELD_OUT, POPULATION, finish
 from experiments.run.folder import write_whole
-from experiments.run.plots import GREY, HELD_OUT, POPULATION, finish
 from experiments.run.report import in_words
 
 LEAST = 4  # settings that can be told apart from chance at all
