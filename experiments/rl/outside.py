@@ -18,6 +18,7 @@ from experiments.rl.evolution import Carry, keys, make_strategy
 from experiments.rl.policy import Policy, make_policy
 from experiments.rl.statistics import Statistics, Sums, merge, nothing_seen
 from experiments.rl.workers import Workers, shape_of, spaces_of
+from experiments.run.progress import part
 
 Row = dict[str, Any]
 # (observations [environments, ...], number of the step) -> actions [environments, ...]

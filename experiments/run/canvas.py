@@ -190,14 +190,17 @@ def _fits(widths: Sequence[float], columns: int, inches: float) -> bool:
     return bool(sum(wide) + 0.22 * (len(wide) - 1) <= inches)
 
 
-def lines_at_right(axes: "Axes", marks: Mapping[str, float | int]) -> None:
-    """Dotted lines at values to compare with, named at the right; names do not touch."""
+def lines_at_right(axes: "Axes", marks: Mapping[str, float | int], named: bool = True) -> None:
+    """Dotted lines at values in the range, to compare with; their names at the right do not touch."""
     low, high = axes.get_ylim()
     # The height of a name at this size, in units of the axis.
     gap = (high - low) * SMALL * 1.25 / 72 / (HEIGHT - 1.5)
     below = low - gap
-    for name, value in sorted(marks.items(), key=lambda item: item[1]):
+    seen = {name: value for name, value in marks.items() if low <= value <= high}
+    for name, value in sorted(seen.items(), key=lambda item: item[1]):
         axes.axhline(value, color=GREY, lw=0.8, ls=":", zorder=0)
+        if not named:
+            continue
         below = max(value, below + gap)
         axes.annotate(
             literal(name),

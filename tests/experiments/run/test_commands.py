@@ -20,8 +20,8 @@ from experiments.run.axes import AXES, ENVIRONMENT_STEPS, GENERATIONS, SECONDS
 from experiments.run.cli import main
 from experiments.run.compared import Group, Run, group, read_run
 from experiments.run.metrics import read_metrics
-from experiments.run.samples import add_sample
 from experiments.run.report import draw, page_of
+from experiments.run.samples import add_sample
 
 SMALL = dataclasses.replace(
     PRESETS["cartpole"],
