@@ -19,6 +19,7 @@ from experiments.rl.policy import Policy, make_policy
 from experiments.rl.statistics import Statistics, Sums, merge, nothing_seen
 from experiments.rl.workers import Workers, shape_of, spaces_of
 from experiments.run.learners import row_of
+from experiments.run.progress import part
 from experiments.run.trainer import Carry
 
 Row = dict[str, Any]
@@ -130,6 +131,7 @@ class Outside:
             live, before = ~over, seen
             actions = np.asarray(act(seen, step)) + self.first_action
             seen, rewards, over = self._workers.step(actions)
+            part(int(over.sum()), len(over), "episodes")
             yield before, live, rewards
             step += 1
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 import eggroll
 from experiments.models.mlp import MLP
+from experiments.run.axes import UPDATES
 from experiments.run.devices import ONE, Layout
 from experiments.run.learners import Backprop, optimizer_of, row_of, strategy
 from experiments.run.plots import Curve
@@ -133,6 +134,7 @@ class Classifier(ProgramTrainer[Config]):
             name="held_out_accuracy",
             words="accuracy on held-out images",
             who="classifier",
+            x=UPDATES,
             target=config.target,
             of=len(halves(self.data, config.target is not None)[0][1]),
         )

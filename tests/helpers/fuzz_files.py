@@ -33,7 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.run import report
+from experiments.run import compared, report
+from experiments.run.axes import AXES
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import RunError, UsageError
 from experiments.run.fields import changed, differences, from_json, to_json
@@ -255,8 +256,9 @@ def read_rows(folder: Path) -> list[str]:
 def draw(folder: Path, x: str) -> list[str]:
     """As `eggroll report`, but for the picture."""
     name = report.held_out_name(folder)
-    run = report.read_run(folder, x, name)
-    page = report.as_html(report.group([run]), x, name, b"")
+    axis = AXES[x]
+    run = compared.read_run(folder, axis, name)
+    page = report.page_of(compared.group([run]), axis, name, report.Picture(b"", "", []))
     whole = run.x.dtype == run.y.dtype == float and np.isfinite(run.x).all()
     if not whole or run.y.ndim != 2 or len(run.x) != len(run.y) or "<table>" not in page:
         raise Silent(f"a curve of {run.x.shape} and {run.y.shape}")
