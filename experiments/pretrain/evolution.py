@@ -15,6 +15,7 @@ from experiments.pretrain.config import Config
 from experiments.pretrain.models import Model
 from experiments.run.devices import ONE, Layout
 from experiments.run.optimizers import decayed, make_optimizer
+from experiments.run.sizes import sizes
 
 
 class Evolution:
@@ -59,6 +60,7 @@ class Evolution:
         state, hidden, row = self._update(carry.training, members)
         del row["generation"]  # the loop's own
         row["weights_moved"] = moved(carry.training.params, state.params)
+        row |= sizes(self._es, carry.training)
         return Carry(state, hidden, carry.cursor + 1, carry.seed), row
 
     def _update(self, state: Any, members: Any) -> tuple[Any, PyTree, dict[str, Array]]:

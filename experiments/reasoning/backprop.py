@@ -131,6 +131,9 @@ class GroupPolicy(Backprop):
             written.ended.T,
             written.entropy.T,
         )
+        answers = [one.answer for one in repeated(questions, group)]
+        row |= diagnostics.of_rewards(marks.rewards, texts, answers)
+        row["late_rewards"] = marks.late
         tokens = int(written.lengths.sum())
         return (params, inner), {**told, **row, "generated_tokens": tokens}
 

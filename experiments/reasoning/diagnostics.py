@@ -4,6 +4,7 @@ Reward may rise by the format alone, most questions may say nothing since all me
 a pair may write the same text, and most of an update may be lost to rounding: each has its number here.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PyTree
+
+from experiments.reasoning.rewards import exact
 
 Table = Float[Array | np.ndarray, "population prompts"]
 Texts = Sequence[Sequence[Any]]
@@ -57,6 +60,32 @@ def summary(
         row["identical_pairs"] = identical_pairs(completions)
     others = {"length": lengths, "ended": ended, "entropy": entropies}
     return row | {name: _mean(table) for name, table in others.items() if table is not None}
+
+
+def of_rewards(
+    rewards: Float[Array | np.ndarray, "..."], texts: Sequence[str], right: Sequence[str]
+) -> dict[str, float]:
+    """What tells a reward that takes all for wrong from a model that is always wrong, for a row of metrics.
+
+    Args:
+        rewards: in any shape, NaN for those that are not known.
+        texts: the completions.
+        right: the right answer of each.
+
+    Returns:
+        ``reward_best``: the largest reward; NaN where none is known. ``exact_answers``: share of completions
+        that give the right answer as a number or in words; NaN where a reward is above 0, which tells as
+        much.
+
+    Example:
+        >>> of_rewards(np.zeros((2, 1)), ["It is 18.", "so 4"], ["18", "5"])
+        {'reward_best': 0.0, 'exact_answers': 0.5}
+    """
+    known = np.asarray(rewards, np.float64)
+    known = known[~np.isnan(known)]
+    best = float(known.max()) if known.size else math.nan
+    asked = math.nan if best > 0 else _mean(exact(list(texts), list(right)))
+    return {"reward_best": best, "exact_answers": asked}
 
 
 def spread(rewards: Table) -> float:

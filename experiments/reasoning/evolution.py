@@ -22,6 +22,7 @@ from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question
 from experiments.run.devices import ONE, Layout
 from experiments.run.optimizers import decayed, make_optimizer
+from experiments.run.sizes import sizes
 
 FITNESS = {"likelihood": sft.cross_entropy_score, "match": sft.exact_match_score}
 
@@ -109,7 +110,7 @@ class Evolution:
     ) -> tuple[Any, Any, dict[str, Array]]:
         new, metrics = es.update(state, values)
         changed = diagnostics.changed_weights(state.params, new.params, self._config.narrow_type)
-        return new, metrics, changed
+        return new, metrics, changed | sizes(es, state)
 
     @functools.cached_property
     def _score(self) -> Any:
@@ -133,7 +134,7 @@ class Evolution:
         """Rewards of what every member answers."""
         config = self._config
         asked = repeated(questions, config.samples)
-        parts, texts, handles = [], [], []
+        parts, texts, handles, owns = [], [], [], []
         for part in stream(
             self._begin.model,
             self.es,
@@ -145,6 +146,7 @@ class Evolution:
         ):
             # Processes compute these rewards while the next questions are answered.
             own = [asked[i] for i in part.which] * config.population
+            owns += own
             texts.append(examiner.texts(part.completions))
             handles.append(examiner.hand_in(texts[-1], own))
             parts.append(part)
@@ -166,6 +168,11 @@ class Evolution:
             together(part.completions.ended for part in parts),
             together(part.completions.entropy for part in parts),
         )
+        flat = [text for some in texts for text in some]
+        tables = [m.rewards.ravel() for m in marks]
+        right = [one.answer for one in owns]
+        row |= diagnostics.of_rewards(np.concatenate(tables), flat, right)
+        row["late_rewards"] = float(np.mean([one.late for one in marks]))
         row["generated_tokens"] = int(lengths.sum())
         return objective(rewards, config), row
 

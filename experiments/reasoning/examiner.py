@@ -24,10 +24,12 @@ class Marks(NamedTuple):
     Attributes:
         rewards: what is to be maximised.
         parts: the same for each reward that these are summed from.
+        late: share of those that this process asked for and gave up for their time.
     """
 
     rewards: np.ndarray
     parts: dict[str, np.ndarray]
+    late: float
 
 
 class Examiner:
@@ -115,7 +117,9 @@ class Examiner:
             return agreement.from_parts(np.array(values, np.float32), count).reshape(shape)
 
         return Marks(
-            table(batch.rewards), {name: table(values) for name, values in batch.parts.items()}
+            table(batch.rewards),
+            {name: table(values) for name, values in batch.parts.items()},
+            batch.failures.get("timeout", 0) / max(len(batch.rewards), 1),
         )
 
 

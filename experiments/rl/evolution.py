@@ -15,6 +15,7 @@ from experiments.rl.stretches import count, play
 from experiments.run.devices import ONE, Layout
 from experiments.run.errors import UsageError
 from experiments.run.optimizers import Rates, make_optimizer, rates_of
+from experiments.run.sizes import sizes
 
 
 class Carry(NamedTuple):
@@ -125,7 +126,7 @@ def make_generation(
         statistics = (
             carry.statistics if seen is None else merge(carry.statistics, layout.gather(seen))
         )
-        row = metrics._asdict()
+        row = metrics._asdict() | sizes(es, carry.es)
         del row["generation"]  # the loop's own
         return Carry(state, statistics), {**row, "environment_steps": steps.sum()}
 

@@ -18,6 +18,7 @@ from experiments.rl.evolution import Carry, keys, make_strategy
 from experiments.rl.policy import Policy, make_policy
 from experiments.rl.statistics import Statistics, Sums, merge, nothing_seen
 from experiments.rl.workers import Workers, shape_of, spaces_of
+from experiments.run.sizes import sizes
 
 Row = dict[str, Any]
 # (observations [environments, ...], number of the step) -> actions [environments, ...]
@@ -54,6 +55,7 @@ class Outside:
         self._members = jax.jit(self._members_act)
         self._mean = jax.jit(self._mean_acts)
         self._tell = jax.jit(self.es.tell)
+        self._sizes = jax.jit(lambda state: sizes(self.es, state))
 
     # ------------------------------------------------------------ what the loop calls
 
@@ -82,7 +84,7 @@ class Outside:
         if config.normalise:
             sums = Sums(jnp.float32(taken), jnp.asarray(first), jnp.asarray(second))
             statistics = merge(statistics, sums)
-        row = metrics._asdict()
+        row = metrics._asdict() | self._sizes(carry.es)
         del row["generation"]  # the loop's own
         return Carry(state, statistics), {**row, "environment_steps": taken}
 

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from experiments.run import stopping
@@ -147,12 +148,20 @@ def _train(driver: str, args: Sequence[str]) -> int:
             stopping.hold()  # all of them end together
         train = importlib.import_module(modules.train).train
         from experiments.run.compilation import keep_compiled_programs
+        from experiments.run.doctor import last_line
 
         keep_compiled_programs()
-        sentence = train(config, STARTED).sentence
+        try:
+            sentence = train(config, STARTED).sentence
+        except RunError as error:
+            if hosts.first() and (why := last_line(config.run_dir)):
+                error.add_note(why)
+            raise
         if hosts.first():
             print(sentence)
             print(f"Metrics, checkpoints and the curve are in {config.run_dir}.")
+            if why := last_line(config.run_dir):
+                print(why)
     return 0
 
 
@@ -216,13 +225,14 @@ def _rl(args: Sequence[str]) -> int:
 
 def _doctor(args: Sequence[str]) -> int:
     if args in (["-h"], ["--help"]):
-        print(f"usage: eggroll doctor\n\n{COMMANDS['doctor'].summary}; takes no options")
+        print(f"usage: eggroll doctor [RUN ...]\n\n{COMMANDS['doctor'].summary}; takes no options")
         return 0
-    if args:
-        raise UsageError(f"takes no options, but got {args[0]!r}")
-    from experiments.run.doctor import doctor
+    options = [word for word in args if word.startswith("-")]
+    if options:
+        raise UsageError(f"takes no options, but got {options[0]!r}")
+    from experiments.run.doctor import doctor, tell
 
-    return doctor()
+    return tell([Path(word) for word in args]) if args else doctor()
 
 
 def _plain_cli(kind: type[Settings], args: Sequence[str], prog: str) -> Settings:
@@ -276,7 +286,9 @@ COMMANDS = {
     "eval": Command("measure the newest checkpoint of a run", _eval),
     "sample": Command("let the language model of a run write", _sample),
     "export": Command("write the trained parameters of a run as safetensors", _export),
-    "doctor": Command("print versions and devices, and check that a small program runs", _doctor),
+    "doctor": Command(
+        "check the installation; with run folders, say why they did not learn", _doctor
+    ),
 }
 
 

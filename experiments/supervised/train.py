@@ -18,6 +18,7 @@ from experiments.run.metrics import Row
 from experiments.run.optimizers import Rates, make_optimizer, rates_of
 from experiments.run.plots import learning_curve
 from experiments.run.seeds import average, each, many
+from experiments.run.sizes import sizes
 from experiments.run.stopwatch import Stopwatch
 from experiments.run.together import Pieces, run_together
 from experiments.supervised.config import Config
@@ -165,7 +166,7 @@ def pieces(config: Config, data: Data, rates: Rates | None = None, layout: Layou
 
     def by_evolution(carry: Carry) -> tuple[Carry, dict[str, Array]]:
         state, metrics = es.step(carry.state, fitness, *batch_of(carry))
-        row = metrics._asdict()
+        row = metrics._asdict() | sizes(es, carry.state)
         del row["generation"]  # the loop's own
         return Carry(state, carry.generation + 1, carry.seed), row
 
