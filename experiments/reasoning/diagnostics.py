@@ -50,16 +50,16 @@ def summary(
         ended 0.833
     """
     row = {
-        "reward_mean": _mean(rewards),
+        "reward_mean": known_mean(rewards),
         "reward_spread": spread(rewards),
         "no_signal": no_signal(rewards),
-        "unknown_rewards": _mean(np.isnan(rewards)),
+        "unknown_rewards": known_mean(np.isnan(rewards)),
     }
-    row |= {f"reward_{name}": _mean(part) for name, part in (parts or {}).items()}
+    row |= {f"reward_{name}": known_mean(part) for name, part in (parts or {}).items()}
     if completions is not None:
         row["identical_pairs"] = identical_pairs(completions)
     others = {"length": lengths, "ended": ended, "entropy": entropies}
-    return row | {name: _mean(table) for name, table in others.items() if table is not None}
+    return row | {name: known_mean(table) for name, table in others.items() if table is not None}
 
 
 def of_rewards(
@@ -84,7 +84,7 @@ def of_rewards(
     known = np.asarray(rewards, np.float64)
     known = known[~np.isnan(known)]
     best = float(known.max()) if known.size else math.nan
-    asked = math.nan if best > 0 else _mean(exact(list(texts), list(right)))
+    asked = math.nan if best > 0 else known_mean(exact(list(texts), list(right)))
     return {"reward_best": best, "exact_answers": asked}
 
 
@@ -97,7 +97,7 @@ def spread(rewards: Table) -> float:
         >>> spread(np.array([[0.0, 1.0], [2.0, 1.0]])) == 0.5**0.5
         True
     """
-    return _mean([np.std(column, ddof=1) for column in _known(rewards) if len(column) > 1])
+    return known_mean([np.std(column, ddof=1) for column in _known(rewards) if len(column) > 1])
 
 
 def no_signal(rewards: Table) -> float:
@@ -107,7 +107,7 @@ def no_signal(rewards: Table) -> float:
         >>> no_signal(np.array([[0.0, 1.0], [0.0, 0.0]]))
         0.5
     """
-    return _mean([len(np.unique(column)) < 2 for column in _known(rewards)])
+    return known_mean([len(np.unique(column)) < 2 for column in _known(rewards)])
 
 
 def identical_pairs(completions: Texts) -> float:
@@ -125,7 +125,7 @@ def identical_pairs(completions: Texts) -> float:
     if len(completions) % 2:
         raise ValueError(f"the population is {len(completions)}; an even number is right")
     pairs = zip(completions[::2], completions[1::2], strict=True)
-    return _mean([np.array_equal(*both) for pair in pairs for both in zip(*pair, strict=True)])
+    return known_mean([np.array_equal(*both) for pair in pairs for both in zip(*pair, strict=True)])
 
 
 def changed_fraction(before: PyTree, after: PyTree, dtype: Any = None) -> Any:
@@ -233,8 +233,8 @@ def _known(rewards: Table) -> list[np.ndarray]:
     return [column[~np.isnan(column)] for column in np.asarray(rewards).T]
 
 
-def _mean(values: Any) -> float:
-    """Of the known ones; NaN where there is none."""
+def known_mean(values: Any) -> float:
+    """The mean of those that are no NaN; NaN where there are none."""
     known = np.asarray(values, np.float64)
     known = known[~np.isnan(known)]
     return float(known.mean()) if known.size else float("nan")

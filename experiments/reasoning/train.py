@@ -232,7 +232,7 @@ def job(config: Config, course: Course | None = None, examiner: Examiner | None 
         )
         return {
             "held_out_accuracy": float(np.mean(rewards >= RIGHT)),
-            "held_out_reward": float(np.nanmean(rewards)),
+            "held_out_reward": diagnostics.known_mean(rewards),
             "held_out_length": float(written.lengths.mean()),
         }
 

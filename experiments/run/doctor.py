@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from experiments.run import diagnosis
 from experiments.run.diagnosis import Finding
-from experiments.run.errors import UsageError
+from experiments.run.errors import RunError, UsageError
 from experiments.run.folder import read_config, read_result, versions
 from experiments.run.metrics import Row, read_metrics
 
@@ -131,8 +131,8 @@ def last_line(path: Path) -> str | None:
     """
     try:
         found = examine(path).findings
-    except UsageError:
-        return None  # it has no rows
+    except (UsageError, RunError):
+        return None  # it has no rows, or what ended it is told already
     if not found or found[0].name == diagnosis.TOO_FEW:
         return None
     more = len(found) - 1

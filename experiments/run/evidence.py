@@ -177,6 +177,11 @@ def ratio(a: np.ndarray, b: np.ndarray) -> float:
     return float(a[0] / b[0]) if a.size and b.size and b[0] > 0 else math.nan
 
 
+def times(value: float, factor: int) -> int | None:
+    """A whole number to try; None where the value is not known."""
+    return int(value * factor) if math.isfinite(value) else None
+
+
 def round_to(value: float, digits: int = 2) -> float:
     """A number to try: of so many digits.
 
