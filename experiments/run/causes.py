@@ -150,20 +150,20 @@ def lost_updates(run: Run) -> Finding | None:
     changed, steps = known(run.figure("changed_weights")), run.steps
     if len(changed) < 2 or not steps.size or changed.sum() >= FEW_CHANGED:
         return None
-    # The first step in which most weights reach a neighbour.
-    better = run.number("learning_rate") * BFLOAT16_STEP / median(steps)
     kind = "int8" if run.setting("quantised") else run.setting("dtype")
     seen = (
         f"updates are lost in {kind}: those of {run.span} changed {changed.sum():.2%} of the weights, since "
         f"a step is {median(steps):.2g} of the weights and neighbours are {BFLOAT16_STEP:.2g} apart"
     )
-    return run.finding("updates lost", seen, "learning_rate", round_to(better))
+    # With steps so long most weights reach a neighbour.
+    better = larger_rate(run, BFLOAT16_STEP)
+    return run.finding("updates lost", seen, "learning_rate", better)
 
 
 def sigma_large(run: Run) -> Finding | None:
     """Noise that drowns the weights, or what comes out of layers."""
     sigma = run.number("sigma")
-    if run.on_nodes and not run.noise > 0:
+    if run.on_nodes and not run.typical("noise_norm") > 0:
         if not sigma > LOUD_NODES:
             return None
         seen = f"noise of {sigma:.3g} on outputs of layers, which are of size 1"
@@ -199,8 +199,7 @@ def rate_small(run: Run) -> Finding | None:
         # A share of the weights moves by one unit, whatever the gradient.
         better = min(1.0, round_to(max(run.number("alpha") * 10, 0.3)))
         return run.finding("rate too small", seen, "alpha", better)
-    better = round_to(run.number("learning_rate") * GOOD_STEP / median(steps))
-    return run.finding("rate too small", seen, "learning_rate", better)
+    return run.finding("rate too small", seen, "learning_rate", larger_rate(run, GOOD_STEP))
 
 
 def sigma_small(run: Run) -> Finding | None:
@@ -229,8 +228,8 @@ def population_small(run: Run) -> Finding | None:
     group = run.number("group")
     better = int(math.ceil(better / group) * group) if group > 0 else better
     seen = (
-        f"{run.pairs:g} pairs say little of {weights:,.0f} weights: by the law of alignment the cosine of "
-        f"the estimate and the gradient is about {cosine:.2g}"
+        f"{run.pairs:g} pair{'s' * (run.pairs != 1)} for {weights:,.0f} weights: by the law of alignment "
+        f"the cosine of the estimate and the gradient is about {cosine:.2g}"
     )
     return run.finding("population too small", seen, "population", better)
 
@@ -267,7 +266,15 @@ def varies(run: Run) -> bool:
 def better_sigma(run: Run) -> float:
     """The sigma at which noise has the usual share of the weights."""
     sigma = run.number("sigma")
+    if run.on_nodes:
+        return GOOD_NODES
     return round_to(sigma * GOOD_NOISE / run.noise if run.noise > 0 else 10 * sigma)
+
+
+def larger_rate(run: Run, step: float) -> float:
+    """The rate at which steps have this length against the weights."""
+    rate, now = run.number("learning_rate"), median(run.steps)
+    return round_to(rate * step / now if now > 0 else 1000 * rate)
 
 
 def smaller_rate(run: Run) -> float:

@@ -56,8 +56,8 @@ def diagnose(
         ...          "noise_norm": 7.0, "update_norm": 0.3, "updated": True}] * 20
         >>> found = diagnose("supervised", {"population": 4, "sigma": 0.1, "learning_rate": 0.03}, rows)
         >>> print(found[0].sentence)
-        2 pairs say little of 4,810 weights: by the law of alignment the cosine of the estimate and the \
-gradient is about 0.02; try --population 386 instead of 4.
+        2 pairs for 4,810 weights: by the law of alignment the cosine of the estimate and the gradient is \
+about 0.02; try --population 386 instead of 4.
     """
     run = Run(driver, config, rows, final)
     if rows and learned(run):

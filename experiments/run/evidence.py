@@ -100,7 +100,13 @@ class Run:
 
     @property
     def noise(self) -> float:
-        """The norm of a member's noise over that of the weights, in the first generation."""
+        """The size of the noise against what it is added to, in the first generation.
+
+        The norm of a member's noise over that of the weights; sigma where all noise is on nodes, whose
+        values are of size 1.
+        """
+        if self.on_nodes and not self.typical("noise_norm") > 0:
+            return self.number("sigma")
         return ratio(known(self.figure("noise_norm"))[:1], known(self.figure("weight_norm"))[:1])
 
     @property
