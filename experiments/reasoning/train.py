@@ -146,7 +146,7 @@ class Reasoning(LanguageTrainer[Config]):
         written, _, found = self.answers(carry.learner.params, self.questions.measured)
         return {
             "held_out_accuracy": float(np.mean(found >= RIGHT)),
-            "held_out_reward": float(np.nanmean(found)),
+            "held_out_reward": diagnostics.known_mean(found),
             "held_out_length": float(written.lengths.mean()),
         }
 

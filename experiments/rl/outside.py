@@ -57,6 +57,7 @@ class Outside:
         self._members = jax.jit(self._members_act)
         self._mean = jax.jit(self._mean_acts)
         self._tell = jax.jit(self.es.tell)
+        self._row = jax.jit(lambda metrics, state: row_of(metrics, self.es, state))
 
     # ------------------------------------------------------------ what the loop calls
 
@@ -87,8 +88,9 @@ class Outside:
         if config.normalise:
             sums = Sums(jnp.float32(taken), jnp.asarray(first), jnp.asarray(second))
             statistics = merge(statistics, sums)
+        row = self._row(metrics, carry.learner)
         after = Carry(state, Seen(statistics), carry.generation + 1, carry.seed)
-        return after, {**row_of(metrics), "environment_steps": taken}
+        return after, {**row, "environment_steps": taken}
 
     def returns(self, carry: Carry, episodes: int, *stream: int) -> np.ndarray:
         """Returns of the mean policy in episodes that no member is trained on; the stream decides which."""

@@ -91,7 +91,7 @@ class Classifier(ProgramTrainer[Config]):
             row: dict[str, Array]
             if config.algorithm == "eggroll":
                 learner, metrics = es.step(carry.learner, fitness, *batch_of(carry))
-                row = row_of(metrics)
+                row = row_of(metrics, es, carry.learner)
             else:
                 learner, value, *_ = backprop.step(carry.learner, loss, *batch_of(carry))
                 row = {"loss": value}
