@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from eggroll import EvolutionStrategy, integer
 from eggroll import _programs as programs
 from eggroll.population.placement import AXIS
-from experiments.models import egg, parallel, rwkv7, transformer
+from experiments.models import egg, parallel, rwkv7, rwkv7_family, transformer, transformer_family
 
 EVERYWHERE = jax.P()
 TOKENS, SEQUENCES = 256, 4
@@ -116,6 +116,7 @@ def language_model(
     init: Callable[[Array], Any],
     logits: Callable[[Any, Array], Array],
     plan: Any,
+    rules: parallel.ShardingRules,
 ) -> Callable[[Case, Mesh], tuple[Any, ...]]:
     """Weights in bfloat16 with float32 copies; scored by the likelihood of a few texts, plain SGD."""
 
@@ -136,7 +137,7 @@ def language_model(
         state = jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
             state,
-            parallel.shardings(state, mesh),
+            parallel.shardings(state, mesh, rules),
         )
         tokens = placed(jax.ShapeDtypeStruct((SEQUENCES, TOKENS + 1), jnp.int32), mesh)
         return es, state, fitness, (tokens,), None
@@ -149,6 +150,7 @@ def of_transformer(config: transformer.TransformerConfig) -> Any:
         lambda key: transformer.init(key, config),
         lambda params, tokens: transformer.apply(params, tokens, config),
         transformer.plan(),
+        transformer_family.FAMILY.sharding,
     )
 
 
@@ -158,7 +160,8 @@ def of_rwkv7(config: rwkv7.RWKV7Config) -> Any:
     def logits(params: Any, tokens: Array) -> Array:
         return jax.vmap(lambda text: rwkv7.sequence(params, state(), text, config)[0])(tokens)
 
-    return language_model(lambda key: rwkv7.init(key, config), logits, rwkv7.plan())
+    rules = rwkv7_family.FAMILY.sharding
+    return language_model(lambda key: rwkv7.init(key, config), logits, rwkv7.plan(), rules)
 
 
 CASES = {

@@ -17,8 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.run.canvas import (
+    HELD_OUT,
+    POPULATION,
+    finish,
+    lines_at_right,
+    new_figure,
+    title_above,
+)
 from experiments.run.metrics import read_metrics
-from experiments.run.plots import GREY, HELD_OUT, POPULATION, finish
 
 Runs = dict[str, list[str]]
 
@@ -121,9 +128,7 @@ def line(name: str, result: dict[str, Any]) -> str:
 
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Bits per byte against the population, after all updates and after half of them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
+    figure = new_figure()
     axes = figure.add_subplot()
     sizes = [int(name) for name in results]
     half = max(r["generations"] for r in results.values()) // 2
@@ -136,27 +141,21 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         ),
     ):
         axes.plot(sizes, values, marker="o", color=color, label=label)
-    for name, bits in next(iter(results.values()))["anchors"].items():
-        if name in ("unigram", "bigram"):
-            axes.axhline(bits, color=GREY, lw=0.8, ls=":", zorder=0)
-            where = axes.get_yaxis_transform()
-            axes.text(0, bits, name, transform=where, va="bottom", fontsize=8, color=GREY)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
     axes.set_xlabel("members of a generation")
     axes.set_ylabel("bits per byte of held-out text")
-    axes.set_title("Larger populations learn more in as many updates", loc="left", fontsize=11)
     finish(axes)
+    lines_at_right(axes, anchors_of(results, "unigram", "bigram"))
     axes.legend(frameon=False)
+    title_above(figure, "Larger populations learn more in as many updates")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
 def draw_noises(model: str, results: dict[str, dict[str, Any]], path: Path) -> None:
     """Bits per byte against bytes, forward passes and seconds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 4.2), dpi=150, layout="constrained")
+    figure = new_figure(10.5, 4.2)
     axes = figure.subplots(1, 3, sharey=True)
     colors = {"weights": POPULATION, "nodes": HELD_OUT, "backpropagation": "#54A24B"}
     for name, result in results.items():
@@ -170,24 +169,23 @@ def draw_noises(model: str, results: dict[str, dict[str, Any]], path: Path) -> N
         passes = [x * PASSES[kind] for x in read]
         for a, x in zip(axes, (read, passes, seconds), strict=True):
             a.plot(x, bits, color=colors[kind], lw=1.8, label=kind)
-    anchors = next(iter(results.values()))["anchors"]
+    anchors = anchors_of(results, "unigram", "bigram", "trigram")
+    axes[0].set_ylim(min(axes[0].get_ylim()[0], *anchors.values()) - 0.1, 6.0)
     for a, what in zip(axes, ("bytes read", "forward passes of a byte", "seconds"), strict=True):
-        for name, bits in anchors.items():
-            if name in ("unigram", "bigram", "trigram"):
-                a.axhline(bits, color=GREY, lw=0.8, ls=":", zorder=0)
-                where = a.get_yaxis_transform()
-                a.text(
-                    1, bits, name, transform=where, va="bottom", ha="right", fontsize=7, color=GREY
-                )
+        lines_at_right(a, anchors, named=a is axes[-1])
         a.set_xscale("log")
         a.set_xlabel(what)
         finish(a)
-    axes[0].set_ylim(top=6.0)
     axes[0].set_ylabel("bits per byte of held-out text")
-    axes[0].set_title(f"{model}: what a byte, a pass and a second teach", loc="left", fontsize=11)
+    title_above(figure, f"{model}: what a byte, a pass and a second teach")
     axes[0].legend(frameon=False, fontsize=8, loc="upper left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def anchors_of(results: dict[str, dict[str, Any]], *names: str) -> dict[str, float]:
+    """What the text costs without a model."""
+    return {name: next(iter(results.values()))["anchors"][name] for name in names}
 
 
 def at(rows: Sequence[dict[str, Any]], generation: int) -> float:

@@ -28,7 +28,7 @@ from eggroll import EvolutionStrategy
 from eggroll.perturbation import draw_pairs
 from experiments.models import rwkv7, transformer
 from experiments.reasoning.engine import answer, generate
-from experiments.reasoning.language_model import LanguageModel, of_rwkv7, of_transformer
+from experiments.reasoning.language_model import LanguageModel, language_model
 from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import pack, segments
 
@@ -40,12 +40,12 @@ MODELS = ("transformer", "rwkv7")
 def model_of(name: str, hidden: int, layers: int, vocab: int) -> LanguageModel:
     """A model with heads of width 32 and, in the MLP, about as many parameters as in the family."""
     if name == "rwkv7":
-        return of_rwkv7(
+        return language_model(
             rwkv7.RWKV7Config(
                 vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, head_dim=HEAD_DIM
             )
         )
-    return of_transformer(
+    return language_model(
         transformer.TransformerConfig(
             vocab_size=vocab,
             hidden_size=hidden,

@@ -3,8 +3,8 @@
     python -m benchmarks.rl --out runs/compared
 
 Every cell is one run of the console command with three training seeds in one program, stopped by the
-preset's number of generations alone; where an earlier call left it unfinished it is continued. Times
-are of whole processes, so nothing else should run beside.
+preset's number of generations alone; where an earlier call left it unfinished it is continued. Pictures are
+over environment steps; times are of whole processes, so nothing else should run beside.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
         results = [json.loads((folder / "result.json").read_text()) for folder in folders.values()]
         print(line(name, results, options.seeds), flush=True)
         runs, names = tuple(folders.values()), tuple(folders)
-        report(Settings(runs=runs, names=names, out=options.out / name, x="seconds"))
+        report(Settings(runs=runs, names=names, out=options.out / name))
 
 
 def run(name: str, how: list[str], folder: Path, seeds: int) -> None:

@@ -49,9 +49,10 @@ def main() -> None:
     colors = ["0.8", "0.8", "tab:orange", "tab:orange", "0.8", "0.8"]
     second.bar(range(6), [0.1, -0.2, 0.9, 0.5, -0.3, 0.15], color=colors, width=0.6)
     second.axhline(0, color="0.5", lw=0.7)
-    second.set_xticks(range(6), ["", "", "t", "t+1", "", ""])
+    second.set_xticks([])
     second.set_yticks([])
-    second.tick_params(length=0)
+    say(second, 2, -0.1, "t")
+    say(second, 3, -0.1, "t+1")
     say(
         second,
         2.5,

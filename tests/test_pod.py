@@ -20,7 +20,8 @@ from benchmarks import chips, hlo, pod, pod_cases, work
 from benchmarks.chips import CHIPS
 from benchmarks.hlo import Module
 from benchmarks.work import Collective, Counts
-from experiments.models import egg, parallel, rwkv7, transformer
+from experiments.models import egg, families, rwkv7, transformer
+from experiments.models.family import ModelConfig
 from experiments.run.devices import MODEL
 
 # Three trips of a loop of stride 2 to 6: a product [8,16] x [16,32] in a fusion, whose weight is a slice of a
@@ -197,17 +198,17 @@ RECURRENT = rwkv7.RWKV7Config(vocab_size=64, hidden_size=128, num_hidden_layers=
 
 
 @pytest.mark.parametrize("config", [SMALL, RECURRENT], ids=["transformer", "rwkv7"])
-def test_every_large_matrix_is_divided(config: object) -> None:
-    module = transformer if isinstance(config, transformer.TransformerConfig) else rwkv7
-    params = jax.eval_shape(lambda k: module.init(k, config), jax.random.key(0))
+def test_every_large_matrix_is_divided(config: ModelConfig) -> None:
+    family = families.of(config)
+    params = jax.eval_shape(lambda k: family.init(k, config), jax.random.key(0))
     divided = whole = 0
     for keys, x in jax.tree_util.tree_flatten_with_path(params)[0]:
         path = "/".join(k.key for k in keys)
-        spec = parallel.spec_of(path, x.ndim)
+        spec = family.sharding.spec_of(path, x.ndim)
         divided += x.size * (MODEL in spec)
         whole += x.size * (MODEL not in spec)
     # What stays whole are vectors and, of RWKV-7, the thin matrices, which are not thin at this width.
-    assert whole < (0.02 if module is transformer else 0.4) * divided
+    assert whole < (0.02 if config is SMALL else 0.4) * divided
 
 
 @pytest.mark.slow

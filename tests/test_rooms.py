@@ -120,6 +120,30 @@ def test_drivers_import_public_rooms_alone():
                 assert not any(part.startswith("_") for part in module.split(".")), (name, module)
 
 
+# For each room of experiments, from the ground up, the rooms whose files it may import.
+EXPERIMENTS = {
+    "run": set(),
+    "models": {"run"},
+    "supervised": {"run", "models"},
+    "optimizers": {"run", "models", "supervised"},
+    "pretrain": {"run", "models"},
+    "rl": {"run", "models"},
+    "reasoning": {"run", "models"},
+    "sweep": {"run"},
+}
+# These find drivers and commands by their names.
+FINDERS = {"experiments.run.cli", "experiments.run.drivers"}
+
+
+def test_a_driver_knows_what_all_share_and_not_the_other_way_round():
+    rooms = [name for name in MODULES if name.count(".") >= 2 and name.startswith("experiments.")]
+    assert {room(name) for name in rooms} == set(EXPERIMENTS)
+    for name in rooms:
+        others = {room(m) for m in imports(name) if m.startswith("experiments.")} - {room(name)}
+        if name not in FINDERS:
+            assert others <= EXPERIMENTS[room(name)], f"{name} imports {sorted(others)}"
+
+
 def test_no_two_files_import_each_other():
     """No cycle of imports at the top of files; a package's __init__ imports its own files."""
     graph = {

@@ -1,1 +1,1 @@
-"""Models the drivers train: ordinary Flax modules that know nothing of evolution strategies."""
+"""Models that the drivers train: plain functions or Flax modules that know nothing of the training."""

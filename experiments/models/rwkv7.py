@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
-from eggroll import Dense, Frozen, Matrix
-from eggroll.plan import Planner, Treatment
-from experiments.models import quantised
+from eggroll.plan import Planner
+from experiments.models import plans
 from experiments.models.quantised import linear, look_up
+from experiments.models.rwkv7_recurrence import recurrence_chunked, recurrence_scan
 
 Params = dict[str, Any]
 
@@ -38,7 +38,6 @@ LARGE = (
     *(f"blocks/att/{name}" for name in ("receptance", "key", "value", "output")),
     *("blocks/ffn/key", "blocks/ffn/value"),
 )
-OTHERS = ("vectors", "embeddings", "head")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,22 +200,6 @@ def output_axis(path: str) -> int | None:
     return -2 if path == "head" or path in LARGE else None
 
 
-def quantise(params: Params) -> Params:
-    """The same model with its large matrices in int8 (:mod:`quantised`); the thin ones that decide decays,
-    gates and rates stay, and so do vectors.
-
-    Args:
-        params: of :func:`init`, in any float dtype.
-
-    Example:
-        >>> config = RWKV7Config(vocab_size=7, hidden_size=16, num_hidden_layers=3, head_dim=8)
-        >>> att = quantise(init(jax.random.key(0), config))["blocks"]["att"]
-        >>> jax.tree.map(lambda x: (str(x.dtype), x.shape), att["key"]), str(att["w1"].dtype)
-        ({'int8': ('int8', (3, 16, 16)), 'scale': ('float32', (3, 16))}, 'float32')
-    """
-    return quantised.quantise(params, output_axis)
-
-
 def plan(train: Collection[str] = (), steps: Mapping[str, float] | None = None) -> Planner:
     """Which parameters an `EvolutionStrategy` trains, and by which noise.
 
@@ -236,19 +219,14 @@ def plan(train: Collection[str] = (), steps: Mapping[str, float] | None = None) 
         >>> leaves["blocks/att/w1"].treatment, leaves["head"].treatment
         (Matrix(rows=(1,), columns=(2,), batch=(0,), rank=1, sigma=1.0), Frozen())
     """
-    for part in train:
-        if part not in OTHERS:
-            raise ValueError(f"train names {part!r}; any of {', '.join(OTHERS)} is right")
+    return plans.by_group(_group, train, steps)
 
-    def treatment(path: str) -> Treatment:
-        if path in MATRICES:
-            return Matrix(rows=1, columns=2, batch=0)
-        group = {"emb": "embeddings", "head": "head"}.get(path, "vectors")
-        if group not in train:
-            return Frozen()
-        return Dense() if group == "vectors" else Matrix(rows=0, columns=1)
 
-    return quantised.planner(treatment, steps)
+def _group(path: str) -> plans.Group:
+    if path in MATRICES:
+        return "matrices"
+    groups: dict[str, plans.Group] = {"emb": "embeddings", "head": "head"}
+    return groups.get(path, "vectors")
 
 
 def initial_state(config: RWKV7Config, dtype: DTypeLike = jnp.float32) -> State:
@@ -323,6 +301,19 @@ def sequence(
     return _logits(params, x), state
 
 
+def apply(
+    params: Params, tokens: Int[Array, "length"], config: RWKV7Config
+) -> Float[Array, "length vocab"]:
+    """Logits of the token after each of a text's: :func:`sequence` from the state before a text.
+
+    Args:
+        params: as in :func:`step`.
+        tokens: numbers below vocab_size.
+        config: of the parameters.
+    """
+    return sequence(params, initial_state(config), tokens, config)[0]
+
+
 def prefill(
     params: Params,
     tokens: Int[Array, "prompt_slots"],
@@ -356,115 +347,6 @@ def decode(
 ) -> tuple[Float[Array, "vocab"], State]:
     """:func:`step` as a model with positions has it: t, which token after the prompt, is not used."""
     return step(params, cache, token, config)
-
-
-# ---------------------------------------------------------------- the recurrence
-
-
-def recurrence_scan(
-    state: Float[Array, "heads width width"],
-    r: Float[Array, "length heads width"],
-    log_w: Float[Array, "length heads width"],
-    k: Float[Array, "length heads width"],
-    v: Float[Array, "length heads width"],
-    a: Float[Array, "length heads width"],
-    b: Float[Array, "length heads width"],
-) -> tuple[Float[Array, "length heads width"], Float[Array, "heads width width"]]:
-    """``S = S (diag(w) + a b^T) + v k^T``, one token after another.
-
-    Args:
-        state: S before the first token, [heads, values, keys].
-        r: what S is read with.
-        log_w: logarithms of the decays, -exp(-1/2) to 0.
-        k: where v is written.
-        v: what is written.
-        a: the direction that is taken out, times -1.
-        b: a direction in whose place it is written again.
-
-    Returns:
-        ``S r`` after each token, and S after the last one. All in float32.
-    """
-
-    def one(s: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
-        r, log_w, k, v, a, b = (x[:, None, :] for x in token)
-        taken = jnp.sum(s * a, -1, keepdims=True)
-        s = s * jnp.exp(log_w) + taken * b + v.mT * k
-        return s, jnp.sum(s * r, -1)
-
-    state, y = lax.scan(one, state, (r, log_w, k, v, a, b))
-    return y, state
-
-
-def recurrence_chunked(
-    state: Float[Array, "heads width width"],
-    r: Float[Array, "length heads width"],
-    log_w: Float[Array, "length heads width"],
-    k: Float[Array, "length heads width"],
-    v: Float[Array, "length heads width"],
-    a: Float[Array, "length heads width"],
-    b: Float[Array, "length heads width"],
-    chunk: int = 16,
-) -> tuple[Float[Array, "length heads width"], Float[Array, "heads width width"]]:
-    """The same as :func:`recurrence_scan` by products of matrices over chunks of tokens.
-
-    With the decay since a chunk's beginning divided out of S, a token adds ``u b^T + v k^T`` to it, where
-    ``u = S a`` holds the u of the tokens before: a triangular system of the chunk's size. Its solution
-    is linear in the S before the chunk, so all systems are solved at once, and what remains one after
-    another is three products a chunk.
-
-    Args:
-        chunk: tokens to a chunk. Decays of 64 tokens (e^-39 at most) are well within float32.
-    """
-    length = r.shape[0]
-
-    def split(x: Array) -> Array:  # [chunks, heads, chunk, width]; a padded token changes nothing
-        x = jnp.pad(x, ((0, -length % chunk), (0, 0), (0, 0)))
-        return x.reshape(-1, chunk, *x.shape[1:]).swapaxes(1, 2)
-
-    r, log_w, k, v, a, b = map(split, (r, log_w, k, v, a, b))
-    total = jnp.cumsum(log_w, axis=-2)
-    r, a = r * jnp.exp(total), a * jnp.exp(total - log_w)
-    k, b = k * jnp.exp(-total), b * jnp.exp(-total)
-    before, until = jnp.tri(chunk, k=-1, dtype=bool), jnp.tri(chunk, dtype=bool)
-    scores = lambda x, y, seen: jnp.where(seen, x @ y.mT, 0)
-    # Numbers of very different sizes are summed: no TF32 or bfloat16 where float32 is asked for.
-    with jax.default_matmul_precision("highest"):
-        known = jnp.concatenate([a, scores(a, k, before) @ v], -1)
-        solved = _inverse_of_one_minus(scores(a, b, before)) @ known
-        # Of a state s before the chunk: u = of_s s^T + own, and what is read is read_s s^T + read.
-        of_s, own = jnp.split(solved, 2, axis=-1)
-        seen = scores(r, b, until)
-        read_s, read = r + seen @ of_s, seen @ own + scores(r, k, until) @ v
-        written = v.mT @ k
-
-        def one(s: Array, parts: tuple[Array, ...]) -> tuple[Array, Array]:
-            of_s, own, read_s, read, b, written, decay = parts
-            u = of_s @ s.mT + own
-            return (s + u.mT @ b + written) * decay, read_s @ s.mT + read
-
-        decay = jnp.exp(total[..., -1:, :])
-        state, y = lax.scan(one, state, (of_s, own, read_s, read, b, written, decay))
-    return y.swapaxes(1, 2).reshape(-1, *y.shape[1:2], y.shape[-1])[:length], state
-
-
-def _inverse_of_one_minus(lower: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
-    """``(1 - L)^-1`` of strictly lower triangular matrices, by products alone.
-
-    What is known are the inverses X of diagonal blocks; two neighbours and the block C of L below them make
-    one of twice the size, ``X + X C X``. (OpenBLAS, which would solve the system on a CPU, can come to wait
-    for itself where several programs' threads call it.)
-    """
-    n = lower.shape[-1]
-    inverse, size, place = (
-        jnp.broadcast_to(jnp.eye(n, dtype=lower.dtype), lower.shape),
-        1,
-        jnp.arange(n),
-    )
-    while size < n:
-        of = lambda width: place[:, None] // width == place // width
-        inverse = inverse + inverse @ jnp.where(of(2 * size) & ~of(size), lower, 0) @ inverse
-        size *= 2
-    return inverse
 
 
 # ---------------------------------------------------------------- the parts of a layer

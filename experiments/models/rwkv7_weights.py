@@ -28,12 +28,6 @@ UNUSED = ("blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2")
 LINEAR = ("receptance", "key", "value", "output", "head")
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a folder is one for :func:`load`, by the model_type of its config.json."""
-    file = path / "config.json"
-    return file.is_file() and read_json(file).get("model_type") == MODEL_TYPE
-
-
 def load(
     path: Path, dtype: DTypeLike | None = None, on_host: bool = False
 ) -> tuple[RWKV7Config, Params]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from experiments.models.chat_templates import environment
 from experiments.models.config_json import read_json, shown
@@ -13,6 +13,25 @@ from experiments.run.folder import write_json, write_whole
 END, PAD = "<|endoftext|>", "<|pad|>"
 # A chat template is a program of whoever made the model: its output is cut off in this many characters.
 LONGEST_CHAT = 10**6
+
+
+@runtime_checkable
+class AnyTokenizer(Protocol):
+    """What every tokenizer has: :class:`Tokenizer`, and that of RWKV's World vocabulary."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token."""
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Tokens that end a text, the usual one first."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

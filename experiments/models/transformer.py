@@ -25,49 +25,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from eggroll.plan import Dense, Frozen, Matrix, Plan, Planner, Treatment
-from experiments.models import quantised
+from eggroll.plan import Planner
+from experiments.models import plans
+from experiments.models.decoder_parts import RopeScaling, attend, mlp, rms_norm, rotate
 from experiments.models.quantised import linear, look_up, transposed
 
 Params = dict[str, Any]
-
-# What `plan` freezes unless told otherwise.
-GROUPS = ("embeddings", "head", "vectors")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Rotary positions of a model whose context was stretched; names are those of Hugging Face.
-
-    Attributes:
-        rope_type: "linear" divides all positions by factor; "llama3" does so for wavelengths above
-            original_max_position_embeddings / low_freq_factor, leaves those below
-            original_max_position_embeddings / high_freq_factor alone, and goes over smoothly in between.
-        factor: how many times the context was stretched.
-        low_freq_factor: of "llama3" alone, as are the two below.
-        high_freq_factor: above low_freq_factor.
-        original_max_position_embeddings: the context before it was stretched.
-
-    Raises:
-        ValueError: for another rope_type, or factors out of range.
-    """
-
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in ("linear", "llama3"):
-            raise ValueError(
-                f"rope_type {self.rope_type!r} is not supported; 'default', 'linear' and 'llama3' are"
-            )
-        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor):
-            raise ValueError(
-                f"factor {self.factor}, low_freq_factor {self.low_freq_factor} and high_freq_factor "
-                f"{self.high_freq_factor} of rope_scaling must be positive, the last above the second"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,22 +323,6 @@ def output_axis(path: str) -> int | None:
     return -2 if path.endswith("_proj") or path == "lm_head" else None
 
 
-def quantise(params: Params) -> Params:
-    """The same model with its matrices in int8 (:mod:`quantised`); norms and biases stay.
-
-    Args:
-        params: of :func:`init`, in any float dtype.
-
-    Example:
-        >>> config = TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
-        ...                            num_hidden_layers=3, num_attention_heads=2)
-        >>> small = quantise(init(jax.random.key(0), config))
-        >>> jax.tree.map(lambda x: (str(x.dtype), x.shape), small["layers"]["up_proj"])
-        {'int8': ('int8', (3, 8, 12)), 'scale': ('float32', (3, 12))}
-    """
-    return quantised.quantise(params, output_axis)
-
-
 def plan(train: Collection[str] = (), steps: Mapping[str, float] | None = None) -> Planner:
     """Which parameters an `EvolutionStrategy` trains, and by which noise.
 
@@ -399,28 +346,14 @@ def plan(train: Collection[str] = (), steps: Mapping[str, float] | None = None) 
         >>> leaves["norm"].treatment, leaves["embed_tokens"].treatment
         (Dense(sigma=1.0), Frozen())
     """
-    for name in train:
-        if name not in GROUPS:
-            raise ValueError(
-                f"train names {name!r}; any of {', '.join(map(repr, GROUPS))} is right"
-            )
+    return plans.by_group(_group, train, steps)
 
-    def treatment(path: str) -> Treatment:
-        if path.endswith("_proj"):
-            return Matrix(rows=1, columns=2, batch=0)
-        group = {"embed_tokens": "embeddings", "lm_head": "head"}.get(path, "vectors")
-        if group not in train:
-            return Frozen()
-        return Dense() if group == "vectors" else Matrix(rows=0, columns=1)
 
-    def planner(params: Params, rank: Any) -> Plan:
-        if "head" in train and "lm_head" not in params:
-            raise ValueError(
-                "train names 'head', but the head is the embedding: name 'embeddings' instead"
-            )
-        return quantised.planner(treatment, steps)(params, rank)
-
-    return planner
+def _group(path: str) -> plans.Group:
+    if path.endswith("_proj"):
+        return "matrices"
+    groups: dict[str, plans.Group] = {"embed_tokens": "embeddings", "lm_head": "head"}
+    return groups.get(path, "vectors")
 
 
 # ---------------------------------------------------------------- the parts of a layer
@@ -504,69 +437,3 @@ def _finish(
     """The rest of a layer: what attention has seen, and the MLP."""
     x = x + linear(seen.reshape(*x.shape[:-1], -1), layer["o_proj"])
     return x + mlp(layer, rms_norm(x, layer["post_attention_layernorm"], config.rms_norm_eps))
-
-
-def attend(
-    q: Float[Array, "*batch length heads width"],
-    k: Float[Array, "*batch seen kv_heads width"],
-    v: Float[Array, "*batch seen kv_heads width"],
-    visible: Array,
-) -> Float[Array, "*batch length heads width"]:
-    """Softmax attention; query head i takes the keys and values of head i // (heads / kv_heads).
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        visible: bool [length, seen], or with leading axes of the batch: which query sees which key.
-    """
-    grouped = q.reshape(*q.shape[:-2], k.shape[-2], -1, q.shape[-1])
-    scores = jnp.einsum("...tkgd,...skd->...kgts", grouped, k) / q.shape[-1] ** 0.5
-    scores = jnp.where(visible[..., None, None, :, :], scores.astype(jnp.float32), -jnp.inf)
-    weights = jax.nn.softmax(scores).astype(v.dtype)
-    return jnp.einsum("...kgts,...skd->...tkgd", weights, v).reshape(q.shape)
-
-
-def mlp(layer: Params, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
-    """SwiGLU."""
-    gate, up = linear(x, layer["gate_proj"]), linear(x, layer["up_proj"])
-    return linear(jax.nn.silu(gate) * up, layer["down_proj"])
-
-
-def rms_norm(
-    x: Float[Array, "*batch hidden"], weight: Float[Array, "hidden"], eps: float
-) -> Float[Array, "*batch hidden"]:
-    """x over the root of its mean square, times a weight; the quotient is rounded to the dtype of x."""
-    wide = x.astype(jnp.float32)
-    scaled = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + eps)
-    return weight * scaled.astype(x.dtype)
-
-
-def rotate(
-    x: Float[Array, "*#batch length heads width"],
-    positions: Int[Array, "*#batch length"],
-    theta: float,
-    scaling: RopeScaling | None = None,
-) -> Float[Array, "*#batch length heads width"]:
-    """Rotary positions: entries i and i + width/2 of each head turn by position * theta^(-2i/width).
-
-    The product of a turned query with a turned key depends on nothing but how far apart they stand.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half) / half)
-    if scaling is not None:
-        frequencies = _stretched(frequencies, scaling)
-    angles = positions[..., None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def _stretched(frequencies: Float[Array, "half"], scaling: RopeScaling) -> Float[Array, "half"]:
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    # How many waves the original context held decides how much of the frequency is kept.
-    waves = scaling.original_max_position_embeddings * frequencies / (2 * jnp.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((waves - low) / (high - low), 0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)

@@ -22,6 +22,11 @@ FAMILIES = {
 }
 
 
+# Losses that lie so many times as far above the middle one as that does above the best are left out of the
+# picture.
+FAR = 6
+
+
 class Found(NamedTuple):
     """What a method came to.
 
@@ -166,35 +171,46 @@ def family(method: str) -> str:
 
 def draw(lines: list[Line], base: Config, path: Path) -> None:
     """Losses of all seeds beside the bytes of the states, the lowest mean first."""
-    from matplotlib.figure import Figure
+    import numpy as np
 
-    from experiments.run.plots import finish
+    from experiments.run.canvas import BIG, SMALL, finish, new_figure, title_above, wrapped
+    from experiments.run.plots import usual_range
 
     lines = sorted((one for one in lines if one.loss < float("inf")), key=lambda one: -one.loss)
-    figure = Figure(figsize=(8.4, 1.6 + 0.27 * len(lines)), dpi=150, layout="constrained")
+    figure = new_figure(8.4, 1.9 + 0.27 * max(2, len(lines)))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
     for height, one in enumerate(lines):
         color = family(one.method)
         left.plot(one.losses, [height] * len(one.losses), "o", color=color, ms=5, alpha=0.5, mew=0)
         left.plot(one.loss, height, "|", color=color, ms=13, mew=2.2)
-        left.text(1.02, height, f"{one.loss:.3f}", transform=left.get_yaxis_transform(), va="center",
+        told = f"{one.loss:.3f}" if one.loss < 1000 else f"{one.loss:.4g}"
+        left.text(1.02, height, told, transform=left.get_yaxis_transform(), va="center",
                   fontsize=8, color="#555555")  # fmt: skip
         right.barh(height, one.bytes_a_parameter, color=color, height=0.55)
         right.text(one.bytes_a_parameter + 0.15, height, f"{one.bytes_a_parameter:.1f}", va="center",
                    fontsize=8, color="#555555")  # fmt: skip
-    left.set_yticks(range(len(lines)), [one.method for one in lines])
+    names = [wrapped(one.method, SMALL, 1.8, 2) for one in lines]
+    left.set_yticks(range(len(lines)), names, fontsize=SMALL)
     seeds = max((len(one.losses) for one in lines), default=1)
     unit = "nats a byte" if base.task == "text" else "nats"
-    left.set_xlabel(f"held-out loss ({unit}): dots are seeds, the bar their mean")
+    words = f"held-out loss ({unit}): dots are seeds, the bar their mean"
+    left.set_xlabel(wrapped(words, BIG, 4.2))
     right.set_xlabel("state, bytes a parameter")
     for axes in (left, right):
         finish(axes)
         axes.grid(axis="y", visible=False)
-    left.margins(x=0.05, y=0.02)
+    left.set_ylim(-0.7, max(2, len(lines)) - 0.3)
+    # The losses of one that went wrong stand in its line as a number alone.
+    losses = np.array([loss for one in lines for loss in one.losses])
+    if losses.size:
+        usual = np.median(losses) + FAR * (np.median(losses) - losses.min())
+        losses = losses[losses <= max(usual, losses.min())]
+    low, high = usual_range(losses)
+    left.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     right.set_xlim(0, 1.15 * max([8.0, *(one.bytes_a_parameter for one in lines)]))
-    figure.suptitle(
-        f"{len(lines)} optimizers, {base.limit} updates each, {seeds} seeds, "
-        "each at the best learning rate of its ladder",
-        x=0.01, ha="left", fontsize=11,
-    )  # fmt: skip
+    several = lambda count, noun: f"{count} {noun}{'s' * (count != 1)}"
+    title = (
+        f"{several(len(lines), 'optimizer')}, {base.limit} updates each, {several(seeds, 'seed')}, "
+    )
+    title_above(figure, f"{title}each at the best learning rate of its ladder")
     write_whole(path, lambda file: figure.savefig(file, format="png"))

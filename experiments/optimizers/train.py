@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from experiments.optimizers.config import Config
 from experiments.optimizers.settings import optimizer_of
 from experiments.optimizers.tasks import Task, make_task
+from experiments.run.axes import UPDATES
 from experiments.run.devices import layout_of
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed
@@ -69,8 +70,9 @@ class OptimizerRun(Trainer[Config]):
             name="held_out_loss",
             words="held-out loss (nats)",
             who="model",
+            x=UPDATES,
             target=config.target,
-            better="smaller",
+            larger_is_better=False,
         )
         results = {
             "measured": outcome.after,

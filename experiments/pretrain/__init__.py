@@ -9,10 +9,7 @@ DRIVER = Driver(
     config=Config,
     presets=PRESETS,
     figure=Figure("held_out_bits_per_byte", "fresh_bits_per_byte", better="smaller"),
-    columns=(
-        Column("held_out_bits_per_byte", " bits/byte held out", ".3f"),
-        Column("timing/tokens_per_second", " tokens/s", ",.0f"),
-    ),
-    results=("anchors", "tokens"),
+    columns=(Column("held_out_bits_per_byte", " bits/byte held out", ".3f"),),
+    results=("anchors", "tokens", "bytes_read"),
     trainer="experiments.pretrain.train:Pretraining",
 )

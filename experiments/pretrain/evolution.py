@@ -68,10 +68,13 @@ class ByEvolution:
         groups = (
             jnp.arange(self._config.evolution.population) // self._config.group if floats else None
         )
+        before = state
         state, metrics = self._es.update(state, scores, groups)
         assert metrics.fitness_mean is not None  # scores were given
         per_byte = self._model.unit * self._config.tokens
-        row = row_of(metrics) | {"train_bits_per_byte": -metrics.fitness_mean / per_byte}
+        row = row_of(metrics, self._es, before) | {
+            "train_bits_per_byte": -metrics.fitness_mean / per_byte
+        }
         return state, hidden, row
 
 

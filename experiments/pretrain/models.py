@@ -30,6 +30,9 @@ class Head(NamedTuple):
 class Model(NamedTuple):
     """What training and measuring need to know of a model; all of one stream, to be mapped over many.
 
+    A `experiments.models.family.Family` is something else: its models answer prompts. Here the loss carries a
+    state from one piece of a stream to the next, may be in integers, and the error of the head is known.
+
     Attributes:
         init: key -> parameters.
         plan: which noise each parameter gets.

@@ -56,9 +56,10 @@ class ByNodeNoise(ByEvolution):
                 (state.params[head.name], inputs, tokens[:, 1:].astype(jnp.int32))
             )
             grads[head.name] = head_gradient(head, weights, inputs, targets)
+        before = state
         state, metrics = self._es.apply_gradient(state, grads)
         of_member = scores.mean(1)
-        row = row_of(metrics) | {
+        row = row_of(metrics, self._es, before) | {
             "fitness_mean": of_member.mean(),
             "fitness_best": of_member.max(),
             "fitness_worst": of_member.min(),

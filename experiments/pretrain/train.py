@@ -24,6 +24,7 @@ from experiments.pretrain.data import Text, load, pieces, windows
 from experiments.pretrain.evolution import ByEvolution
 from experiments.pretrain.models import Model, make_model, sample
 from experiments.pretrain.nodes import ByNodeNoise
+from experiments.run.axes import BYTES_READ
 from experiments.run.devices import ONE, Layout, layout_of
 from experiments.run.folder import write_json
 from experiments.run.plots import Curve
@@ -40,6 +41,8 @@ class Pretraining(LanguageTrainer[Config]):
     Raises:
         UsageError: for a text or an optimizer that there is not.
     """
+
+    totals = ("bytes_read",)
 
     def __init__(self, config: Config, text: Text | None = None) -> None:
         super().__init__(config)
@@ -74,6 +77,7 @@ class Pretraining(LanguageTrainer[Config]):
         tokens = windows(self.text.train, config.streams, config.tokens, at)
         carry, row = jax.block_until_ready(self._update(carry, tokens))
         rate = config.tokens_an_update / (time.perf_counter() - began)
+        row = {**row, "bytes_read": config.tokens_an_update}
         return carry, {**row, "timing": {"tokens_per_second": rate}}
 
     def measure(self, carry: Carry) -> Mapping[str, Array]:
@@ -128,8 +132,9 @@ class Pretraining(LanguageTrainer[Config]):
             words="bits per byte of held-out text",
             who="model",
             target=config.target,
-            better="smaller",
-            references=self.known._asdict(),
+            larger_is_better=False,
+            x=BYTES_READ,
+            marks=self.known._asdict(),
         )
         results = {"anchors": self.known._asdict(), "tokens": tokens}
         return Conclusion(lesson, path, curve, results)

@@ -13,7 +13,6 @@ DRIVER = Driver(
         Column("held_out_accuracy", " of held-out questions right", ".1%"),
         Column("reward_mean", "reward", ".3f"),
         Column("loss", "loss", ".3f"),
-        Column("timing/written_tokens_per_second", " written tokens/s", ",.0f"),
     ),
     results=(
         *("held_out_reward", "held_out_reward_before", "held_out_length", "held_out_length_before"),

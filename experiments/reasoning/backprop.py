@@ -146,6 +146,9 @@ class GroupPolicy(Backprop):
             written.ended.T,
             written.entropy.T,
         )
+        answers = [one.answer for one in repeated(questions, group)]
+        row |= diagnostics.of_rewards(found.rewards, texts, answers)
+        row["late_rewards"] = found.late
         tokens = {
             "prompt_tokens": group * int(prompts.lengths.sum()),
             "generated_tokens": int(written.lengths.sum()),

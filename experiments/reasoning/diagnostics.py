@@ -4,6 +4,7 @@ Reward may rise by the format alone, most questions may say nothing since all me
 a pair may write the same text, and most of an update may be lost to rounding: each has its number here.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer, PyTree
+
+from experiments.reasoning.rewards import exact
 
 Table = Float[Array | np.ndarray, "population prompts"]
 Texts = Sequence[Sequence[Any]]
@@ -47,16 +50,42 @@ def summary(
         ended 0.833
     """
     row = {
-        "reward_mean": _mean(rewards),
+        "reward_mean": known_mean(rewards),
         "reward_spread": spread(rewards),
         "no_signal": no_signal(rewards),
-        "unknown_rewards": _mean(np.isnan(rewards)),
+        "unknown_rewards": known_mean(np.isnan(rewards)),
     }
-    row |= {f"reward_{name}": _mean(part) for name, part in (parts or {}).items()}
+    row |= {f"reward_{name}": known_mean(part) for name, part in (parts or {}).items()}
     if completions is not None:
         row["identical_pairs"] = identical_pairs(completions)
     others = {"length": lengths, "ended": ended, "entropy": entropies}
-    return row | {name: _mean(table) for name, table in others.items() if table is not None}
+    return row | {name: known_mean(table) for name, table in others.items() if table is not None}
+
+
+def of_rewards(
+    rewards: Float[Array | np.ndarray, "..."], texts: Sequence[str], right: Sequence[str]
+) -> dict[str, float]:
+    """What tells a reward that takes all for wrong from a model that is always wrong, for a row of metrics.
+
+    Args:
+        rewards: in any shape, NaN for those that are not known.
+        texts: the completions.
+        right: the right answer of each.
+
+    Returns:
+        ``reward_best``: the largest reward; NaN where none is known. ``exact_answers``: share of completions
+        that give the right answer as a number or in words; NaN where a reward is above 0, which tells as
+        much.
+
+    Example:
+        >>> of_rewards(np.zeros((2, 1)), ["It is 18.", "so 4"], ["18", "5"])
+        {'reward_best': 0.0, 'exact_answers': 0.5}
+    """
+    known = np.asarray(rewards, np.float64)
+    known = known[~np.isnan(known)]
+    best = float(known.max()) if known.size else math.nan
+    asked = math.nan if best > 0 else known_mean(exact(list(texts), list(right)))
+    return {"reward_best": best, "exact_answers": asked}
 
 
 def spread(rewards: Table) -> float:
@@ -68,7 +97,7 @@ def spread(rewards: Table) -> float:
         >>> spread(np.array([[0.0, 1.0], [2.0, 1.0]])) == 0.5**0.5
         True
     """
-    return _mean([np.std(column, ddof=1) for column in _known(rewards) if len(column) > 1])
+    return known_mean([np.std(column, ddof=1) for column in _known(rewards) if len(column) > 1])
 
 
 def no_signal(rewards: Table) -> float:
@@ -78,7 +107,7 @@ def no_signal(rewards: Table) -> float:
         >>> no_signal(np.array([[0.0, 1.0], [0.0, 0.0]]))
         0.5
     """
-    return _mean([len(np.unique(column)) < 2 for column in _known(rewards)])
+    return known_mean([len(np.unique(column)) < 2 for column in _known(rewards)])
 
 
 def identical_pairs(completions: Texts) -> float:
@@ -96,7 +125,7 @@ def identical_pairs(completions: Texts) -> float:
     if len(completions) % 2:
         raise ValueError(f"the population is {len(completions)}; an even number is right")
     pairs = zip(completions[::2], completions[1::2], strict=True)
-    return _mean([np.array_equal(*both) for pair in pairs for both in zip(*pair, strict=True)])
+    return known_mean([np.array_equal(*both) for pair in pairs for both in zip(*pair, strict=True)])
 
 
 def changed_fraction(before: PyTree, after: PyTree, dtype: Any = None) -> Any:
@@ -204,8 +233,8 @@ def _known(rewards: Table) -> list[np.ndarray]:
     return [column[~np.isnan(column)] for column in np.asarray(rewards).T]
 
 
-def _mean(values: Any) -> float:
-    """Of the known ones; NaN where there is none."""
+def known_mean(values: Any) -> float:
+    """The mean of those that are no NaN; NaN where there are none."""
     known = np.asarray(values, np.float64)
     known = known[~np.isnan(known)]
     return float(known.mean()) if known.size else float("nan")

@@ -82,8 +82,8 @@ def generate(
 
     Example:
         >>> from experiments.models.transformer import TransformerConfig
-        >>> from experiments.reasoning.language_model import of_transformer
-        >>> model = of_transformer(TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
+        >>> from experiments.reasoning.language_model import language_model
+        >>> model = language_model(TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
         ...     num_hidden_layers=2, num_attention_heads=2))
         >>> params, rule = model.init(jax.random.key(0)), Sampling(max_new_tokens=5, temperature=1.0)
         >>> generate(model, params, pack([[1, 2], [3]]), jax.random.key(1), rule, 6, 4).tokens.shape
@@ -129,8 +129,8 @@ def answer(
     Example:
         >>> import optax
         >>> from experiments.models.transformer import TransformerConfig
-        >>> from experiments.reasoning.language_model import of_transformer
-        >>> model = of_transformer(TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
+        >>> from experiments.reasoning.language_model import language_model
+        >>> model = language_model(TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
         ...     num_hidden_layers=2, num_attention_heads=2))
         >>> es = EvolutionStrategy(optimizer=optax.sgd(1.0), population=4, sigma=0.1, plan=model.plan)
         >>> state = es.init(model.init(jax.random.key(0)), jax.random.key(1))

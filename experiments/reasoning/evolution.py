@@ -84,10 +84,10 @@ class Evolution:
         self.sharding = None
         if layout.mesh is not None:
             shapes = jax.eval_shape(self.start, jnp.int32(0))
-            self.sharding = parallel.shardings(shapes, layout.mesh)
+            self.sharding = parallel.shardings(shapes, layout.mesh, base.model.sharding)
         self._update = layout.jit(
             self._updated,
-            (self.sharding, layout.everywhere, layout.everywhere),
+            (self.sharding, layout.everywhere),
             static_argnums=0,
             donate_argnums=1,
         )
@@ -110,7 +110,8 @@ class Evolution:
         def put(x: np.ndarray, where: NamedSharding) -> Array:
             return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
 
-        return jax.tree.map(put, whole, parallel.shardings(whole, self._layout.mesh))
+        rules = self._base.model.sharding
+        return jax.tree.map(put, whole, parallel.shardings(whole, self._layout.mesh, rules))
 
     def generation(
         self, state: Any, generation: int, share: Share = unseen
@@ -124,15 +125,15 @@ class Evolution:
             solutions = self._questions.solutions(questions)
             values = self._score(self.es.placed(state), state, *solutions)
             row = {"prompt_tokens": 0, "generated_tokens": 0}
-        state, metrics, changed = self._update(self.es.placed(state), state, values)
-        return state, row | row_of(metrics) | changed
+        state, told = self._update(self.es.placed(state), state, values)
+        return state, row | told
 
     def _updated(
         self, es: eggroll.EvolutionStrategy, state: Any, values: Array
-    ) -> tuple[Any, Any, dict[str, Array]]:
+    ) -> tuple[Any, dict[str, Array]]:
         new, metrics = es.update(state, values)
         changed = diagnostics.changed_weights(state.params, new.params, self._config.narrow_type)
-        return new, metrics, changed
+        return new, row_of(metrics, es, state) | changed
 
     @functools.cached_property
     def _score(self) -> Any:
@@ -150,7 +151,7 @@ class Evolution:
         config, examiner = self._config, self._examiner
         asked = repeated(questions, config.samples)
         prompts = self._questions.prompts(asked)
-        parts, texts, handles = [], [], []
+        parts, texts, handles, answers = [], [], [], list[str]()
         for part in stream(
             self._base.model,
             self.es,
@@ -163,6 +164,7 @@ class Evolution:
         ):
             # Processes compute these rewards while the next questions are answered.
             own = [asked[i] for i in part.which] * config.evolution.population
+            answers += [one.answer for one in own]
             texts.append(self._questions.texts(part.completions))
             handles.append(examiner.submit(texts[-1], own))
             parts.append(part)
@@ -182,6 +184,9 @@ class Evolution:
             join(part.completions.ended for part in parts),
             join(part.completions.entropy for part in parts),
         )
+        every = np.concatenate([one.rewards.ravel() for one in found])
+        row |= diagnostics.of_rewards(every, [text for some in texts for text in some], answers)
+        row["late_rewards"] = float(np.mean([one.late for one in found]))
         row["prompt_tokens"] = config.evolution.population * int(prompts.lengths.sum())
         row["generated_tokens"] = int(lengths.sum())
         return objective(rewards, config), row

@@ -23,10 +23,12 @@ class Rewards(NamedTuple):
     Attributes:
         rewards: what is to be maximised.
         parts: the same for each reward that these are summed from, by its name.
+        late: share of those that this process asked for and gave up for their time.
     """
 
     rewards: Float[np.ndarray, "*shape"]
     parts: dict[str, Float[np.ndarray, "*shape"]]
+    late: float
 
 
 class Examiner:
@@ -87,4 +89,5 @@ class Examiner:
             return agreement.from_parts(np.array(values, np.float32), count).reshape(shape)
 
         parts = {name: table(values) for name, values in batch.parts.items()}
-        return Rewards(table(batch.rewards), parts)
+        late = batch.failures.get("timeout", 0) / max(len(batch.rewards), 1)
+        return Rewards(table(batch.rewards), parts, late)

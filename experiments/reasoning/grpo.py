@@ -177,8 +177,8 @@ def make_update(
 
         >>> from experiments.models.transformer import TransformerConfig
         >>> from experiments.reasoning import sft
-        >>> from experiments.reasoning.language_model import of_transformer
-        >>> model = of_transformer(TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
+        >>> from experiments.reasoning.language_model import language_model
+        >>> model = language_model(TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
         ...                                          num_hidden_layers=1, num_attention_heads=2))
         >>> params, config = model.init(jax.random.key(0)), GRPO(epochs=2)
         >>> optimizer = sft.optimizer_of("adam", 0.01)

@@ -1,17 +1,20 @@
 """What the rest of this folder knows of a language model: functions of one sequence, and nothing else."""
 
-import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, PyTree
 
 from eggroll.plan import Planner
-from experiments.models import rwkv7, transformer
+from experiments.models import families, parallel
+from experiments.models.family import ModelConfig
+from experiments.models.parallel import ShardingRules
 
 
 class LanguageModel(NamedTuple):
     """A language model as functions of one sequence, to be mapped over many.
+
+    They are those of its family (`experiments.models.family.Family`) with the configuration filled in.
 
     Attributes:
         vocab_size: tokens that there are.
@@ -22,6 +25,7 @@ class LanguageModel(NamedTuple):
         decode: `(params, cache, token, t) -> (logits [vocab], cache)`: reads the t-th token that was written,
             t one number for all sequences.
         plan: which parameters evolution strategies train.
+        sharding: how devices that share the model divide its weights and caches.
     """
 
     vocab_size: int
@@ -30,68 +34,48 @@ class LanguageModel(NamedTuple):
     prefill: Callable[[PyTree, Array, Any, int], tuple[Array, Any]]
     decode: Callable[[PyTree, Any, Array, Any], tuple[Array, Any]]
     plan: Planner
+    sharding: ShardingRules = parallel.WHOLE
 
 
-def of_transformer(
-    config: transformer.TransformerConfig,
+def language_model(
+    config: ModelConfig,
     train: Collection[str] = (),
     steps: Mapping[str, float] | None = None,
 ) -> LanguageModel:
-    """A decoder of the Llama family; `train` and `steps` as in `transformer.plan`.
+    """The functions of a model of any family.
+
+    Args:
+        config: of the model, whose type says the family.
+        train: the groups of parameters that are trained beside the matrices of layers.
+        steps: of a quantised model, `quantised.steps(params)`.
+
+    Raises:
+        TypeError: for a configuration of no family.
+        ValueError: for a group that the family does not have.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> model = of_transformer(transformer.TransformerConfig(vocab_size=7, hidden_size=8,
+        >>> from experiments.models.transformer import TransformerConfig
+        >>> model = language_model(TransformerConfig(vocab_size=7, hidden_size=8,
         ...     intermediate_size=12, num_hidden_layers=2, num_attention_heads=2))
         >>> params = model.init(jax.random.key(0))
         >>> logits, cache = model.prefill(params, jnp.array([1, 2, 0]), 2, 5)
         >>> model.decode(params, cache, logits.argmax(), 0)[0].shape
         (7,)
     """
+    family = families.of(config)
+
+    def init(key: Array) -> PyTree:
+        return family.init(key, config)
+
+    def apply(params: PyTree, tokens: Array) -> Array:
+        return family.apply(params, tokens, config)
 
     def prefill(params: PyTree, tokens: Array, length: Any, slots: int) -> tuple[Array, Any]:
-        return transformer.prefill(params, tokens, length, config, slots)
+        return family.prefill(params, tokens, length, config, slots)
 
     def decode(params: PyTree, cache: Any, token: Array, t: Any) -> tuple[Array, Any]:
-        return transformer.decode(params, cache, token, t, config)
+        return family.decode(params, cache, token, t, config)
 
-    return LanguageModel(
-        config.vocab_size,
-        functools.partial(transformer.init, config=config),
-        functools.partial(transformer.apply, config=config),
-        prefill,
-        decode,
-        transformer.plan(train, steps),
-    )
-
-
-def of_rwkv7(
-    config: rwkv7.RWKV7Config,
-    train: Collection[str] = (),
-    steps: Mapping[str, float] | None = None,
-) -> LanguageModel:
-    """An RWKV-7; `train` and `steps` as in `rwkv7.plan`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> model = of_rwkv7(rwkv7.RWKV7Config(vocab_size=7, hidden_size=8, head_dim=4,
-        ...     num_hidden_layers=2))
-        >>> model.apply(model.init(jax.random.key(0)), jnp.arange(5)).shape
-        (5, 7)
-    """
-
-    def prefill(params: PyTree, tokens: Array, length: Any, slots: int) -> tuple[Array, Any]:
-        return rwkv7.prefill(params, tokens, length, config, slots)
-
-    def decode(params: PyTree, cache: Any, token: Array, t: Any) -> tuple[Array, Any]:
-        return rwkv7.decode(params, cache, token, t, config)
-
-    begin = rwkv7.initial_state(config)
-    return LanguageModel(
-        config.vocab_size,
-        functools.partial(rwkv7.init, config=config),
-        lambda params, tokens: rwkv7.sequence(params, begin, tokens, config)[0],
-        prefill,
-        decode,
-        rwkv7.plan(train, steps),
-    )
+    planner = family.plan(train, steps)
+    return LanguageModel(config.vocab_size, init, apply, prefill, decode, planner, family.sharding)

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from eggroll import EvolutionStrategy
 from experiments.models import parallel
+from experiments.models.parallel import ShardingRules
 from experiments.reasoning.language_model import LanguageModel
 from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import padded_length, segments
@@ -110,8 +111,8 @@ def plan_memory(
     Example:
         >>> import optax
         >>> from experiments.models.transformer import TransformerConfig
-        >>> from experiments.reasoning.language_model import of_transformer
-        >>> model = of_transformer(TransformerConfig(vocab_size=4096, hidden_size=256,
+        >>> from experiments.reasoning.language_model import language_model
+        >>> model = language_model(TransformerConfig(vocab_size=4096, hidden_size=256,
         ...     intermediate_size=512, num_hidden_layers=4, num_attention_heads=4))
         >>> params = jax.eval_shape(model.init, jax.random.key(0))
         >>> es = EvolutionStrategy(optimizer=optax.sgd(1.0), population=64, sigma=0.1, plan=model.plan)
@@ -127,7 +128,7 @@ def plan_memory(
         at a time                 64 of 64 members, 7 prompts
     """
     state = jax.eval_shape(lambda params: es.init(params, 0), params)
-    weights = _bytes(state.params, es.mesh)
+    weights = _bytes(state.params, es.mesh, model.sharding)
     slots = padded_length(prompt_slots)
     count, steps = segments(sampling.max_new_tokens, segment)
 
@@ -138,9 +139,9 @@ def plan_memory(
     _, cache = jax.eval_shape(read, params, tokens, length)
     plan = MemoryPlan(
         weights=weights,
-        training=_bytes(state, es.mesh) - weights,
+        training=_bytes(state, es.mesh, model.sharding) - weights,
         factors=es.plan_of(params).noise_bytes,
-        cache=_bytes(cache, es.mesh),
+        cache=_bytes(cache, es.mesh, model.sharding),
         logits=3 * 4 * model.vocab_size,
         activations=_activations(read, params, slots),
         population=population,
@@ -231,9 +232,9 @@ def _activations(read: Any, params: Any, slots: int) -> int:
     return 2 * largest(traced.jaxpr)
 
 
-def _bytes(tree: PyTree, mesh: Mesh | None) -> int:
+def _bytes(tree: PyTree, mesh: Mesh | None, rules: ShardingRules) -> int:
     """On one device."""
-    places = jax.tree.leaves(parallel.shardings(tree, mesh)) or repeat(None)
+    places = jax.tree.leaves(parallel.shardings(tree, mesh, rules)) or repeat(None)
 
     def own(x: Any, place: NamedSharding | None) -> int:
         shape = x.shape if place is None else place.shard_shape(x.shape)

@@ -142,8 +142,8 @@ def fit(
 
     Example:
         >>> from experiments.models.transformer import TransformerConfig
-        >>> from experiments.reasoning.language_model import of_transformer
-        >>> model = of_transformer(TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
+        >>> from experiments.reasoning.language_model import language_model
+        >>> model = language_model(TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
         ...                                          num_hidden_layers=1, num_attention_heads=2))
         >>> data = pack([([2], [3, 4]), ([5], [6])], length=4, end=1)
         >>> params = model.init(jax.random.key(0))

@@ -1,26 +1,19 @@
 """The model and tokenizer that training begins with: new ones, a folder's, or those of an earlier run."""
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, PyTree
 
-from experiments.models import (
-    hugging_face,
-    quantised,
-    rwkv7,
-    rwkv7_weights,
-    tokens,
-    transformer,
-    world_tokenizer,
-)
+from experiments.models import families, hugging_face, quantised, tokens
+from experiments.models.family import ModelConfig
+from experiments.models.tokens import AnyTokenizer
 from experiments.reasoning.config import Config
-from experiments.reasoning.language_model import LanguageModel, of_rwkv7, of_transformer
+from experiments.reasoning.language_model import LanguageModel, language_model
 from experiments.reasoning.tasks import Task
 from experiments.run import hosts
 from experiments.run.drivers import read_run
@@ -32,7 +25,7 @@ class Start(NamedTuple):
 
     Attributes:
         model: the functions.
-        shape: the configuration of the model: a TransformerConfig or RWKV7Config.
+        shape: the configuration of the model, whose type says its family (`families.of`).
         tokenizer: of its texts.
         params: makes the parameters; an array of the seed decides new ones. Those that are read, or
             rounded to int8, lie on the host.
@@ -40,8 +33,8 @@ class Start(NamedTuple):
     """
 
     model: LanguageModel
-    shape: Any
-    tokenizer: Any
+    shape: ModelConfig
+    tokenizer: AnyTokenizer
     params: Callable[[Array], PyTree]
     folder: Path | None = None
 
@@ -56,13 +49,15 @@ def start(config: Config, task: Task | None = None) -> Start:
     Raises:
         UsageError: for a folder or a run that cannot be read, or settings that it does not take.
     """
-    if config.tokenizer == "bpe" and (config.start is not None or config.model not in NEW):
+    if config.tokenizer == "bpe" and (
+        config.start is not None or config.model not in families.FAMILIES
+    ):
         raise UsageError(
             f"--tokenizer bpe: {config.start or config.model} has a tokenizer of its own; leave this out"
         )
     if config.start is not None:
         found = _of_run(config)
-    elif config.model in NEW:
+    elif config.model in families.FAMILIES:
         found = _new(config, task)
     else:
         found = _of_folder(config)
@@ -76,53 +71,25 @@ def start(config: Config, task: Task | None = None) -> Start:
 
 def in_int8(found: Start, config: Config) -> Start:
     """The same with its matrices in int8. What a step of them is worth is that of the first parameters."""
-    quantise = _family(found.shape).quantise
-    params = quantise(jax.device_get(found.params(jnp.int32(config.seed))))
+    params = families.of(found.shape).quantise(jax.device_get(found.params(jnp.int32(config.seed))))
     model = _functions(found.shape, config, quantised.steps(params))
     return found._replace(model=model, params=lambda seed: params)
 
 
-def in_floats(shape: Any, params: PyTree, dtype: DTypeLike) -> PyTree:
+def in_floats(shape: ModelConfig, params: PyTree, dtype: DTypeLike) -> PyTree:
     """The parameters of a model in floats, if some are in int8."""
-    return quantised.dequantise(params, dtype, _family(shape).output_axis)
-
-
-def _family(shape: Any) -> Any:
-    return rwkv7 if isinstance(shape, rwkv7.RWKV7Config) else transformer
-
-
-NEW = ("transformer", "rwkv7")
+    return families.of(shape).dequantise(params, dtype)
 
 
 def _new(config: Config, task: Task | None) -> Start:
     """A model of random parameters that reads bytes or byte pairs."""
     tokenizer = tokens.bytes_tokenizer() if config.tokenizer == "bytes" else _pairs(config, task)
-    if config.model == "rwkv7":
-        narrow = min(64, config.width)
-        if config.width % narrow:
-            raise UsageError(
-                f"--width {config.width}: heads are 64 wide, so choose a multiple of 64"
-            )
-        shape: Any = rwkv7.RWKV7Config(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=config.width,
-            num_hidden_layers=config.layers,
-            head_dim=narrow,
+    try:
+        shape = families.FAMILIES[config.model].small(
+            tokenizer.vocab_size, config.width, config.layers
         )
-    else:
-        heads = max(1, config.width // 32)
-        if config.width % (2 * heads):
-            raise UsageError(
-                f"--width {config.width}: it is divided among {heads} heads of an even width, so choose a "
-                "multiple of 32"
-            )
-        shape = transformer.TransformerConfig(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=8 * config.width // 3,
-            num_hidden_layers=config.layers,
-            num_attention_heads=heads,
-        )
+    except ValueError as error:
+        raise UsageError(f"--width {config.width}: {error}") from error
     model = _functions(shape, config)
     return Start(model, shape, tokenizer, lambda seed: model.init(jax.random.key(seed)))
 
@@ -149,28 +116,19 @@ def _pairs(config: Config, task: Task | None) -> tokens.Tokenizer:
 def keep_tokenizer(config: Config, begin: Start) -> None:
     """Writes byte pairs into the run folder, once: another version of tokenizers may learn others."""
     folder = config.run_dir / "tokenizer"
-    if not hosts.first():
+    if not hosts.first() or config.tokenizer != "bpe":
         return
-    if config.tokenizer == "bpe" and not (folder / "tokenizer_config.json").exists():
+    assert isinstance(begin.tokenizer, tokens.Tokenizer)
+    if not (folder / "tokenizer_config.json").exists():
         begin.tokenizer.save(folder)
 
 
-# One for a process: its 65,529 lines take a second to read.
-_world = functools.cache(world_tokenizer.WorldTokenizer)
-
-
 def _of_folder(config: Config) -> Start:
-    """A checkpoint of the Hugging Face layout, or of RWKV-7."""
+    """The checkpoint of a folder, by the family that reads it."""
     folder, dtype = hugging_face.resolve(config.model), jnp.dtype(config.dtype)
-    if rwkv7_weights.is_folder(folder):
-        shape: Any
-        shape, params = rwkv7_weights.load(folder, dtype, on_host=True)
-        # One that was trained here has a tokenizer of its own; the published ones have theirs in common.
-        own = (folder / "tokenizer.json").exists()
-        tokenizer: Any = tokens.from_folder(folder) if own else _world()
-    else:
-        shape, params = hugging_face.load(folder, dtype, on_host=True)
-        tokenizer = tokens.from_folder(folder)
+    family = families.of_folder(folder)
+    shape, params = family.load(folder, dtype, True)
+    tokenizer = family.tokenizer(folder)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UsageError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {shape.vocab_size}"
@@ -191,12 +149,10 @@ def _of_run(config: Config) -> Start:
 
 
 def _functions(
-    shape: Any, config: Config, steps: Mapping[str, float] | None = None
+    shape: ModelConfig, config: Config, steps: Mapping[str, float] | None = None
 ) -> LanguageModel:
     try:
-        if isinstance(shape, rwkv7.RWKV7Config):
-            return of_rwkv7(shape, config.trained, steps)
-        return of_transformer(shape, config.trained, steps)
+        return language_model(shape, config.trained, steps)
     except ValueError as error:
         raise UsageError(f"--trained: {error}") from error
 
@@ -207,11 +163,7 @@ def save(begin: Start, params: PyTree, folder: Path, dtype: DTypeLike) -> None:
     Matrices in int8 are written as the floats of `dtype` that they stand for.
     """
     params = in_floats(begin.shape, params, dtype)
-    if isinstance(begin.shape, rwkv7.RWKV7Config):
-        rwkv7_weights.save(folder, begin.shape, params)
-        if isinstance(begin.tokenizer, tokens.Tokenizer):
-            begin.tokenizer.save(folder)
-        return
-    hugging_face.save(folder, begin.shape, params, source=begin.folder)
-    if begin.folder is None:
+    families.of(begin.shape).save(folder, begin.shape, params, begin.folder)
+    # The tokenizer of a folder is copied from there.
+    if begin.folder is None and isinstance(begin.tokenizer, tokens.Tokenizer):
         begin.tokenizer.save(folder)

@@ -23,7 +23,7 @@ from experiments.reasoning import diagnostics, rewards, scores, tasks
 from experiments.reasoning.answers import extract
 from experiments.reasoning.backprop import GroupPolicy, Supervised
 from experiments.reasoning.config import Config
-from experiments.reasoning.engine import Share, generate, unseen
+from experiments.reasoning.engine import Share, generate
 from experiments.reasoning.evolution import Evolution
 from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.fitting import fit
@@ -35,6 +35,7 @@ from experiments.reasoning.tasks import Question, Task
 from experiments.run.devices import layout_of
 from experiments.run.errors import UsageError
 from experiments.run.plots import Curve
+from experiments.run.progress import part
 from experiments.run.trainer import Carry, Conclusion, LanguageTrainer, Outcome
 
 Learner = Evolution | GroupPolicy | Supervised
@@ -63,7 +64,7 @@ class Reasoning(LanguageTrainer[Config]):
     measured = ("held_out_accuracy", "held_out_reward", "held_out_length")
     totals = ("prompt_tokens", "generated_tokens")
 
-    def __init__(self, config: Config, share: Share = unseen) -> None:
+    def __init__(self, config: Config, share: Share = part) -> None:
         super().__init__(config)
         self._share = share
         evolves = config.algorithm == "eggroll"
@@ -145,7 +146,7 @@ class Reasoning(LanguageTrainer[Config]):
         written, _, found = self.answers(carry.learner.params, self.questions.measured)
         return {
             "held_out_accuracy": float(np.mean(found >= RIGHT)),
-            "held_out_reward": float(np.nanmean(found)),
+            "held_out_reward": diagnostics.known_mean(found),
             "held_out_length": float(written.lengths.mean()),
         }
 

@@ -117,6 +117,6 @@ def make_generation(
             state, metrics = es.update(carry.learner, scores, by_stretch, *args)
         statistics = before if seen is None else merge(before, layout.gather(seen))
         after = Carry(state, Seen(statistics), carry.generation + 1, carry.seed)
-        return after, {**row_of(metrics), "environment_steps": steps.sum()}
+        return after, {**row_of(metrics, es, carry.learner), "environment_steps": steps.sum()}
 
     return generation

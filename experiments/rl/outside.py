@@ -19,6 +19,7 @@ from experiments.rl.policy import Policy, make_policy
 from experiments.rl.statistics import Statistics, Sums, merge, nothing_seen
 from experiments.rl.workers import Workers, shape_of, spaces_of
 from experiments.run.learners import row_of
+from experiments.run.progress import part
 from experiments.run.trainer import Carry
 
 Row = dict[str, Any]
@@ -56,6 +57,7 @@ class Outside:
         self._members = jax.jit(self._members_act)
         self._mean = jax.jit(self._mean_acts)
         self._tell = jax.jit(self.es.tell)
+        self._row = jax.jit(lambda metrics, state: row_of(metrics, self.es, state))
 
     # ------------------------------------------------------------ what the loop calls
 
@@ -86,8 +88,9 @@ class Outside:
         if config.normalise:
             sums = Sums(jnp.float32(taken), jnp.asarray(first), jnp.asarray(second))
             statistics = merge(statistics, sums)
+        row = self._row(metrics, carry.learner)
         after = Carry(state, Seen(statistics), carry.generation + 1, carry.seed)
-        return after, {**row_of(metrics), "environment_steps": taken}
+        return after, {**row, "environment_steps": taken}
 
     def returns(self, carry: Carry, episodes: int, *stream: int) -> np.ndarray:
         """Returns of the mean policy in episodes that no member is trained on; the stream decides which."""
@@ -130,6 +133,7 @@ class Outside:
             live, before = ~over, seen
             actions = np.asarray(act(seen, step)) + self.first_action
             seen, rewards, over = self._workers.step(actions)
+            part(int(over.sum()), len(over), "episodes")
             yield before, live, rewards
             step += 1
 

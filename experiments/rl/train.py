@@ -21,6 +21,7 @@ from experiments.rl.config import GYMNASIUM, Config
 from experiments.rl.environments import Task, make_task
 from experiments.rl.policy import Policy, make_policy
 from experiments.rl.rollout import run_episode
+from experiments.run.axes import ENVIRONMENT_STEPS
 from experiments.run.devices import ONE, Layout, layout_of
 from experiments.run.plots import Curve
 from experiments.run.program import Program, ProgramTrainer
@@ -192,8 +193,9 @@ def conclude(config: Config, outcome: Outcome) -> Conclusion:
         words=f"return of a {name} episode ({UNITS.get(name, 'sum of rewards')})",
         who=who(config),
         target=config.target,
-        x=("environment_steps", "environment steps") if outcome.rows else None,
+        x=ENVIRONMENT_STEPS,
         population=config.algorithm == "eggroll",
+        training=("episode_return", "training episodes") if config.algorithm == "ppo" else None,
     )
     return Conclusion(lesson, path, curve)
 

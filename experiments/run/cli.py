@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from experiments.run import stopping
@@ -144,13 +145,21 @@ def _train(name: str, args: Sequence[str]) -> int:
         if hosts.several():
             stopping.hold()  # all of them end together
         from experiments.run.compilation import keep_compiled_programs
+        from experiments.run.doctor import last_line
         from experiments.run.train import train
 
         keep_compiled_programs()
-        sentence = train(config, STARTED).sentence
+        try:
+            sentence = train(config, STARTED).sentence
+        except RunError as error:
+            if hosts.first() and (why := last_line(config.run_dir)):
+                error.add_note(why)
+            raise
         if hosts.first():
             print(sentence)
             print(f"Metrics, checkpoints and the curve are in {config.run_dir}.")
+            if why := last_line(config.run_dir):
+                print(why)
     return 0
 
 
@@ -214,13 +223,14 @@ def _rl(args: Sequence[str]) -> int:
 
 def _doctor(args: Sequence[str]) -> int:
     if args in (["-h"], ["--help"]):
-        print(f"usage: eggroll doctor\n\n{COMMANDS['doctor'].summary}; takes no options")
+        print(f"usage: eggroll doctor [RUN ...]\n\n{COMMANDS['doctor'].summary}; takes no options")
         return 0
-    if args:
-        raise UsageError(f"takes no options, but got {args[0]!r}")
-    from experiments.run.doctor import doctor
+    options = [word for word in args if word.startswith("-")]
+    if options:
+        raise UsageError(f"takes no options, but got {options[0]!r}")
+    from experiments.run.doctor import doctor, tell
 
-    return doctor()
+    return tell([Path(word) for word in args]) if args else doctor()
 
 
 def _plain_cli(kind: type[Settings], args: Sequence[str], prog: str) -> Settings:
@@ -266,7 +276,9 @@ COMMANDS = {
     "eval": Command("measure the newest checkpoint of a run", _eval),
     "sample": Command("let the language model of a run write", _sample),
     "export": Command("write the trained parameters of a run as safetensors", _export),
-    "doctor": Command("print versions and devices, and check that a small program runs", _doctor),
+    "doctor": Command(
+        "check the installation; with run folders, say why they did not learn", _doctor
+    ),
 }
 
 

@@ -49,14 +49,14 @@ class Range(NamedTuple):
         even: whether it must be even, as members come in pairs.
     """
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     whole: bool
     open_low: bool = False
     open_high: bool = False
     even: bool = False
 
-    def problem(self, value: float) -> str | None:
+    def problem(self, value: int | float) -> str | None:
         """What would be right, where the value is not."""
         low = value > self.low if self.open_low else value >= self.low
         high = value < self.high if self.open_high else value <= self.high
@@ -142,8 +142,8 @@ def from_zero(default: Any = dataclasses.MISSING, *, role: Role = Role.RESULT) -
 
 def within(
     default: Any = dataclasses.MISSING,
-    low: float = 0.0,
-    high: float = 1.0,
+    low: int | float = 0.0,
+    high: int | float = 1.0,
     *,
     open_low: bool = False,
     open_high: bool = False,
@@ -403,6 +403,6 @@ def differences(
     a, b = dict(flat(old)), dict(flat(new))
     free = free_keys(kind, same_bits)
     flags = {place.key: flag(name) for name, place in places(kind).items()}
-    for key in sorted(a.keys() | b.keys()):
+    for key in sorted(a.keys() | b.keys(), key=lambda key: flags.get(key, flag(key))):
         if key not in free and a.get(key, "absent") != b.get(key, "absent"):
             yield f"{flags.get(key, flag(key))} {a.get(key, 'absent')} -> {b.get(key, 'absent')}"

@@ -11,6 +11,7 @@ import eggroll
 from experiments.run.devices import ONE, Layout
 from experiments.run.optimizers import decayed, make_optimizer
 from experiments.run.settings import Evolution, Optimizer
+from experiments.run.sizes import sizes
 
 
 def strategy(
@@ -56,11 +57,19 @@ def sigma_of(evolution: Evolution) -> Any:
     return sigma if callable(sigma) or isinstance(sigma, int | float) else lambda _: sigma
 
 
-def row_of(metrics: eggroll.Metrics) -> dict[str, Array]:
-    """The metrics of an update as a row, without the generation, which the loop counts."""
+def row_of(
+    metrics: eggroll.Metrics, es: eggroll.EvolutionStrategy, state: eggroll.State
+) -> dict[str, Array]:
+    """An update as a row.
+
+    Args:
+        metrics: of the update; the generation is left out, which the loop counts.
+        es: the strategy.
+        state: before the update; its sizes are in the row, by which steps are judged.
+    """
     row = metrics._asdict()
     del row["generation"]
-    return row
+    return row | sizes(es, state)
 
 
 class Trained(NamedTuple):

@@ -34,7 +34,7 @@ from experiments.run.driver import Column, Driver
 from experiments.run.errors import Interrupted, RunError
 from experiments.run.loggers import loggers
 from experiments.run.metrics import MetricsFile, Row, expect_names, plain
-from experiments.run.progress import Progress
+from experiments.run.progress import Progress, rates
 from experiments.run.samples import Samples
 from experiments.run.seeds import average, each
 from experiments.run.settings import RunSettings
@@ -44,6 +44,13 @@ from experiments.run.trainer import Carry, Outcome, Trainer
 
 # So many generations in a row without a usable score say that something is broken.
 HOPELESS = 10
+# What totals are called where it is told how many of them a second took.
+RATES = {
+    "environment_steps": "steps",
+    "generated_tokens": "written tokens",
+    "prompt_tokens": "prompt tokens",
+    "bytes_read": "bytes",
+}
 
 
 class Record:
@@ -144,6 +151,8 @@ class Record:
         row = {"generation": self.generation, **plain(found)}
         for name in self.trainer.totals:
             row[name] = self._totals[name] = _add(self._totals.get(name, 0), row[name])
+        counts = {RATES.get(name, name): plain(found[name]) for name in self.trainer.totals}
+        self._rates = rates(counts, time.perf_counter() - began)
         row.update(self._measured or dict.fromkeys(self.trainer.measured))
         times = {"seconds": time.perf_counter() - began, "since_start": self.watch.total()}
         row["timing"] = {**times, **timing, **row.get("timing", {})}
@@ -155,8 +164,9 @@ class Record:
 
     @property
     def told(self) -> str:
-        """The newest row in a few words."""
-        return in_words(self.driver.columns, {**self._row, **self._latest})
+        """The newest row in a few words, the most important first."""
+        words = in_words(self.driver.columns, {**self._row, **self._latest})
+        return ", ".join(filter(None, [words, *self._rates]))
 
     @property
     def save_due(self) -> bool:

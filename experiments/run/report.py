@@ -1,39 +1,58 @@
 """`eggroll report RUN...`: curves of runs, compared, as a PNG and one self-contained HTML page.
 
 Runs whose settings differ in nothing but the seed are one curve: their mean, and a band from the
-lowest to the highest of them.
+lowest to the highest of them; where a single curve is a share of a number of questions, the band is what 95
+of 100 other sets of as many questions would give.
 """
 
-import base64
-import html
-from collections.abc import Iterable, Mapping, Sequence
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from tyro.conf import Positional
 
-from experiments.run.drivers import FOLDERS, find_driver
-from experiments.run.errors import UsageError, suggestion
-from experiments.run.fields import Place, Role, flat, places
-from experiments.run.folder import (
-    full_disk_in_one_sentence,
-    is_number,
-    kind_of,
-    read_config,
-    read_result,
-    write_whole,
+from experiments.run.axes import AXES, Axis, usual_axis
+from experiments.run.canvas import (
+    COLORS,
+    GREY,
+    count_axis,
+    finish,
+    label_axes,
+    legend_below,
+    literal,
+    new_figure,
+    save,
+    short,
+    title_above,
 )
-from experiments.run.metrics import Row, expect_names, read_metrics, seconds_of
-from experiments.run.plots import column, finish
-
-X_LABELS = {
-    "generation": "generations",
-    "environment_steps": "environment steps",
-    "seconds": "seconds of training",
-}
-COLORS = ("#4C78A8", "#E4572E", "#54A24B", "#B279A2", "#F2A541", "#439894", "#8A8A8A", "#9D755D")
+from experiments.run.compared import (
+    Group,
+    Run,
+    essence,
+    group,
+    on_grid,
+    read_run,
+    setting,
+    target_of,
+)
+from experiments.run.errors import UsageError
+from experiments.run.folder import full_disk_in_one_sentence, read_config, write_whole
+from experiments.run.metrics import read_metrics
+from experiments.run.page import Details, Point, Series, as_html
+from experiments.run.plots import (
+    BAND_ROOM,
+    CHANCE_ROOM,
+    mark_outliers,
+    mean_of,
+    usual_range,
+    widened,
+    wilson,
+    with_target,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,34 +65,17 @@ class Settings:
     """Folder to write to; that of the first run by default."""
     y: str | None = None
     """Metric to draw; the held-out one by default."""
-    x: Literal["generation", "environment_steps", "seconds"] = "generation"
-    """What to draw it against."""
+    x: (
+        Literal["generation", "environment_steps", "bytes_read", "generated_tokens", "seconds"]
+        | None
+    ) = None
+    """What to draw it against; by default what all runs count, else seconds (generations for one run)."""
     names: tuple[str, ...] = ()
     """What the runs are called, in their order; by default what tells their settings apart."""
 
 
-# A label of settings that is longer gives way to the name of the folder; two columns of a legend hold
-# labels of so many letters side by side.
-LONGEST_LABEL, SIDE_BY_SIDE = 50, 40
-
-
-class Run(NamedTuple):
-    """One run as it was found. `x` [points], `y` [points, seeds]."""
-
-    path: Path
-    config: dict[str, Any]
-    result: dict[str, Any] | None
-    x: np.ndarray
-    y: np.ndarray
-
-
-class Group(NamedTuple):
-    """Runs that differ in their seed alone, on one grid. `x` [points], `y` [points, seeds]."""
-
-    label: str
-    runs: list[Run]
-    x: np.ndarray
-    y: np.ndarray
+# Metrics with these words in their names are to fall.
+FALLING = ("loss", "bits", "perplexity", "error")
 
 
 def report(settings: Settings) -> list[Path]:
@@ -89,14 +91,16 @@ def report(settings: Settings) -> list[Path]:
             f"--names gives {len(settings.names)} names for {len(settings.runs)} runs: give one for each"
         )
     y = settings.y or held_out_name(settings.runs[0])
-    runs = [read_run(path, settings.x, y) for path in settings.runs]
+    axis = AXES[settings.x] if settings.x else chosen_axis(settings.runs)
+    runs = [read_run(path, axis, y) for path in settings.runs]
     groups = group(runs, settings.names)
     out = settings.out or settings.runs[0]
     png, page = out / "report.png", out / "report.html"
     with full_disk_in_one_sentence(out):
         out.mkdir(parents=True, exist_ok=True)
-        draw(groups, settings.x, y, png)
-        text = as_html(groups, settings.x, y, png.read_bytes())
+        picture = draw(groups, axis, y)
+        text = page_of(groups, axis, y, picture)
+        write_whole(png, lambda file: file.write(picture.png))
         write_whole(page, lambda file: file.write(text.encode()))
     return [png, page]
 
@@ -111,168 +115,189 @@ def held_out_name(path: Path) -> str:
     return names[0]
 
 
-def read_run(path: Path, x: str, y: str) -> Run:
-    """A run's curve: the rows that have a value, and the final one of its result."""
-    config, result = read_config(path), read_result(path)
-    rows = read_metrics(path / "metrics.jsonl")
-    if not rows:
-        raise UsageError(f"{path} has no metric rows yet")
-    if y not in rows[0]:
-        raise UsageError(f"{path} has no metric {y!r}{suggestion(y, rows[0])}")
-    if not (config.get("target") is None or is_number(config["target"])):
-        raise UsageError(
-            f"{path}/config.json: target is {kind_of(config['target'])}; a number or null is right"
-        )
-    expect_names(path / "metrics.jsonl", rows, [y])
-    at = positions(rows, x, path / "metrics.jsonl")
-    points = [i for i, row in enumerate(rows) if row[y] is not None]
-    values = column([rows[i] for i in points], y) if points else np.zeros((0, 1))
-    if result is not None and result.get(y) is not None:
-        last = result.get("by_seed") or result[y]
-        if points and (len(last) if isinstance(last, list) else 1) != values.shape[1]:
-            raise UsageError(
-                f"{path}/result.json and metrics.jsonl have {y} of other numbers of seeds"
-            )
-        points, values = [*points, len(rows)], np.concatenate([values, column([{y: last}], y)])
-    return Run(path, config, result, at[points], values)
+def chosen_axis(paths: Sequence[Path]) -> Axis:
+    """What runs are drawn over where nobody says it."""
+    methods = {repr(sorted(essence(read_config(path)).items())) for path in paths}
+    return usual_axis([read_metrics(path / "metrics.jsonl") for path in paths], len(methods))
 
 
-def positions(rows: Sequence[Row], x: str, path: Path = Path("metrics.jsonl")) -> np.ndarray:
-    """Where the state before each row stands on the axis, and after the last one, float64 [rows + 1].
+class Picture(NamedTuple):
+    """The curves of all groups: as PNG, as SVG, and what can be pointed at in it."""
 
-    Times are summed up row by row, so that a run that was stopped and continued counts its work alone.
-    """
-    if x == "generation":
-        after = [row["generation"] + 1 for row in rows]
-    elif x == "seconds":
-        after = np.cumsum(seconds_of(path, rows)).tolist()
-    elif x in rows[0]:
-        expect_names(path, rows, [x])
-        after = column(rows, x).mean(1).tolist()
-    else:
-        raise UsageError(f"--x {x}: these runs do not count it")
-    return np.array([0, *after], float)
+    png: bytes
+    svg: str
+    series: list[Series]
 
 
-def group(runs: Sequence[Run], names: Sequence[str] = ()) -> list[Group]:
-    """Runs by their settings without the seed, named by the settings that tell them apart.
-
-    Args:
-        runs: in any order.
-        names: what they are called instead; runs of one name are one group.
-    """
-    found: dict[str, list[Run]] = {}
-    for number, run in enumerate(runs):
-        key = names[number] if names else repr(sorted(essence(run.config).items()))
-        found.setdefault(key, []).append(run)
-    essences = [essence(runs[0].config) for runs in found.values()]
-    telling = [
-        name
-        for name in dict.fromkeys(name for one in essences for name in one)
-        if len({repr(one.get(name)) for one in essences}) > 1
-    ]
-    groups = []
-    for (key, runs), settings in zip(found.items(), essences, strict=True):
-        x = np.unique(np.concatenate([run.x for run in runs]))
-        # A run that ended early stays at its last value.
-        y = np.stack([np.interp(x, run.x, one) for run in runs for one in run.y.T], axis=1)
-        # The settings that tell it apart where they are few enough to read, its folder otherwise.
-        label = ", ".join(f"{name}={settings[name]}" for name in telling if name in settings)
-        if names:
-            label = key
-        elif not 0 < len(label) <= LONGEST_LABEL:
-            label = runs[0].path.name
-        groups.append(Group(label, runs, x, y))
-    return groups
+class _Band(NamedTuple):
+    low: np.ndarray
+    high: np.ndarray
 
 
-def essence(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a run, but for the seed."""
-    driver, known = config.get("driver"), dict[str, Place]()
-    if driver in FOLDERS:
-        kind = find_driver(driver).config
-        known = {place.key: place._replace(path=(name,)) for name, place in places(kind).items()}
-    found = {}
-    for key, value in flat(config):
-        place = known.get(key)
-        if key not in ("seed", "seeds") and (place is None or place.role is Role.RESULT):
-            # By the name of its flag.
-            found[place.key if place else key] = value
-    return found
-
-
-def draw(groups: Sequence[Group], x: str, y: str, path: Path) -> None:
+def draw(groups: Sequence[Group], axis: Axis, y: str) -> Picture:
     """The curves of all groups in one picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 4.8), dpi=150, layout="constrained")
+    figure = new_figure()
     axes = figure.add_subplot()
-    for number, one in enumerate(groups):
-        color = COLORS[number % len(COLORS)]
-        seeds = one.y.shape[1]
-        label = f"{one.label} ({seeds} seeds)" if seeds > 1 else one.label
-        axes.plot(one.x, one.y.mean(1), color=color, lw=2, label=label)
-        if seeds > 1:
-            axes.fill_between(one.x, one.y.min(1), one.y.max(1), color=color, alpha=0.2, lw=0)
-    for target in {run.config.get("target") for one in groups for run in one.runs}:
-        if target is None:
-            continue
-        axes.axhline(target, color="#8A8A8A", lw=1, ls="--", zorder=0, label=f"target, {target:g}")
-    axes.set_xlabel(X_LABELS[x])
-    axes.set_ylabel(in_words(y))
+    middles = [mean_of(one.y) for one in groups]
+    bands = [band(one) for one in groups]
+    colors = [COLORS[number % len(COLORS)] for number in range(len(groups))]
+    for number, (one, middle, edges) in enumerate(zip(groups, middles, bands, strict=True)):
+        style = ("-", "--", ":", "-.")[number // len(COLORS) % 4]
+        label, marker = literal(named(one)), "o" if len(one.x) == 1 else None
+        axes.plot(one.x, middle, style, color=colors[number], lw=2, marker=marker, label=label)
+        if edges is not None:
+            axes.fill_between(one.x, *edges, color=colors[number], alpha=0.18, lw=0)
+    for several, label in ((False, "95% by chance"), (True, "lowest to highest seed")):
+        pairs = zip(groups, bands, strict=True)
+        if any(edges is not None and (one.y.shape[1] > 1) == several for one, edges in pairs):
+            axes.fill_between([], [], [], color=GREY, alpha=0.3, lw=0, label=label)
+    if not any(np.isfinite(middle).any() for middle in middles):
+        axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color=GREY)
     finish(axes)
-    longest = max(len(text) for text in axes.get_legend_handles_labels()[1])
-    columns = 2 if longest <= SIDE_BY_SIDE else 1
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    write_whole(path, lambda file: figure.savefig(file, format="png"))
+    low, high = usual_range(np.concatenate(middles) if middles else np.empty(0))
+    height = high - low
+    for one, edges in zip(groups, bands, strict=True):
+        if edges is not None:
+            room = CHANCE_ROOM if one.y.shape[1] == 1 else 2 * BAND_ROOM
+            low, high = widened(low, high, edges, room * height)
+    for target in sorted({t for one in groups if (t := target_of_group(one)) is not None}):
+        low, high = with_target(axes, target, low, high)
+    axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    for one, middle, color in zip(groups, middles, colors, strict=True):
+        mark_outliers(axes, one.x, middle, color)
+    count_axis(axes)
+    legend_below(figure, axes)
+    title_above(figure, title_of(groups, y))
+    label_axes(figure, axes, axis.words, in_words(y))
+
+    # Both files are of one layout, which the places of the points belong to.
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    png, svg = io.BytesIO(), io.BytesIO()
+    save(figure, png)
+    save(figure, svg, "svg")
+    place = axes.transData + figure.transFigure.inverted()
+    series = []
+    for one, middle, edges, color in zip(groups, middles, bands, colors, strict=True):
+        points = []
+        for i in np.flatnonzero(np.isfinite(middle)):
+            across, up = place.transform((one.x[i], middle[i]))
+            span = None if edges is None else (float(edges.low[i]), float(edges.high[i]))
+            points.append(
+                Point(float(across), 1 - float(up), float(one.x[i]), float(middle[i]), span)
+            )
+        series.append(Series(named(one), color, points))
+    return Picture(png.getvalue(), svg.getvalue().decode(), series)
 
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-img { max-width: 100%; }
-table { border-collapse: collapse; margin: .5rem 0; }
-td, th { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd; }
-"""
+def named(one: Group) -> str:
+    """A group's name in the legend."""
+    seeds = one.y.shape[1]
+    return f"{one.label} ({seeds} seeds)" if seeds > 1 else one.label
 
 
-def as_html(groups: Sequence[Group], x: str, y: str, png: bytes) -> str:
-    """The page: the picture, a table of the groups, and the settings of each run."""
-    head = ("runs", "seeds", f"last {in_words(y)}, mean", "lowest to highest", X_LABELS[x])
-    rows = [
+def title_of(groups: Sequence[Group], y: str) -> str:
+    """What all runs learn, where their settings name it."""
+    for name in ("env", "task", "data"):
+        found = {repr(setting(run.config, name)) for one in groups for run in one.runs}
+        value = next((setting(run.config, name) for one in groups for run in one.runs), None)
+        if len(found) == 1 and isinstance(value, str) and value:
+            return f"{in_words(y)} on {value}"
+    return ""
+
+
+def band(one: Group) -> _Band | None:
+    """From the lowest to the highest seed, or of one curve what chance makes of it, if that is known."""
+    if one.y.shape[1] > 1:
+        known = np.isfinite(one.y)
+        some = known.any(1)
+        low = np.where(some, np.where(known, one.y, np.inf).min(1), np.nan)
+        high = np.where(some, np.where(known, one.y, -np.inf).max(1), np.nan)
+        return _Band(low, high)
+    of = one.runs[0].of if one.runs else None
+    return None if of is None else _Band(*wilson(one.y[:, 0], of))
+
+
+def target_of_group(one: Group) -> float | None:
+    """The target of a group's runs."""
+    target = target_of(one.runs[0].config) if one.runs else None
+    return None if target is None else float(target)
+
+
+def reached_at(
+    at: Float[np.ndarray, "points"],
+    values: Float[np.ndarray, "points"],
+    target: float,
+    falling: bool = False,
+) -> float | None:
+    """Where a curve is at its target for the first time, among its measurements; None for nowhere.
+
+    Example:
+        >>> reached_at(np.array([0.0, 10.0, 20.0]), np.array([1.0, 5.0, 4.0]), 4.5)
+        10.0
+    """
+    good = values <= target if falling else values >= target
+    return float(at[int(good.argmax())]) if good.any() else None
+
+
+def to_the_target(one: Group, axis: Axis, y: str) -> str:
+    """When a group's seeds reached the target, on the axis and in seconds, in words."""
+    target = target_of_group(one)
+    if target is None:
+        return ""
+    falling = any(word in y for word in FALLING)
+    found = [
         (
-            one.label,
-            one.y.shape[1],
-            f"{one.y[-1].mean():.4g}",
-            f"{one.y[-1].min():.4g} to {one.y[-1].max():.4g}",
-            f"{max(run.x[-1] for run in one.runs):,.0f}",
+            reached_at(run.x, values, target, falling),
+            reached_at(run.seconds, values, target, falling),
         )
+        for run in one.runs
+        for values in run.y.T
+    ]
+    there = [(x, seconds) for x, seconds in found if x is not None and seconds is not None]
+    if not there:
+        return "not reached"
+    x, seconds = np.mean(there, axis=0)
+    words = f"{short(float(x))} {axis.words}, " if axis.name != "seconds" else ""
+    words += f"{seconds:,.1f} s"
+    return words if len(found) == 1 else f"{words} ({len(there)} of {len(found)} seeds)"
+
+
+def page_of(groups: Sequence[Group], axis: Axis, y: str, picture: Picture) -> str:
+    """The page: the picture, a table of the groups, and what each run has."""
+    common = min((float(one.x[-1]) for one in groups if len(one.x)), default=0.0)
+    head = ["runs", "seeds", f"last {in_words(y)}, mean", "lowest to highest"]
+    head += ["95% by chance"] if any(one.runs and one.runs[0].of for one in groups) else []
+    head += [f"at {short(common)} {axis.words}"] if len(groups) > 1 else []
+    aimed = any(target_of_group(one) is not None for one in groups)
+    head += ["first at the target, mean"] if aimed else []
+    head += [axis.words]
+    rows = []
+    for one in groups:
+        last = one.y[-1:] if len(one.x) else np.full((1, 1), np.nan)
+        row = [one.label, str(one.y.shape[1]), number(mean_of(last)[0])]
+        known = last[np.isfinite(last)]
+        row += [f"{number(known.min())} to {number(known.max())}" if known.size else ""]
+        of = one.runs[0].of if one.runs else None
+        if "95% by chance" in head:
+            edges = wilson(mean_of(last), of) if of else None
+            row += [f"{number(edges[0][0])} to {number(edges[1][0])}" if edges else ""]
+        if len(groups) > 1:
+            row += [number(float(on_grid(np.array([common]), one.x, mean_of(one.y))[0]))]
+        row += [to_the_target(one, axis, y)] if aimed else []
+        rows.append([*row, f"{max((run.x[-1] for run in one.runs if len(run.x)), default=0):,.0f}"])
+    details = [
+        Details(run.path, sentence(run), {**essence(run.config), "seed": run.config.get("seed")})
         for one in groups
+        for run in one.runs
     ]
-    parts = [
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Runs compared</title>',
-        f"<style>{STYLE}</style></head><body>\n<h1>Runs compared</h1>",
-        f'<img alt="curves of {html.escape(in_words(y))}"',
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}">',
-        table(rows, head),
-    ]
-    for run in (run for one in groups for run in one.runs):
-        settings = {**essence(run.config), "seed": run.config.get("seed")}
-        parts += [
-            f"<details><summary>{html.escape(str(run.path))}</summary>",
-            f"<p>{html.escape(sentence(run))}</p>{table(settings.items())}</details>",
-        ]
-    return "\n".join([*parts, "</body></html>\n"])
+    alt = f"curves of {in_words(y)}"
+    return as_html(alt, axis.words, picture.svg, picture.series, head, rows, details)
 
 
-def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
-    """An HTML table; whatever is in a cell is text."""
-
-    def line(cells: Sequence[Any], kind: str) -> str:
-        return "".join(f"<{kind}>{html.escape(str(cell))}</{kind}>" for cell in cells)
-
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    top = f"<tr>{line(head, 'th')}</tr>" if head else ""
-    return f"<table>{top}{body}</table>"
+def number(value: float) -> str:
+    """A figure of the table."""
+    return f"{value:.4g}" if np.isfinite(value) else "not finite"
 
 
 def in_words(metric: str) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments.run.errors import RunError
 from experiments.run.folder import full_disk_in_one_sentence, write_whole
@@ -35,6 +35,13 @@ _HEADER = "after "
 _INDENT = "    "
 
 
+class Sample(NamedTuple):
+    """What a model wrote after so many updates, line by line."""
+
+    generation: int
+    lines: tuple[str, ...]
+
+
 def add_sample(path: Path, generation: int, text: bytes | str) -> None:
     """Append a sample; what the file already holds from this generation on is replaced.
 
@@ -53,29 +60,44 @@ def add_sample(path: Path, generation: int, text: bytes | str) -> None:
             the end
         <BLANKLINE>
     """
-    kept: list[str] = []
+    kept = [one for one in read_samples(path) if one.generation < generation]
+    own = text.split("\n") if isinstance(text, str) else readable(text)
+    lines = [
+        line
+        for one in (*kept, Sample(generation, tuple(own)))
+        for line in (f"{_HEADER}{one.generation} updates", *(_INDENT + own for own in one.lines))
+    ]
+    with full_disk_in_one_sentence(path):
+        write_whole(path, lambda file: file.write("".join(f"{one}\n" for one in lines).encode()))
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples of a file, in its order; none where there is no file.
+
+    Raises:
+        RunError: for a file that is no samples.txt; it names the line.
+    """
     try:
-        before = path.read_text("utf-8") if path.exists() else ""
+        text = path.read_text("utf-8") if path.exists() else ""
     except UnicodeDecodeError as error:
         raise RunError(
             f"{path} is not text in UTF-8: byte {error.object[error.start]:#04x} at position {error.start}; "
             "remove it and run the same command again to continue"
         ) from error
+    found: list[tuple[int, list[str]]] = []
     # Not splitlines: only a newline ends a line of this file.
-    for number, line in enumerate(before.split("\n")[:-1], 1):
+    for number, line in enumerate(text.split("\n")[:-1], 1):
         header = re.fullmatch(_HEADER + r"(\d{1,18}) updates", line, re.ASCII)
-        if header is None and not line.startswith(_INDENT):
+        if header is not None:
+            found.append((int(header[1]), []))
+        elif found and line.startswith(_INDENT):
+            found[-1][1].append(line.removeprefix(_INDENT))
+        else:
             raise RunError(
                 f"{path}, line {number} is {line[:60]!r}; {_HEADER!r} with a number or an indented line is "
                 "right: remove the file and run the same command again to continue"
             )
-        if header is not None and int(header[1]) >= generation:
-            break
-        kept.append(line)
-    own = text.split("\n") if isinstance(text, str) else readable(text)
-    lines = [*kept, f"{_HEADER}{generation} updates", *(_INDENT + one for one in own)]
-    with full_disk_in_one_sentence(path):
-        write_whole(path, lambda file: file.write("".join(f"{one}\n" for one in lines).encode()))
+    return [Sample(generation, tuple(lines)) for generation, lines in found]
 
 
 def readable(text: bytes) -> Sequence[str]:

@@ -11,7 +11,7 @@ from experiments.run.driver import Driver
 from experiments.run.drivers import driver_of
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import run
-from experiments.run.plots import draw_curve
+from experiments.run.plots import learning_curve
 from experiments.run.result import Result
 from experiments.run.seeds import average, each
 from experiments.run.settings import RunSettings
@@ -81,7 +81,7 @@ def finish(
     after = outcome.after[driver.figure.name]
     told = trainer.conclude(config, outcome)
     final = (outcome.generations, after)
-    draw_curve(folder / "curve.png", outcome.rows, told.curve, told.lesson, final)
+    learning_curve(folder / "curve.png", outcome.rows, told.curve, told.lesson, final)
     watch.finish("results")
     seeds = len(each(after))
     count = sum(leaf.size for leaf in jax.tree.leaves(outcome.state.learner.params)) // seeds

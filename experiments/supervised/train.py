@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 import eggroll
 from experiments.models.mlp import MLP
+from experiments.run.axes import UPDATES
 from experiments.run.devices import ONE, Layout
 from experiments.run.learners import Backprop, optimizer_of, row_of, strategy
 from experiments.run.plots import Curve
@@ -90,7 +91,7 @@ class Classifier(ProgramTrainer[Config]):
             row: dict[str, Array]
             if config.algorithm == "eggroll":
                 learner, metrics = es.step(carry.learner, fitness, *batch_of(carry))
-                row = row_of(metrics)
+                row = row_of(metrics, es, carry.learner)
             else:
                 learner, value, *_ = backprop.step(carry.learner, loss, *batch_of(carry))
                 row = {"loss": value}
@@ -133,6 +134,7 @@ class Classifier(ProgramTrainer[Config]):
             name="held_out_accuracy",
             words="accuracy on held-out images",
             who="classifier",
+            x=UPDATES,
             target=config.target,
             of=len(halves(self.data, config.target is not None)[0][1]),
         )

@@ -15,14 +15,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from experiments.run.canvas import (
+    BIG,
+    GREY,
+    HELD_OUT,
+    POPULATION,
+    SMALL,
+    finish,
+    literal,
+    new_figure,
+    title_above,
+    wrapped,
+)
 from experiments.run.folder import write_whole
-from experiments.run.plots import GREY, HELD_OUT, POPULATION, finish
+from experiments.run.plots import usual_range
 from experiments.run.report import in_words
 
 LEAST = 4  # settings that can be told apart from chance at all
 SHUFFLES = 2000
 PANELS = 4
 LETTERS = 22  # that stand side by side under a panel
+LONGEST = 20  # letters of a value
 
 
 class Importance(NamedTuple):
@@ -144,26 +157,24 @@ def draw(
         when: at what length the settings are compared, in words.
         scales: of fields that are drawn from a range: "linear" or "log".
     """
-    from matplotlib.figure import Figure
-
     panels = found[:PANELS]
     bars = 1.15 + 0.34 * len(found)
     size = (max(7.2, 2.6 * len(panels)), bars + 3.4)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure = new_figure(*size)
     above, below = figure.subfigures(  # type: ignore[misc]
         2, 1, height_ratios=[bars, 3.4]
     )
     _bars(above.add_subplot(), found)
-    above.suptitle(
-        f"What {in_words(metric)} depends on, {len(values)} settings {when}",
-        x=0.01,
-        ha="left",
-        fontsize=11,
-    )
+    title_above(figure, f"What {in_words(metric)} depends on, {len(values)} settings {when}")
     axes = below.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for one, panel in zip(panels, axes, strict=True):
-        _points(panel, one.field, fields[one.field], values, scales.get(one.field))
-    axes[0].set_ylabel(in_words(metric))
+        _points(panel, fields[one.field], values, scales.get(one.field))
+        panel.set_xlabel(wrapped(one.field, BIG, size[0] / len(panels) - 0.6))
+    low, high = usual_range(np.array([np.nan if v is None else v for v in values], float))
+    axes[0].set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    beyond = sum(v is not None and not low <= v <= high for v in values)
+    note = f" ({beyond} far beyond left out)" if beyond else ""
+    axes[0].set_ylabel(wrapped(in_words(metric) + note, BIG, 2.6))
     write_whole(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -172,7 +183,7 @@ def _bars(axes: Any, found: Sequence[Importance]) -> None:
     axes.barh(at, [one.share for one in found], color=POPULATION, height=0.62)
     chance: dict[str, Any] = {"ls": "", "marker": "|", "ms": 15, "mew": 2, "color": HELD_OUT}
     axes.plot([one.chance for one in found], at, **chance)
-    axes.set_yticks(at, [one.field for one in found])
+    axes.set_yticks(at, [wrapped(one.field, SMALL, 1.6, 2) for one in found], fontsize=SMALL)
     axes.invert_yaxis()
     axes.set_xlabel(
         "share of the variance of ranks that the setting alone explains\n"
@@ -183,14 +194,13 @@ def _bars(axes: Any, found: Sequence[Importance]) -> None:
 
 
 def _points(
-    axes: Any, field: str, own: Sequence[Any], values: Sequence[float | None], scale: str | None
+    axes: Any, own: Sequence[Any], values: Sequence[float | None], scale: str | None
 ) -> None:
     """A point a setting; where there are no more than a few values, side by side with their means."""
     y = np.array([np.nan if v is None else v for v in values], float)
     style: dict[str, Any] = {"color": POPULATION, "alpha": 0.75, "s": 28, "lw": 0}
     finish(axes)
     axes.margins(x=0.08)
-    axes.set_xlabel(field)
     if scale is not None:
         x = np.array(own, float)
         axes.scatter(x, y, **style)
@@ -205,6 +215,7 @@ def _points(
         if known.size:
             axes.plot([i], [known.mean()], marker="_", ms=22, mew=2, color=GREY, zorder=0)
     labels = [str(name) for name in names]
+    labels = [literal(one if len(one) <= LONGEST else one[:LONGEST] + "…") for one in labels]
     aslant: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
     crowded = sum(map(len, labels)) > LETTERS
     axes.set_xticks(range(len(names)), labels, **(aslant if crowded else {}))

@@ -26,7 +26,6 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +33,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.run import report
+from experiments.run import compared, report
+from experiments.run.axes import AXES
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import RunError, UsageError
+from experiments.run.fields import changed, differences, from_json, to_json
 from experiments.run.folder import open_run_folder, read_config, write_json
 from experiments.run.metrics import MetricsFile, expect_names
 from experiments.run.samples import add_sample
-from experiments.run.settings import differences, from_json, to_json
 from experiments.supervised.config import PRESETS, Config
 from experiments.sweep.plan import make_plan
 from experiments.sweep.records import Records
@@ -165,7 +165,7 @@ def state_at(generation: int) -> Any:
 
 def config_of(folder: Path) -> Config:
     """The settings of the run."""
-    return replace(PRESETS["digits"], run_dir=folder, generations=GENERATIONS)
+    return changed(PRESETS["digits"], run_dir=folder, generations=GENERATIONS)
 
 
 def records_of(folder: Path) -> Records:
@@ -235,7 +235,7 @@ def read_settings(folder: Path) -> list[str]:
     config = from_json(Config, content)
     config.check()
     right = config_of(folder)
-    other = list(differences(to_json(right), to_json(config)))
+    other = list(differences(to_json(right), to_json(config), Config, same_bits=False))
     with open_run_folder("supervised", right):
         if other:
             raise Silent(f"{other} would be ignored")
@@ -256,8 +256,9 @@ def read_rows(folder: Path) -> list[str]:
 def draw(folder: Path, x: str) -> list[str]:
     """As `eggroll report`, but for the picture."""
     name = report.held_out_name(folder)
-    run = report.read_run(folder, x, name)
-    page = report.as_html(report.group([run]), x, name, b"")
+    axis = AXES[x]
+    run = compared.read_run(folder, axis, name)
+    page = report.page_of(compared.group([run]), axis, name, report.Picture(b"", "", []))
     whole = run.x.dtype == run.y.dtype == float and np.isfinite(run.x).all()
     if not whole or run.y.ndim != 2 or len(run.x) != len(run.y) or "<table>" not in page:
         raise Silent(f"a curve of {run.x.shape} and {run.y.shape}")

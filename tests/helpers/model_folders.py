@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.models import hugging_face, rwkv7, rwkv7_weights
+from experiments.models import hugging_face, llama_config, rwkv7, rwkv7_weights, transformer
 
 START, STOP, END = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 THOUGHTS = ("<think>", "</think>")
@@ -68,8 +68,8 @@ def qwen3(
         "use_sliding_window": False,
         "vocab_size": size,
     }
-    config = hugging_face.config_of(told)
-    params = hugging_face.init(jax.random.key(0), config)
+    config = llama_config.config_of(told)
+    params = transformer.init(jax.random.key(0), config)
     chance = np.random.default_rng(0)
     noisy = lambda x: jnp.asarray(x + scale * chance.normal(size=x.shape), jnp.bfloat16)
     hugging_face.save(

@@ -10,7 +10,15 @@ import pytest
 from flax import nnx
 
 import optim
-from experiments.models import egg, gru, normalised, quantised, rwkv7, transformer
+from experiments.models import (
+    egg,
+    gru,
+    normalised,
+    quantised,
+    rwkv7,
+    transformer,
+    transformer_family,
+)
 from experiments.models.mlp import MLP
 from optim._dimensions import leaves_of
 from optim._linear_weights import is_unknown
@@ -60,7 +68,7 @@ def test_transformer() -> None:
     assert split(params) == matrices(params)
     assert len(split(params)) == 7
     # In int8 the matrices and their scales are leaves of their own.
-    small = jax.eval_shape(transformer.quantise, params)
+    small = jax.eval_shape(transformer_family.FAMILY.quantise, params)
     assert split(small) == {f"{path}/int8" for path in split(params)}
     assert quantised.is_quantised(small["layers"]["q_proj"])
 

@@ -11,14 +11,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from experiments.models.hugging_face import config_of, load, resolve, save
+from experiments.models.hugging_face import load, resolve, save
+from experiments.models.llama_config import config_of
+from experiments.models.quantised import quantise
 from experiments.models.transformer import (
     TransformerConfig,
     apply,
     decode,
     init,
+    output_axis,
     prefill,
-    quantise,
 )
 from experiments.run.errors import UsageError
 
@@ -385,7 +387,7 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     small = {**params, "norm": jnp.ones(3)}
     few = {k: v for k, v in params.items() if k != "norm"}
     for wrong, words in [
-        ((config, quantise(params)), "quantised parameters cannot be saved"),
+        ((config, quantise(params, output_axis)), "quantised parameters cannot be saved"),
         ((config, small), r"parameter norm has the shape \[3\]; \[16\] is right"),
         ((config, few), "one of them alone has norm"),
         (

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import eggroll
-from experiments.models import quantised, rwkv7
+from experiments.models import families, plans, quantised, rwkv7, rwkv7_recurrence
 from experiments.models.rwkv7 import RWKV7Config
-from experiments.models.rwkv7_weights import convert_pth, is_folder, load, save, to_pth
+from experiments.models.rwkv7_recurrence import inverse_of_one_minus
+from experiments.models.rwkv7_weights import convert_pth, load, save, to_pth
 from experiments.run.errors import UsageError
 
 CONFIG = RWKV7Config(
@@ -128,8 +129,8 @@ def inputs(length: int, seed: int, kind: str) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(x, jnp.float32) for x in arrays)
 
 
-scanned = jax.jit(rwkv7.recurrence_scan)
-chunked = functools.partial(jax.jit, static_argnames="chunk")(rwkv7.recurrence_chunked)
+scanned = jax.jit(rwkv7_recurrence.recurrence_scan)
+chunked = functools.partial(jax.jit, static_argnames="chunk")(rwkv7_recurrence.recurrence_chunked)
 
 
 @settings(max_examples=20)
@@ -163,7 +164,11 @@ def test_gradients_of_chunks_are_the_same_too(kind: str) -> None:
 
         return jax.jit(jax.grad(loss))(arrays)
 
-    close(gradient(rwkv7.recurrence_chunked), gradient(rwkv7.recurrence_scan), 1e-3)
+    close(
+        gradient(rwkv7_recurrence.recurrence_chunked),
+        gradient(rwkv7_recurrence.recurrence_scan),
+        1e-3,
+    )
 
 
 # ---------------------------------------------------------------- sequences
@@ -236,7 +241,7 @@ def test_bfloat16_stays_bfloat16_but_the_matrices_of_heads(params: Any) -> None:
 
 @pytest.mark.parametrize(
     "train",
-    [pytest.param((), marks=pytest.mark.soak), rwkv7.OTHERS],
+    [pytest.param((), marks=pytest.mark.soak), plans.GROUPS],
     ids=["matrices", "all"],
 )
 def test_eggroll_perturbs_it_as_it_is(train: tuple[str, ...], params: Any) -> None:
@@ -269,7 +274,7 @@ def test_files_give_the_same_back(params: Any, tmp_path: Path) -> None:
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     save(tmp_path, CONFIG, half)
     config, found = load(tmp_path)
-    assert config == CONFIG and is_folder(tmp_path)
+    assert config == CONFIG and families.of_folder(tmp_path).config is RWKV7Config
     for name in ("v0", "v1", "v2"):  # those of layer 0 are in no file
         assert not found["blocks"]["att"][name][0].any()
         half["blocks"]["att"][name] = half["blocks"]["att"][name].at[0].set(0)
@@ -383,7 +388,6 @@ def test_wrong_settings_are_named(
 
 
 def test_files_that_are_missing_or_torn_are_named(params: Any, tmp_path: Path) -> None:
-    assert not is_folder(tmp_path)
     with pytest.raises(UsageError, match="is not a folder of a model: it has no config.json"):
         load(tmp_path)
     save(tmp_path, CONFIG, params)
@@ -402,7 +406,7 @@ def test_sizes_and_parts_that_there_are_not_are_refused() -> None:
     with pytest.raises(ValueError, match="num_hidden_layers is 0: at least 1 is right"):
         dataclasses.replace(CONFIG, num_hidden_layers=0)
     with pytest.raises(
-        ValueError, match="train names 'biases'; any of vectors, embeddings, head is right"
+        ValueError, match="train names 'biases'; any of 'embeddings', 'head', 'vectors' is right"
     ):
         rwkv7.plan(["biases"])
 
@@ -423,13 +427,13 @@ def test_neither_beginning_nor_learning_calls_lapack() -> None:
 @pytest.mark.parametrize("n", [1, 5, 16])
 def test_triangular_systems_are_solved(n: int) -> None:
     lower = np.tril(np.random.default_rng(n).normal(size=(3, n, n)), -1).astype(np.float32)
-    found = rwkv7._inverse_of_one_minus(jnp.asarray(lower))
+    found = inverse_of_one_minus(jnp.asarray(lower))
     right = np.linalg.inv(np.eye(n) - lower.astype(np.float64))
     np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4 * np.abs(right).max())
 
 
 def test_a_quantised_model_is_close_and_perturbed_as_floats_are(params: Any) -> None:
-    small = rwkv7.quantise(params)
+    small = quantised.quantise(params, rwkv7.output_axis)
     begin = rwkv7.initial_state(CONFIG)
     logits, _ = sequence(small, begin, TOKENS, CONFIG)
     back = quantised.dequantise(small, jnp.float32, rwkv7.output_axis)

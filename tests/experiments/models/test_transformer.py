@@ -11,20 +11,17 @@ import optax
 import pytest
 
 import eggroll
-from experiments.models.quantised import dequantise, steps
+from experiments.models.decoder_parts import RopeScaling, attend, rotate
+from experiments.models.plans import GROUPS
+from experiments.models.quantised import dequantise, quantise, steps
 from experiments.models.transformer import (
-    GROUPS,
-    RopeScaling,
     TransformerConfig,
     apply,
-    attend,
     decode,
     init,
     output_axis,
     plan,
     prefill,
-    quantise,
-    rotate,
 )
 
 CONFIG = TransformerConfig(
@@ -237,7 +234,7 @@ def test_perturbed_members_decode_as_built_ones_do(config: TransformerConfig) ->
 def test_a_quantised_model_is_close_and_perturbed_as_floats_are() -> None:
     config = dataclasses.replace(QWEN2, initializer_range=0.1)
     params = init(jax.random.key(0), config)
-    small = quantise(params)
+    small = quantise(params, output_axis)
 
     def rebuilt(int8: Any, matrix: Any, axis: int) -> Any:
         scale = jnp.expand_dims(int8["scale"], axis)

@@ -16,20 +16,20 @@ from eggroll import EvolutionStrategy
 from experiments.models import rwkv7, transformer
 from experiments.reasoning import engine
 from experiments.reasoning.engine import answer, generate, stream
-from experiments.reasoning.language_model import LanguageModel, of_rwkv7, of_transformer
+from experiments.reasoning.language_model import LanguageModel, language_model
 from experiments.reasoning.memory import plan_memory
 from experiments.reasoning.sampling import Sampling, choose
 from experiments.reasoning.sequences import pack
 from experiments.run.errors import UsageError
 
 VOCAB = 11
-TRANSFORMER = of_transformer(
+TRANSFORMER = language_model(
     transformer.TransformerConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=20, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.4,
     )
 )  # fmt: skip
-RWKV7 = of_rwkv7(
+RWKV7 = language_model(
     rwkv7.RWKV7Config(
         vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, head_dim=8, intermediate_size=24,
         decay_low_rank_dim=4, a_low_rank_dim=5, v_low_rank_dim=6, gate_low_rank_dim=7,
@@ -248,12 +248,12 @@ def test_chunks_change_nothing_and_pairs_share_keys(monkeypatch: pytest.MonkeyPa
 
 def wide_model(family: str, size: int) -> LanguageModel:
     if family == "rwkv7":
-        return of_rwkv7(
+        return language_model(
             rwkv7.RWKV7Config(
                 vocab_size=32, hidden_size=size, num_hidden_layers=2, head_dim=8, intermediate_size=size
             )
         )  # fmt: skip
-    return of_transformer(
+    return language_model(
         transformer.TransformerConfig(
             vocab_size=32, hidden_size=size, intermediate_size=size, num_hidden_layers=2,
             num_attention_heads=8, num_key_value_heads=1,

@@ -23,15 +23,15 @@ from experiments.reasoning.grpo import (
     prepare,
     surrogate,
 )
-from experiments.reasoning.language_model import LanguageModel, of_rwkv7, of_transformer
+from experiments.reasoning.language_model import LanguageModel, language_model
 
-TRANSFORMER = of_transformer(
+TRANSFORMER = language_model(
     TransformerConfig(
         vocab_size=7, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
         num_attention_heads=2, initializer_range=0.3,
     )
 )  # fmt: skip
-RWKV7 = of_rwkv7(RWKV7Config(vocab_size=7, hidden_size=8, head_dim=4, num_hidden_layers=1))
+RWKV7 = language_model(RWKV7Config(vocab_size=7, hidden_size=8, head_dim=4, num_hidden_layers=1))
 EXAMPLES = [
     ([2, 3], [4, 5, 1]), ([2, 3], [4, 4]), ([2, 3], [6, 1]), ([2, 3], [1]),
     ([5], [5, 5, 5]), ([5], [1]), ([5], [2, 1]), ([5], [3, 3, 3, 1]),

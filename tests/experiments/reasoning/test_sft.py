@@ -12,7 +12,7 @@ import pytest
 
 import eggroll
 from experiments.models.transformer import TransformerConfig
-from experiments.reasoning.language_model import LanguageModel, of_transformer
+from experiments.reasoning.language_model import LanguageModel, language_model
 from experiments.reasoning.sft import (
     Packed,
     accumulate,
@@ -28,7 +28,7 @@ from experiments.reasoning.sft import (
     pack,
 )
 
-MODEL = of_transformer(
+MODEL = language_model(
     TransformerConfig(
         vocab_size=11, hidden_size=16, intermediate_size=20, num_hidden_layers=1,
         num_attention_heads=2, initializer_range=0.3,

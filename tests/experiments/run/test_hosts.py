@@ -16,13 +16,13 @@ import jax
 import numpy as np
 import pytest
 from places import CACHE, HELPERS
+from runs import leaves_of
 
 from experiments.run import agreement, report
 from experiments.run.cli import main
 from experiments.run.devices import layout_of
-from experiments.run.drivers import read_run
 from experiments.run.errors import RunError, UsageError
-from experiments.run.hosts import ADDRESS, PROCESS, PROCESSES, Cluster, cluster_of
+from experiments.run.hosts import ADDRESS, PROCESS, PROCESSES, Process, process_of
 from experiments.run.metrics import read_metrics
 from experiments.supervised.config import PRESETS
 
@@ -119,7 +119,7 @@ def assert_same(folder: Path, whole: Path, rounding: float = 0, of_rows: float =
         for name in row.keys() - {"timing"}:
             found, wanted = (np.asarray(r[name], float) for r in (row, other))
             np.testing.assert_allclose(found, wanted, of_rows, of_rows, err_msg=name)
-    states = (jax.tree.leaves(read_run(path).state) for path in (folder, whole))
+    states = (leaves_of(path) for path in (folder, whole))
     for leaf, other in zip(*states, strict=True):
         np.testing.assert_allclose(leaf, other, rounding, rounding)
 
@@ -316,13 +316,13 @@ DIGITS = PRESETS["digits"]
     [
         ({}, {}, None),
         ({}, {PROCESSES: "2", PROCESS: "0"}, None),
-        ({"coordinator": "auto"}, {}, Cluster(None, None, None)),
-        ({"coordinator": "h:1", "processes": 2, "process": 1}, {}, Cluster("h:1", 2, 1)),
-        ({"process": 0}, {ADDRESS: "[::1]:9", PROCESSES: "3"}, Cluster("[::1]:9", 3, 0)),
+        ({"coordinator": "auto"}, {}, Process(None, None, None)),
+        ({"coordinator": "h:1", "processes": 2, "process": 1}, {}, Process("h:1", 2, 1)),
+        ({"process": 0}, {ADDRESS: "[::1]:9", PROCESSES: "3"}, Process("[::1]:9", 3, 0)),
     ],
 )
-def test_which_process_this_is(flags: Any, environment: Any, right: Cluster | None) -> None:
-    assert cluster_of(replace(DIGITS, **flags), environment) == right
+def test_which_process_this_is(flags: Any, environment: Any, right: Process | None) -> None:
+    assert process_of(replace(DIGITS.cluster, **flags), environment) == right
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_which_process_this_is(flags: Any, environment: Any, right: Cluster | No
 )
 def test_mistakes_about_processes(flags: Any, environment: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        cluster_of(replace(DIGITS, **flags), environment)
+        process_of(replace(DIGITS.cluster, **flags), environment)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_mistakes_about_processes(flags: Any, environment: Any, words: str) -> N
 )
 def test_mistakes_about_devices(flags: Any, alone: str | None, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        layout_of(replace(DIGITS, **flags), 64, alone)
+        layout_of(replace(DIGITS.cluster, **flags), 64, alone)
 
 
 @pytest.mark.parametrize(
@@ -365,15 +365,15 @@ def test_mistakes_about_devices(flags: Any, alone: str | None, words: str) -> No
 )
 def test_mistakes_about_shared_weights(devices: int | None, alone: str | None, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        layout_of(replace(DIGITS, devices=devices), 64, alone, sharing=3)
+        layout_of(replace(DIGITS.cluster, devices=devices), 64, alone, sharing=3)
 
 
 def test_members_lie_with_their_devices_where_these_divide_them() -> None:
-    assert layout_of(DIGITS, 64).mesh is None  # CPU devices share their cores
-    layout = layout_of(replace(DIGITS, devices=4), 64)
+    assert layout_of(DIGITS.cluster, 64).mesh is None  # CPU devices share their cores
+    layout = layout_of(replace(DIGITS.cluster, devices=4), 64)
     assert layout.devices == 4
     assert layout.members is not None and layout.members.spec == jax.P("population")
-    assert layout_of(replace(DIGITS, devices=4), 66).members == layout.everywhere
+    assert layout_of(replace(DIGITS.cluster, devices=4), 66).members == layout.everywhere
 
 
 def test_a_process_alone_agrees_with_itself() -> None:

@@ -1,59 +1,89 @@
-"""The loop: rows, resuming, stopping, and giving up, on a job that takes no time."""
+"""The loop: rows, resuming, stopping, and giving up, on a trainer that takes no time."""
 
 import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments.run.driver import Column, Driver, Figure
 from experiments.run.errors import Interrupted, RunError, UsageError
 from experiments.run.folder import open_run_folder
-from experiments.run.loop import Job, Outcome, run
+from experiments.run.loop import run
 from experiments.run.metrics import read_metrics
 from experiments.run.settings import RunSettings
 from experiments.run.stopwatch import Stopwatch
+from experiments.run.trainer import Carry, Conclusion, Outcome, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(RunSettings):
+    driver: ClassVar[str] = "toy"
     max_generations: int = 9
     rate: float = 0.5
+    lucky: float = 0.0
+    """What held-out figures are too high by."""
 
 
-def make_job(settings: Settings, before: Callable[[int], None] = lambda g: None) -> Job:
+class Toy(Trainer[Settings]):
     """A number that goes to 1; `before` is called with every generation before it is run."""
 
-    @jax.jit
-    def step(state: Any) -> Any:
-        noise = jax.random.normal(jax.random.fold_in(jax.random.key(settings.seed), state["g"]))
-        return {
-            "x": state["x"] + settings.rate * (1 - state["x"]) + 0.01 * noise,
-            "g": state["g"] + 1,
-        }
+    measured = ("held_out",)
+    totals = ("steps",)
 
-    def generation(state: Any) -> tuple[Any, dict[str, Any]]:
-        before(int(state["g"]))
-        return step(state), {"fitness_mean": -abs(1 - state["x"]), "steps": 3}
+    def __init__(self, config: Settings, before: Callable[[int], None] = lambda g: None) -> None:
+        super().__init__(config)
+        self.before = before
 
-    return Job(
-        start=lambda: {"x": jnp.float32(0), "g": jnp.int32(0)},
-        generation=generation,
-        measure=lambda state: {"held_out": state["x"]},
-        reached=lambda row: row["held_out"] > 0.9,
-        tell=lambda row: f"{row['held_out']}",
-        measured=("held_out",),
-        totals=("steps",),
-    )
+    def start(self) -> Carry:
+        return Carry(jnp.float32(0), None, jnp.int32(0), jnp.int32(self.config.seed))
+
+    def generation(self, carry: Carry) -> tuple[Carry, dict[str, Any]]:
+        self.before(int(carry.generation))
+        x = carry.learner
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(carry.seed), carry.generation))
+        after = x + self.config.rate * (1 - x) + 0.01 * noise
+        row = {"fitness_mean": -abs(1 - x), "steps": 3}
+        return carry._replace(learner=after, generation=carry.generation + 1), row
+
+    def measure(self, carry: Carry) -> dict[str, Any]:
+        return {"held_out": carry.learner + self.config.lucky}
+
+    def confirm(self, carry: Carry) -> dict[str, Any]:
+        return {"fresh": carry.learner}
+
+    def conclude(self, config: Settings, outcome: Outcome) -> Conclusion:
+        raise NotImplementedError
+
+    def evaluate(self, carry: Carry, episodes: int, seed: int) -> dict[str, list[float]]:
+        raise NotImplementedError
 
 
-def go(settings: Settings, job: Job | None = None) -> Outcome:
+class Broken(Toy):
+    def generation(self, carry: Carry) -> tuple[Carry, dict[str, Any]]:
+        return carry, {"fitness_mean": float("nan"), "steps": 0}
+
+
+DRIVER = Driver(
+    name="toy",
+    summary="",
+    config=Settings,
+    presets={},
+    figure=Figure("held_out", "fresh"),
+    columns=(Column("held_out", "held out", ".2f"),),
+    results=(),
+    trainer="test_loop:Toy",
+)
+
+
+def go(settings: Settings, toy: Toy | None = None) -> Outcome:
     with open_run_folder("toy", settings) as folder:
-        return run(job or make_job(settings), settings, folder, Stopwatch())
+        return run(DRIVER, toy or Toy(settings), folder, Stopwatch())
 
 
 def untimed(path: Path) -> list[dict[str, Any]]:
@@ -69,22 +99,43 @@ def test_a_run_has_a_row_a_generation(tmp_path: Path) -> None:
     assert [row["steps"] for row in rows] == [3 * (g + 1) for g in range(7)]
     assert all(row["timing"]["seconds"] >= 0 for row in rows)
     assert outcome.before == {"held_out": 0.0}
-    assert outcome.after == {"held_out": float(outcome.state["x"])}
+    assert outcome.after == {"held_out": float(outcome.state.learner)}
     assert outcome.generations == 7
 
 
 def test_a_reached_target_stops_unless_generations_are_given(tmp_path: Path) -> None:
-    early = go(Settings(run_dir=tmp_path / "a"))
+    early = go(Settings(run_dir=tmp_path / "a", target=0.9))
     assert 2 < early.generations < 9
     assert early.after["held_out"] > 0.9
     assert early.rows[-1]["held_out"] <= 0.9
-    assert go(Settings(run_dir=tmp_path / "b", generations=9)).generations == 9
+    assert go(Settings(run_dir=tmp_path / "b", target=0.9, generations=9)).generations == 9
     # The same command again finds it finished.
-    again = go(Settings(run_dir=tmp_path / "a"))
+    again = go(Settings(run_dir=tmp_path / "a", target=0.9))
     assert (again.generations, again.after, again.rows) == (
         early.generations,
         early.after,
         early.rows,
+    )
+
+
+def test_a_target_that_fresh_data_do_not_confirm_does_not_stop(tmp_path: Path) -> None:
+    honest = go(Settings(run_dir=tmp_path / "a", target=0.9))
+    lucky = go(Settings(run_dir=tmp_path / "b", target=0.9, lucky=0.2))
+    assert lucky.rows[1]["held_out"] < 0.9 <= lucky.rows[2]["held_out"]
+    assert (honest.learned, lucky.learned) == (True, True)
+    assert lucky.generations == honest.generations
+    unlearned = go(Settings(run_dir=tmp_path / "c", target=1.1, lucky=0.2))
+    assert (unlearned.generations, unlearned.learned) == (9, False)
+    assert unlearned.after["held_out"] > 1.1 > unlearned.fresh["fresh"]
+
+
+def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
+    patient = go(Settings(run_dir=tmp_path / "a", max_generations=60, patience=3))
+    values = [row["held_out"] for row in patient.rows] + [patient.after["held_out"]]
+    assert 3 < patient.generations < 60
+    assert max(values[-3:]) <= max(values[:-3])
+    assert all(
+        max(values[: g + 1][-3:]) > max(values[: g + 1][:-3]) for g in range(3, len(values) - 1)
     )
 
 
@@ -111,10 +162,10 @@ def test_a_run_that_fails_anywhere_is_continued_to_the_same_end(
             raise PowerCut
 
     with pytest.raises(PowerCut):
-        go(settings("cut"), make_job(settings("cut"), cut))
+        go(settings("cut"), Toy(settings("cut"), cut))
     resumed = go(settings("cut"))
     assert untimed(tmp_path / "cut") == untimed(tmp_path / "whole")
-    assert float(resumed.state["x"]) == float(whole.state["x"])
+    assert float(resumed.state.learner) == float(whole.state.learner)
     assert resumed.before == whole.before
 
 
@@ -139,10 +190,10 @@ def test_a_signal_saves_and_ends(tmp_path: Path, number: int, name: str) -> None
     with pytest.raises(
         Interrupted, match=f"Stopped by {name} after 3 generations.*same command again"
     ):
-        go(settings, make_job(settings, send))
+        go(settings, Toy(settings, send))
     assert signal.getsignal(number) is before
     begun: list[int] = []
-    go(settings, make_job(settings, begun.append))
+    go(settings, Toy(settings, begun.append))
     assert begun == [3, 4, 5, 6]
     go(Settings(run_dir=tmp_path / "b", generations=7))
     assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
@@ -156,16 +207,13 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        go(settings, make_job(settings, send_twice))
+        go(settings, Toy(settings, send_twice))
 
 
 def test_scores_that_are_never_usable_end_the_run(tmp_path: Path) -> None:
     settings = Settings(run_dir=tmp_path, generations=40)
-    job = make_job(settings)._replace(
-        generation=lambda s: (s, {"fitness_mean": float("nan"), "steps": 0})
-    )
     with pytest.raises(RunError, match="no member had a usable score in the last 10 generations"):
-        go(settings, job)
+        go(settings, Broken(settings))
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 10
 
 

@@ -10,15 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from places import CACHE
+from runs import leaves_of
 from safetensors.numpy import load_file
 
 from experiments.run import report
 from experiments.run.cli import main
-from experiments.run.drivers import read_run
 from experiments.run.metrics import read_metrics
 
 GENERATIONS = 8
@@ -86,7 +85,7 @@ def assert_same(folder: Path, whole: Path) -> None:
     for name in params:
         np.testing.assert_array_equal(params[name], right_params[name])
     # All of the state: optimizers, statistics, every member's hidden state, the place in the text.
-    states = (jax.tree.leaves(read_run(path).state) for path in (folder, whole))
+    states = (leaves_of(path) for path in (folder, whole))
     for leaf, right in zip(*states, strict=True):
         np.testing.assert_array_equal(leaf, right)
     samples, right_samples = (path / "samples.txt" for path in (folder, whole))

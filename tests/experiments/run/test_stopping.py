@@ -110,7 +110,7 @@ def test_before_anything_is_imported(number: signal.Signals, tmp_path: Path) -> 
         ("experiments.run.compilation:keep_compiled_programs", signal.SIGTERM),
         ("experiments.run.loop:Record", signal.SIGHUP),
         ("jax:device_get", signal.SIGTERM),  # the first measurement, while it is compiled
-        ("experiments.supervised.train:finish", signal.SIGINT),
+        ("experiments.run.train:finish", signal.SIGINT),
     ],
 )
 def test_where_nothing_is_unsaved(where: str, number: signal.Signals, tmp_path: Path) -> None:

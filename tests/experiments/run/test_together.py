@@ -3,26 +3,25 @@
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
+from runs import leaves_of
 
-from experiments.rl import train as rl
 from experiments.rl.config import PRESETS as RL
 from experiments.run.cli import main
-from experiments.run.drivers import read_run
 from experiments.run.errors import InUse, RunError, UsageError
+from experiments.run.fields import changed
 from experiments.run.folder import held
 from experiments.run.loop import HOPELESS
 from experiments.run.metrics import read_metrics
-from experiments.supervised import train as supervised
+from experiments.run.result import Result
+from experiments.run.train import train, train_many
 from experiments.supervised.config import PRESETS as DIGITS
 
-digits = replace(
+digits = changed(
     DIGITS["digits"],
     population=32,
     width=8,
@@ -31,7 +30,7 @@ digits = replace(
     checkpoint_seconds=0.0,
 )
 # Returns of CartPole are counts of steps, which rounding leaves alone; Pendulum makes more of it at every step.
-cartpole = replace(RL["cartpole"], population=16, width=8, generations=3, held_out_episodes=4)
+cartpole = changed(RL["cartpole"], population=16, width=8, generations=3, held_out_episodes=4)
 
 
 def three(base: Any, path: Path, **settings: Any) -> list[Any]:
@@ -39,7 +38,7 @@ def three(base: Any, path: Path, **settings: Any) -> list[Any]:
     rates = ((5, 0.1, 0.03), (6, 0.2, 0.01), (5, 0.05, 0.1))
     apart = lambda i: {n: v - 0.1 * i if n.endswith("_decay") else v for n, v in settings.items()}
     return [
-        replace(base, seed=seed, sigma=sigma, learning_rate=rate, run_dir=path / str(i), **apart(i))
+        changed(base, seed=seed, sigma=sigma, learning_rate=rate, run_dir=path / str(i), **apart(i))
         for i, (seed, sigma, rate) in enumerate(rates)
     ]
 
@@ -55,7 +54,7 @@ def assert_close(folder: Path, right: Path) -> None:
                 assert math.isclose(row[name], right_row[name], rel_tol=2e-3, abs_tol=1e-4), name
             else:
                 assert row[name] == right_row[name], name
-    states = [jax.tree.leaves(read_run(path).state) for path in (folder, right)]
+    states = [leaves_of(path) for path in (folder, right)]
     for leaf, right_leaf in zip(*states, strict=True):
         np.testing.assert_allclose(leaf, right_leaf, rtol=2e-3, atol=2e-4)
     results = [json.loads((path / "result.json").read_text()) for path in (folder, right)]
@@ -64,28 +63,27 @@ def assert_close(folder: Path, right: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "base", "decays"),
+    ("base", "decays"),
     [
-        (supervised, digits, {}),
-        (rl, replace(cartpole, normalise=True, rank="full"), {"learning_rate_decay": 0.9}),
+        (digits, {}),
+        (changed(cartpole, normalise=True, rank="full"), {"learning_rate_decay": 0.9}),
         pytest.param(
-            supervised,
             digits,
             {"sigma_decay": 0.9, "learning_rate_decay": 0.8},
             marks=pytest.mark.soak,
         ),
-        pytest.param(supervised, replace(digits, algorithm="backprop"), {}, marks=pytest.mark.soak),
-        pytest.param(rl, cartpole, {}, marks=pytest.mark.soak),
+        pytest.param(changed(digits, algorithm="backprop"), {}, marks=pytest.mark.soak),
+        pytest.param(cartpole, {}, marks=pytest.mark.soak),
     ],
 )
 def test_runs_together_are_the_runs_alone(
-    module: Any, base: Any, decays: dict[str, float], tmp_path: Path
+    base: Any, decays: dict[str, float], tmp_path: Path
 ) -> None:
     configs = three(base, tmp_path, **decays)
-    results = module.train_many(configs)
-    assert [type(result) for result in results] == [module.Result] * 3
-    alone = replace(configs[1], run_dir=tmp_path / "alone")
-    module.train(alone)
+    results = train_many(configs)
+    assert [type(result) for result in results] == [Result] * 3
+    alone = changed(configs[1], run_dir=tmp_path / "alone")
+    train(alone)
     assert_close(configs[1].run_dir, alone.run_dir)
     first, second = (read_metrics(c.run_dir / "metrics.jsonl")[-1] for c in configs[:2])
     assert (
@@ -99,22 +97,22 @@ def test_their_folders_are_read_by_the_other_commands(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configs = three(digits, tmp_path)
-    results = supervised.train_many(configs)
+    results = train_many(configs)
     folders = [str(config.run_dir) for config in configs]
     assert main(["report", *folders, "--out", str(tmp_path)]) == 0
     assert main(["eval", folders[1]]) == 0
-    assert f"{results[1].held_out_accuracy:.6g}" in capsys.readouterr().out
+    assert f"{results[1]['held_out_accuracy']:.6g}" in capsys.readouterr().out
     assert (configs[2].run_dir / "curve.png").exists()
 
 
 @pytest.mark.slow
 def test_each_goes_on_from_where_its_own_folder_stands(tmp_path: Path) -> None:
     configs, whole = three(digits, tmp_path / "a"), three(digits, tmp_path / "b")
-    supervised.train(replace(configs[0], generations=1))
-    supervised.train_many([replace(c, generations=3) for c in configs[1:]])
-    results = supervised.train_many(configs)
+    train(changed(configs[0], generations=1))
+    train_many([changed(c, generations=3) for c in configs[1:]])
+    results = train_many(configs)
     assert [result.generations for result in results] == [4, 4, 4]
-    supervised.train_many(whole)
+    train_many(whole)
     for config, right in zip(configs, whole, strict=True):
         assert_close(config.run_dir, right.run_dir)
 
@@ -122,14 +120,14 @@ def test_each_goes_on_from_where_its_own_folder_stands(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_one_that_never_saved_begins_beside_those_that_go_on(tmp_path: Path) -> None:
     configs, whole = three(digits, tmp_path / "a"), three(digits, tmp_path / "b")
-    supervised.train(replace(configs[0], generations=2))
-    supervised.train(replace(configs[1], generations=1))
+    train(changed(configs[0], generations=2))
+    train(changed(configs[1], generations=1))
     # Killed in its first save: there is a folder, and nothing whole in it.
     shutil.rmtree(configs[1].run_dir / "checkpoints")
     (configs[1].run_dir / "checkpoints").mkdir()
-    results = supervised.train_many(configs)
+    results = train_many(configs)
     assert [result.generations for result in results] == [4, 4, 4]
-    supervised.train_many(whole)
+    train_many(whole)
     for config, right in zip(configs, whole, strict=True):
         assert_close(config.run_dir, right.run_dir)
 
@@ -137,19 +135,19 @@ def test_one_that_never_saved_begins_beside_those_that_go_on(tmp_path: Path) -> 
 def test_a_run_ends_when_it_reaches_its_target_and_the_others_go_on(tmp_path: Path) -> None:
     settings = {"generations": None, "max_generations": 8, "evaluate_every": 1, "target": 0.25}
     configs = three(digits, tmp_path, **settings)
-    generations = [result.generations for result in supervised.train_many(configs)]
+    generations = [result.generations for result in train_many(configs)]
     assert generations == [3, 8, 6]
-    alone = replace(configs[0], run_dir=tmp_path / "alone")
-    assert supervised.train(alone).generations == 3
+    alone = changed(configs[0], run_dir=tmp_path / "alone")
+    assert train(alone).generations == 3
     for config, count in zip(configs, generations, strict=True):
         assert len(read_metrics(config.run_dir / "metrics.jsonl")) == count
 
 
 def test_what_stops_one_run_does_not_stop_the_others(tmp_path: Path) -> None:
     configs = three(digits, tmp_path, generations=HOPELESS + 1)
-    configs[0] = replace(configs[0], learning_rate=1e38)
+    configs[0] = changed(configs[0], learning_rate=1e38)
     with held_folder(configs[1].run_dir):
-        results = supervised.train_many(configs)
+        results = train_many(configs)
     assert isinstance(results[0], RunError)
     assert "no member had a usable score" in str(results[0])
     assert isinstance(results[1], InUse)
@@ -165,7 +163,7 @@ def test_other_shapes_are_refused(tmp_path: Path) -> None:
     configs = three(digits, tmp_path)
     for change in ({"width": 16}, {"sigma_decay": 0.5}, {"optimizer": "sgd"}):
         with pytest.raises(UsageError, match="differ in more"):
-            supervised.train_many([configs[0], replace(configs[1], **change)])
+            train_many([configs[0], changed(configs[1], **change)])
     assert not (tmp_path / "0").exists()
 
 
@@ -173,13 +171,13 @@ def test_other_shapes_are_refused(tmp_path: Path) -> None:
     ("config", "may"),
     [
         (digits, True),
-        (replace(digits, seeds=2), False),
-        (replace(digits, tensorboard=True), False),
+        (changed(digits, seeds=2), False),
+        (changed(digits, tensorboard=True), False),
         (cartpole, True),
-        (replace(cartpole, algorithm="ppo"), False),
+        (changed(cartpole, algorithm="ppo"), False),
         (RL["gymnasium-cartpole"], False),
     ],
 )
 def test_which_runs_may_be_together(config: Any, may: bool) -> None:
     assert (config.together is not None) == may
-    assert config.together == replace(config, seed=3, sigma=0.5, generations=9).together
+    assert config.together == changed(config, seed=3, sigma=0.5, generations=9).together

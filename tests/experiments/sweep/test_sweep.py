@@ -158,7 +158,7 @@ def test_any_error_of_a_run_is_its_own(tmp_path: Path, monkeypatch: pytest.Monke
     def broken(config: Any, started: float) -> Any:
         raise ZeroDivisionError("in a library\nof someone")
 
-    monkeypatch.setattr("experiments.supervised.train.train", broken)
+    monkeypatch.setattr("experiments.run.train.train", broken)
     assert main(["sweep", str(file), "--index", "1"]) == 1
     assert states(file) == ["queued", "failed", "queued", "queued"]
     error = json.loads(next((tmp_path / "out" / "failed").iterdir()).read_text())["error"]

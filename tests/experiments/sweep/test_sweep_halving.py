@@ -10,8 +10,8 @@ import pytest
 from scipy.stats import kruskal, spearmanr
 
 from experiments.run.errors import UsageError
+from experiments.run.fields import to_json
 from experiments.run.folder import held, write_json
-from experiments.run.settings import to_json
 from experiments.sweep.halving import at_rung, settled, standings
 from experiments.sweep.importance import importances
 from experiments.sweep.outcome import best, compared, write_outcome

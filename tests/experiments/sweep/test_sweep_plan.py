@@ -78,7 +78,7 @@ def plan(path: Path, **changes: Any) -> Plan:
 def test_the_runs_are_all_points_with_all_seeds(tmp_path: Path) -> None:
     runs = plan(tmp_path).runs
     assert [run.number for run in runs] == list(range(12))
-    found = [(run.config.sigma, run.config.width, run.config.seed) for run in runs]
+    found = [(run.config.evolution.sigma, run.config.width, run.config.seed) for run in runs]
     assert found == [(s, w, seed) for s in (0.1, 0.2, 0.3) for w in (8, 16) for seed in (0, 1)]
     assert [run.setting for run in runs] == [i // 2 for i in range(12)]
     assert len({run.id for run in runs}) == 12

@@ -1,0 +1,304 @@
+"""What holds for every family of language models, and for one that is registered here from one file."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy_family
+from jax.sharding import AxisType
+from places import ROOT
+
+import eggroll
+from eggroll.plan import Dense, Frozen, Matrix, leaf_paths
+from experiments.models import families, parallel, quantised
+from experiments.models.family import Family
+from experiments.reasoning.config import PRESETS
+from experiments.reasoning.engine import Sampling, answer, generate, pack
+from experiments.reasoning.start import save, start
+from experiments.reasoning.train import Course
+from experiments.run.devices import MODEL
+from experiments.run.errors import UsageError
+
+EVERY = (*families.ALL, toy_family.FAMILY)
+VOCABULARY, LENGTH, PADDED = 12, 6, 4
+TEXTS = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
+
+
+class Subject(NamedTuple):
+    """A small model of a family whose parameters are all different."""
+
+    family: Family[Any]
+    config: Any
+    params: Any
+
+    @property
+    def apply(self) -> Any:
+        return jax.jit(lambda params, text: self.family.apply(params, text, self.config))
+
+
+@pytest.fixture(scope="module", params=EVERY, ids=lambda family: family.name)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    family = request.param
+    config = family.small(VOCABULARY, 128, 2)
+    chance = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: family.init(jax.random.key(0), config))
+    began = jax.jit(lambda key: family.init(key, config))(jax.random.key(0))
+    assert jax.tree.structure(began) == jax.tree.structure(shapes)
+    assert {leaf.dtype for leaf in jax.tree.leaves(began)} == {jnp.dtype("float32")}
+    noisy = lambda x: jnp.asarray(x + 0.1 * chance.normal(size=x.shape), jnp.float32)
+    return Subject(family, config, jax.tree.map(noisy, began))
+
+
+def test_a_config_names_its_family(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, config, _ = subject
+    monkeypatch.setitem(families.FAMILIES, family.name, family)
+    assert families.of(config) is family
+    assert config.vocab_size == VOCABULARY
+    # Compiled programs are kept by it.
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+def test_prompts_of_any_length_are_read_and_gone_on_with(subject: Subject) -> None:
+    family, config, params = subject
+    right = jax.vmap(subject.apply, (None, 0))(params, TEXTS)
+    lengths = np.array([3, 1])
+    prompts = np.where(np.arange(PADDED) < lengths[:, None], TEXTS[:, :PADDED], 7)
+    read = lambda prompt, length: family.prefill(params, prompt, length, config, PADDED + 3)
+    logits, caches = jax.jit(jax.vmap(read))(prompts, lengths)
+    decode = jax.jit(
+        jax.vmap(
+            lambda cache, token, t: family.decode(params, cache, token, t, config), (0, 0, None)
+        )
+    )
+    rows = np.arange(2)
+    close(logits, right[rows, lengths - 1])
+    for t in range(3):
+        before = jax.tree.map(lambda x: (x.shape, x.dtype), caches)
+        logits, caches = decode(caches, TEXTS[rows, lengths + t], t)
+        close(logits, right[rows, lengths + t])
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), caches) == before
+
+
+def test_a_plan_covers_every_parameter(subject: Subject) -> None:
+    family, _, params = subject
+    paths = {path for path, _ in leaf_paths(params)}
+    named = ("embeddings", "head", "vectors")
+    treatments = {}
+    for train in ((), named):
+        leaves = family.plan(train, None)(params, 1)
+        assert {leaf.path for leaf in leaves.leaves} == paths
+        treatments[train] = {leaf.path: leaf.treatment for leaf in leaves.leaves}
+    matrices = {path for path, one in treatments[()].items() if isinstance(one, Matrix)}
+    assert matrices
+    for path, treatment in treatments[named].items():
+        assert isinstance(treatment, Matrix | Dense), path
+        assert path in matrices or treatments[()][path] == Frozen()
+    with pytest.raises(ValueError, match="train names 'heads'"):
+        family.plan(["heads"], None)
+
+
+def test_members_are_perturbed_and_no_matrix_is_built(subject: Subject) -> None:
+    family, config, params = subject
+    es = eggroll.EvolutionStrategy(
+        optimizer=optax.sgd(0.1),
+        population=2,
+        sigma=0.1,
+        plan=family.plan((), None),
+        on_dense="error",
+    )
+    state = es.init(params, jax.random.key(1))
+    score = lambda params, key: family.apply(params, jnp.asarray(TEXTS[0]), config)
+    members = es.map(state, score)
+    close(members[1], subject.apply(es.member(state, 1), TEXTS[0]))
+    assert jnp.abs(members[0] - members[1]).max() > 0.01
+
+    def write(params: Any, key: Any) -> Any:
+        logits, cache = family.prefill(params, jnp.asarray(TEXTS[0, :PADDED]), 3, config, LENGTH)
+        return family.decode(params, cache, logits.argmax(), 0, config)
+
+    jax.eval_shape(lambda state: es.map(state, write), state)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_saved_is_loaded(
+    subject: Subject, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, config, params = subject
+    monkeypatch.setitem(families.FAMILIES, family.name, family)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    family.save(tmp_path, config, params, None)
+    assert families.of_folder(tmp_path) is family
+    found, loaded = family.load(tmp_path, None, True)
+    assert type(found) is family.config and found.vocab_size == VOCABULARY
+    assert {type(leaf) for leaf in jax.tree.leaves(loaded)} == {np.ndarray}
+    assert jax.tree.structure(loaded) == jax.tree.structure(params)
+    # RWKV-7 does not keep what its first layer does not use: what is compared is written again.
+    family.save(tmp_path / "again", found, loaded, None)
+    again = family.load(tmp_path / "again", None, False)[1]
+    jax.tree.map(same_bits, loaded, again)
+    same_bits(subject.apply(params, TEXTS[0]), subject.apply(again, TEXTS[0]))
+    wide = family.load(tmp_path, jnp.float32, True)[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype("float32")}
+
+
+def test_devices_divide_weights_and_caches(subject: Subject) -> None:
+    family, config, params = subject
+    rules, mesh = family.sharding, jax.make_mesh((2,), (MODEL,), axis_types=(AxisType.Auto,))
+    _, cache = jax.eval_shape(
+        lambda: family.prefill(params, jnp.asarray(TEXTS[0]), LENGTH, config, LENGTH)
+    )
+    divided = {}
+    for tree in (params, cache):
+        places = jax.tree.leaves(parallel.shardings(tree, mesh, rules))
+        for (path, leaf), place in zip(leaf_paths(tree), places, strict=True):
+            spec = rules.spec_of(path, leaf.ndim)
+            assert len(spec) in (0, leaf.ndim), path
+            divided[path] = MODEL in spec
+            # Sizes that the devices do not divide stay whole.
+            whole = not divided[path] or leaf.shape[spec.index(MODEL)] % 2
+            share = int(np.prod(place.shard_shape(leaf.shape)))
+            assert share == leaf.size // (1 if whole else 2), path
+    for name in (*rules.by_output, *rules.by_input, *rules.caches):
+        ends = [path for path in divided if f"/{path}".endswith(f"/{name}")]
+        assert ends and all(divided[path] for path in ends), f"no array is called {name}"
+    assert set(rules.tables) <= set(rules.by_output)
+    assert any(divided[path] for path, _ in leaf_paths(cache))
+    large = [(path, x) for path, x in leaf_paths(params) if x.size >= 2 * 128**2]
+    assert large and all(divided[path] for path, _ in large)
+
+    small = family.quantise(params)
+    for tree in (params, small):
+        placed = jax.device_put(tree, parallel.shardings(tree, mesh, rules))
+        close(subject.apply(placed, TEXTS[0]), subject.apply(tree, TEXTS[0]))
+
+
+def test_an_int8_model_is_close_and_planned(subject: Subject) -> None:
+    family, _, params = subject
+    small = family.quantise(params)
+    whole = {path.removesuffix("/int8") for path, _ in leaf_paths(small) if path.endswith("/int8")}
+    assert whole == {path for path, _ in leaf_paths(params) if family.output_axis(path) is not None}
+    back = family.dequantise(small, jnp.float32)
+    for (path, leaf), (_, found) in zip(leaf_paths(params), leaf_paths(back), strict=True):
+        # Half a step at most.
+        limit = np.abs(leaf).max() / quantised.LARGEST if path in whole else 0.0
+        assert np.abs(leaf - found).max() <= 0.51 * limit, path
+    logits, right = subject.apply(small, TEXTS[0]), subject.apply(params, TEXTS[0])
+    close(logits, subject.apply(back, TEXTS[0]))
+    assert 0 < jnp.abs(logits - right).max() < 0.2 * jnp.abs(right).max()
+
+    steps = quantised.steps(small)
+    assert steps.keys() == whole
+    leaves = family.plan((), steps)(small, 1)
+    assert {leaf.path for leaf in leaves.leaves} == {path for path, _ in leaf_paths(small)}
+    trained = {leaf.path for leaf in leaves.leaves if isinstance(leaf.treatment, Matrix)}
+    assert any(path.endswith("/int8") for path in trained)
+    with pytest.raises(ValueError, match="is quantised"):
+        family.plan((), None)(small, 1)
+
+
+def test_a_family_of_one_file_is_trained_saved_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver by nothing but the name of a family that it has never heard of."""
+    pytest.importorskip("tokenizers")
+    monkeypatch.setitem(families.FAMILIES, toy_family.NAME, toy_family.FAMILY)
+    config = dataclasses.replace(PRESETS["tiny"], model=toy_family.NAME, width=32, quantised=True)
+    course = Course(config)
+    begin, es = course.begin, course.method.es
+    state = course.first().training
+    rule, prompts = Sampling(max_new_tokens=3), pack([[1, 2], [3]])
+    written = answer(begin.model, es, state, prompts, rule, begin.tokenizer.eos)
+    assert written.tokens.shape == (config.population, 2, 3)
+    save(begin, jax.device_get(state.params), tmp_path, "float32")
+    again = start(dataclasses.replace(PRESETS["tiny"], model=str(tmp_path)))
+    read = again.params(jnp.int32(0))
+    jax.tree.map(same_bits, read, toy_family.FAMILY.dequantise(state.params, "float32"))
+    assert again.tokenizer.encode("2+2") == begin.tokenizer.encode("2+2")
+    tokens = functools.partial(generate, prompts=prompts, key=jax.random.key(0), sampling=rule)
+    texts = [tokens(x.model, p, eos=256).tokens for x, p in ((begin, state.params), (again, read))]
+    assert texts[0].shape == texts[1].shape
+    with pytest.raises(UsageError, match="--width 33: it is divided among 2 heads"):
+        start(dataclasses.replace(config, width=33))
+
+
+def test_no_two_families_are_taken_for_each_other() -> None:
+    for names in (
+        [family.name for family in EVERY],
+        [family.config for family in EVERY],
+        [name for family in EVERY for name in (*family.architectures, *family.model_types)],
+    ):
+        assert len(set(names)) == len(names)
+    assert all(family.architectures or family.model_types for family in EVERY)
+
+
+def test_models_of_no_family_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="one of TransformerConfig, RWKV7Config, got ToyConfig"):
+        families.of(toy_family.small(7, 8, 1))
+    with pytest.raises(UsageError, match="is not a folder of a model: it has no config.json"):
+        families.of_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    words = r"'GPT2LMHeadModel'\] is not supported; .*, or the model_type 'rwkv7'"
+    with pytest.raises(UsageError, match=words):
+        families.of_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": ["gpt2"], "architectures": 7}')
+    with pytest.raises(UsageError, match="architectures 7 must be a list of texts"):
+        families.of_folder(tmp_path)
+
+
+def test_the_guide_names_every_family() -> None:
+    table = (ROOT / "docs" / "reasoning.md").read_text().split("## Models")[1].split("\n##")[0]
+    for family in families.ALL:
+        assert f"`{family.name}`" in table
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"width": "8"}, "width '8' must be a whole number"),
+        ({"width": 7}, "width 7 must be a multiple of heads 2"),
+        ({"depth": 2}, "depth is no setting of toy; the settings are context, heads, layers,"),
+        ({"model_type": "rwkv7"}, "has the model_type 'rwkv7'; it must be 'toy'"),
+        ({"vocab_size": 8}, r"head has the shape .* it must be \[8, 8\] by"),
+    ],
+)
+def test_a_plain_folder_that_is_wrong_is_told(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    config = toy_family.small(7, 8, 1)
+    params = toy_family.init(jax.random.key(0), config)
+    toy_family.save(tmp_path, config, params, None)
+    told = families.fields.read_json(tmp_path / "config.json") | change
+    (tmp_path / "config.json").write_text(repr(told).replace("'", '"'))
+    with pytest.raises(UsageError, match=words):
+        toy_family.FAMILY.load(tmp_path, None, True)
+
+
+def test_a_plain_folder_without_a_tensor_is_told(tmp_path: Path) -> None:
+    config = toy_family.small(7, 8, 1)
+    params = toy_family.init(jax.random.key(0), config)
+    for odd, words in (
+        ({"extra": params["norm"]}, "has the tensor extra, which a toy does not"),
+        ({}, "has no tensor norm"),
+    ):
+        own = {**params, **odd} if odd else {k: v for k, v in params.items() if k != "norm"}
+        toy_family.save(tmp_path, config, own, None)
+        with pytest.raises(UsageError, match=words):
+            toy_family.FAMILY.load(tmp_path, None, True)
+    (tmp_path / "model.safetensors").write_bytes(b"{")
+    with pytest.raises(UsageError, match="is not a whole safetensors file"):
+        toy_family.FAMILY.load(tmp_path, None, True)
+
+
+def close(found: Any, right: Any) -> None:
+    np.testing.assert_allclose(found, right, rtol=1e-4, atol=1e-4 * float(np.abs(right).max()))
+
+
+def same_bits(a: Any, b: Any) -> None:
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
