@@ -238,7 +238,7 @@ def test_no_two_families_are_taken_for_each_other() -> None:
 
 
 def test_models_of_no_family_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="one of TransformerConfig, RWKV7Config, got ToyConfig"):
+    with pytest.raises(TypeError, match="must be one of TransformerConfig, .*got ToyConfig"):
         families.of(toy_family.small(7, 8, 1))
     with pytest.raises(UsageError, match="is not a folder of a model: it has no config.json"):
         families.of_folder(tmp_path)
