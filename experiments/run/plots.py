@@ -115,7 +115,10 @@ def learning_curve(
     """
     if curve is None:
         words = old.pop("measure")
-        curve = Curve(words=words, **{"name": "held_out_return", "population": True, **old})
+        curve = Curve(
+            words=words,
+            **{"name": "held_out_return", "who": "mean policy", "population": True, **old},
+        )
     figure = new_figure()
     axes = figure.add_subplot()
     ends = positions(rows, curve.x, path.with_name("metrics.jsonl"))
