@@ -189,21 +189,21 @@ def _report(args: Sequence[str]) -> int:
 
 
 def _eval(args: Sequence[str]) -> int:
-    from experiments.run.drivers import EvalSettings, evaluate
+    from experiments.run.commands import EvalSettings, evaluate
 
     print(evaluate(_plain_cli(EvalSettings, args, "eggroll eval")))
     return 0
 
 
 def _export(args: Sequence[str]) -> int:
-    from experiments.run.drivers import ExportSettings, export
+    from experiments.run.commands import ExportSettings, export
 
     print(export(_plain_cli(ExportSettings, args, "eggroll export")))
     return 0
 
 
 def _sample(args: Sequence[str]) -> int:
-    from experiments.run.drivers import SampleSettings, sample
+    from experiments.run.commands import SampleSettings, sample
 
     print(sample(_plain_cli(SampleSettings, args, "eggroll sample")))
     return 0
