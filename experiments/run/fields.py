@@ -403,6 +403,6 @@ def differences(
     a, b = dict(flat(old)), dict(flat(new))
     free = free_keys(kind, same_bits)
     flags = {place.key: flag(name) for name, place in places(kind).items()}
-    for key in sorted(a.keys() | b.keys()):
+    for key in sorted(a.keys() | b.keys(), key=lambda key: flags.get(key, flag(key))):
         if key not in free and a.get(key, "absent") != b.get(key, "absent"):
             yield f"{flags.get(key, flag(key))} {a.get(key, 'absent')} -> {b.get(key, 'absent')}"

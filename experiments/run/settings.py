@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -22,6 +22,7 @@ from experiments.run.fields import (
     within,
 )
 
+Own = TypeVar("Own", bound="RunSettings")
 # A group whose settings have flags without the group's name in front.
 Flat = tyro.conf.OmitArgPrefixes
 
@@ -119,12 +120,12 @@ class RunSettings:
         """Runs of which this is the same can be one program; None for a run that has to be alone."""
         return None
 
-    def on_one_device(self) -> Self:
+    def on_one_device(self: Own) -> Own:
         """The same by one process on one device, as a run is read, however many trained it."""
         alone = replace(self.cluster, devices=1, coordinator=None, processes=None, process=None)
         return replace(self, cluster=alone)
 
-    def settled(self) -> Self:
+    def settled(self: Own) -> Own:
         """The same with what follows from other settings filled in."""
         return self
 

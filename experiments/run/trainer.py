@@ -4,7 +4,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import PyTree
@@ -103,7 +103,7 @@ class Trainer(ABC, Generic[Config]):
         self.config = config
         self.resources = contextlib.ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Trainer[Config]":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
