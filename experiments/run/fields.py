@@ -49,14 +49,14 @@ class Range(NamedTuple):
         even: whether it must be even, as members come in pairs.
     """
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     whole: bool
     open_low: bool = False
     open_high: bool = False
     even: bool = False
 
-    def problem(self, value: float) -> str | None:
+    def problem(self, value: int | float) -> str | None:
         """What would be right, where the value is not."""
         low = value > self.low if self.open_low else value >= self.low
         high = value < self.high if self.open_high else value <= self.high
@@ -142,8 +142,8 @@ def from_zero(default: Any = dataclasses.MISSING, *, role: Role = Role.RESULT) -
 
 def within(
     default: Any = dataclasses.MISSING,
-    low: float = 0.0,
-    high: float = 1.0,
+    low: int | float = 0.0,
+    high: int | float = 1.0,
     *,
     open_low: bool = False,
     open_high: bool = False,
@@ -182,7 +182,6 @@ class Place(NamedTuple):
         return ".".join(self.path)
 
 
-@functools.cache
 def places(kind: type) -> Mapping[str, Place]:
     """All settings of a class by their names, which are those of their flags with underscores.
 
@@ -191,13 +190,19 @@ def places(kind: type) -> Mapping[str, Place]:
         >>> [places(Config)[name].key for name in ("population", "optimizer", "ppo.steps")]
         ['evolution.population', 'optimizer.name', 'ppo.steps']
     """
+    return _all_places(kind)
+
+
+@functools.cache
+def _all_places(kind: type) -> Mapping[str, Place]:
     return dict(_places(kind, "", ()))
 
 
 def _places(kind: type, prefix: str, path: tuple[str, ...]) -> Iterator[tuple[str, Place]]:
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        hint, marks = hints[field.name], ()
+        hint = hints[field.name]
+        marks: list[Any] = []
         if typing.get_origin(hint) is typing.Annotated:
             hint, *marks = typing.get_args(hint)
         own = (*path, field.name)
@@ -242,7 +247,7 @@ def changed(
     known = places(type(settings))
     for name, value in {**(values or {}), **more}.items():
         # A whole group goes by the name of its field.
-        path = (name,) if dataclasses.is_dataclass(value) else ()
+        path: tuple[str, ...] = (name,) if dataclasses.is_dataclass(value) else ()
         if name in known:
             path = known[name].path
         elif not path:
