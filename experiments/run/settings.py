@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
+from tyro.conf import OmitArgPrefixes as Flat  # a group whose flags lack the group's name
 
 from experiments.run.errors import UsageError
 from experiments.run.fields import (
