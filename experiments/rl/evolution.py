@@ -1,4 +1,4 @@
-"""Evolution strategies on a gymnax environment, low-rank or dense, as a job for the loop."""
+"""Evolution strategies on a JAX environment, low-rank or dense, as a job for the loop."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 import eggroll
 from experiments.rl.config import Config
-from experiments.rl.environments import Task
+from experiments.rl.environments import Environment
 from experiments.rl.policy import Policy
 from experiments.rl.rollout import run_episodes
 from experiments.rl.statistics import Statistics, merge, nothing_seen
@@ -69,7 +69,11 @@ def keys(seed: Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Arra
 
 
 def start(
-    config: Config, policy: Policy, task: Task, seed: Int[Array, ""], rates: Rates | None = None
+    config: Config,
+    policy: Policy,
+    task: Environment[Any],
+    seed: Int[Array, ""],
+    rates: Rates | None = None,
 ) -> Carry:
     """The state before generation 0."""
     init_key, search_key, _ = keys(seed)
@@ -80,7 +84,7 @@ def start(
 def make_generation(
     config: Config,
     policy: Policy,
-    task: Task,
+    task: Environment[Any],
     rates: Rates | None = None,
     layout: Layout = ONE,
 ) -> Any:
@@ -96,7 +100,7 @@ def make_generation(
         )
         return played.score / config.episodes, (played.steps, played.seen)
 
-    limit = int(getattr(task.env_params, "max_steps_in_episode", 0))
+    limit = task.time_limit or 0
     if config.perturb != "weights" and not limit and config.nodes.steps is None:
         raise UsageError(f"--env {config.env}: it has no time limit, so choose --nodes.steps")
     stretches = count(limit, config.episodes, config.nodes.hold, config.nodes.steps)

@@ -5,6 +5,7 @@ passes over them in minibatches. Episodes that the time limit cuts are continued
 last observation; those that end are not.
 """
 
+import functools
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from experiments.models.mlp import MLP
 from experiments.rl.config import Config
-from experiments.rl.environments import Task
+from experiments.rl.environments import Environment, begin, step_or_restart
 from experiments.rl.evolution import keys
 from experiments.rl.policy import Policy
 from experiments.rl.statistics import Statistics, Sums, merge, normalise, nothing_seen
@@ -70,14 +71,14 @@ def optimizer_of(config: Config) -> optax.GradientTransformation:
     )
 
 
-def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> Carry:
+def start(config: Config, policy: Policy, task: Environment[Any], seed: Int[Array, ""]) -> Carry:
     """The state before the first round."""
     init_key, reset_key, _ = keys(seed)
     policy_key, value_key = jax.random.split(init_key)
     params = explorative(policy.init(policy_key), config.depth)
     params["value"] = value_model(config).init(value_key, jnp.zeros(task.observations))["params"]
-    observation, env_state = jax.vmap(task.env.reset, (0, None))(
-        jax.random.split(reset_key, config.ppo.environments), task.env_params
+    observation, env_state = jax.vmap(lambda key: begin(task, key))(
+        jax.random.split(reset_key, config.ppo.environments)
     )
     return Carry(
         params,
@@ -132,7 +133,7 @@ def advantages(
     return jax.lax.scan(back, (jnp.zeros_like(last), last), (worth, values, over), reverse=True)[1]
 
 
-def make_generation(config: Config, policy: Policy, task: Task) -> Any:
+def make_generation(config: Config, policy: Policy, task: Environment[Any]) -> Any:
     """carry -> (next carry, metric row)."""
     return Round(config, policy, task).generation
 
@@ -168,7 +169,7 @@ class Round:
         task: the environment.
     """
 
-    def __init__(self, config: Config, policy: Policy, task: Task) -> None:
+    def __init__(self, config: Config, policy: Policy, task: Environment[Any]) -> None:
         self.config, self.ppo, self.policy, self.task = config, config.ppo, policy, task
         self.model, self.optimizer = value_model(config), optimizer_of(config)
 
@@ -191,20 +192,23 @@ class Round:
 
         split = lambda key: jax.random.split(key, ppo.environments)
         action, log_prob = jax.vmap(act)(seen, split(act_key))
-        observation, env_state, reward, terminated, truncated, info = jax.vmap(
-            task.env.step, (0, 0, 0, None)
-        )(split(env_key), carry.env_state, jax.vmap(self.policy.to_env)(action), task.env_params)
-        last = jax.vmap(task.encode)(info["final_observation"])
-        over, cut = terminated | truncated, truncated & ~terminated
-        score = carry.score + reward
+        after = jax.vmap(functools.partial(step_or_restart, task))(
+            split(env_key), carry.env_state, jax.vmap(self.policy.to_env)(action)
+        )
+        last = jax.vmap(task.encode)(after.last)
+        over, cut = after.terminated | after.cut, after.cut & ~after.terminated
+        score = carry.score + after.reward
         # What would have followed a cut episode is worth what the value function says.
-        after = ppo.discount * cut * self.value(params, statistics, last)
+        beyond = ppo.discount * cut * self.value(params, statistics, last)
         carry = carry._replace(
-            observation=jax.vmap(task.encode)(observation),
-            env_state=env_state,
+            observation=jax.vmap(task.encode)(after.observation),
+            env_state=after.running,
             score=jnp.where(over, 0.0, score),
         )
-        worth, value = ppo.reward_scale * reward + after, self.value(params, statistics, seen)
+        worth, value = (
+            ppo.reward_scale * after.reward + beyond,
+            self.value(params, statistics, seen),
+        )
         return carry, Step(seen, action, log_prob, worth, value, over, jnp.where(over, score, 0.0))
 
     def loss(

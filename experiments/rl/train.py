@@ -1,20 +1,24 @@
 """`eggroll rl`: from settings to a trained policy, its curve and a sentence about it."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from experiments.rl import evolution, ppo
-from experiments.rl.config import GYMNASIUM, Config
-from experiments.rl.environments import Task, make_task
-from experiments.rl.policy import Policy, make_policy
-from experiments.rl.rollout import run_episode
+from experiments.rl.config import Config
+from experiments.rl.environments import Environment, OutsideEnvironment, make_jax_environment
+from experiments.rl.episodes import environment_of, mean, play, policy_of
+from experiments.rl.episodes import evaluate as evaluate  # a part of every driver
+from experiments.rl.libraries import own, parse_settings
+from experiments.rl.policy import Policy
+from experiments.run import hosts
 from experiments.run.devices import ONE, Layout, layout_of
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import Job, Outcome, run
@@ -68,16 +72,19 @@ def job(config: Config) -> Job:
         measured=("held_out_return",),
         totals=("environment_steps",),
     )
-    layout = layout_of(config, config.population, why_alone(config))
-    if config.env.startswith(GYMNASIUM):
+    environment = environment_of(config)
+    layout = layout_of(config, config.population, why_alone(config, environment))
+    if isinstance(environment, OutsideEnvironment):
         from experiments.rl.outside import Outside
 
-        outside = Outside(config)
+        outside = Outside(config, environment)
         return Job(outside.start, outside.generation, outside.measure, **common)
-    task, policy = parts(config)
+    policy = policy_of(config, environment)
     seeds = config.seed + jnp.arange(config.seeds)
     every = many(config.seeds)
-    begin, generation, held_out = (every(f) for f in pieces(config, task, policy, layout=layout))
+    begin, generation, held_out = (
+        every(f) for f in pieces(config, environment, policy, layout=layout)
+    )
     return Job(
         start=layout.jit(lambda: begin(seeds if config.seeds > 1 else seeds[0])),
         generation=layout.jit(generation, donate_argnums=0),
@@ -87,9 +94,9 @@ def job(config: Config) -> Job:
     )
 
 
-def why_alone(config: Config) -> str | None:
+def why_alone(config: Config, environment: Environment[Any] | OutsideEnvironment) -> str | None:
     """Why a run has one device, if it has."""
-    if config.env.startswith(GYMNASIUM):
+    if isinstance(environment, OutsideEnvironment):
         return f"--env {config.env} is stepped by this process"
     if config.algorithm != "eggroll":
         return f"--algorithm {config.algorithm} has no population to divide"
@@ -98,7 +105,7 @@ def why_alone(config: Config) -> str | None:
 
 def pieces(
     config: Config,
-    task: Task,
+    task: Environment[Any],
     policy: Policy,
     rates: Rates | None = None,
     layout: Layout = ONE,
@@ -113,17 +120,15 @@ def pieces(
     return Pieces(begin, generation, make_measure(config, policy, task))
 
 
-def parts(config: Config) -> tuple[Task, Policy]:
-    """The environment and the policy that the settings describe."""
-    task = make_task(config.env)
-    policy = make_policy(
-        task.observations, task.actions,
-        config.width, config.depth, config.activation, config.normalise,
-    )  # fmt: skip
-    return task, policy
+def parts(config: Config) -> tuple[Environment[Any], Policy]:
+    """The JAX environment and the policy that the settings describe."""
+    environment = make_jax_environment(config.env, parse_settings(config.env_settings))
+    return environment, policy_of(config, environment)
 
 
-def make_measure(config: Config, policy: Policy, task: Task) -> Callable[..., dict[str, Array]]:
+def make_measure(
+    config: Config, policy: Policy, task: Environment[Any]
+) -> Callable[..., dict[str, Array]]:
     """(carry, seed) -> the mean return of the mean policy over held-out episodes."""
 
     def measure(carry: Any, seed: Array) -> dict[str, Array]:
@@ -132,45 +137,6 @@ def make_measure(config: Config, policy: Policy, task: Task) -> Callable[..., di
         return {"held_out_return": returns.mean()}
 
     return measure
-
-
-def play(
-    config: Config, policy: Policy, task: Task, carry: Any, keys: Array
-) -> Float[Array, "episodes"]:
-    """Returns of the mean policy, an episode a key."""
-    return jax.vmap(
-        lambda key: (
-            run_episode(
-                task, policy, mean(carry), carry.statistics, key, config.deterministic
-            ).score
-        )
-    )(keys)
-
-
-def mean(carry: Any) -> PyTree:
-    """The parameters of the mean policy, from the state of either algorithm."""
-    return carry.es.params if isinstance(carry, evolution.Carry) else carry.params
-
-
-def evaluate(config: Config, state: Any, episodes: int, seed: int) -> dict[str, list[float]]:
-    """Returns of new episodes of a trained policy, by seed of the training.
-
-    Args:
-        config: the run's settings.
-        state: its state.
-        episodes: how many.
-        seed: decides the episodes; they are those of no training run.
-    """
-    if config.env.startswith(GYMNASIUM):
-        from experiments.rl.outside import Outside
-
-        returns = Outside(config).returns(state, episodes, seed)
-        return {f"seed {config.seed}": returns.tolist()}
-    task, policy = parts(config)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x5EED), episodes)
-    every = many(config.seeds)(lambda carry: play(config, policy, task, carry, keys))
-    returns = np.asarray(jax.jit(every)(state)).reshape(config.seeds, episodes)
-    return {f"seed {config.seed + i}": row.tolist() for i, row in enumerate(returns)}
 
 
 def parameters(config: Config, state: Any) -> PyTree:
@@ -216,6 +182,7 @@ def train(config: Config, started: float | None = None) -> Result:
 
     # ---------------------------------------------------------------- settings, task and folder
     config.check()
+    config = with_digest(config)
     task_job = job(config)
     with open_run_folder("rl", config) as folder:
         watch.finish("setup")
@@ -238,11 +205,28 @@ def train_many(configs: Sequence[Config], started: float | None = None) -> list[
     """
     watch = Stopwatch(started)
     watch.finish("imports")
+    configs = [with_digest(config) for config in configs]
     task, policy = parts(configs[0])
     # The runs are mapped, not their members divided.
     alone = configs[0].on_one_device()
     one = lambda config, rates: pieces(config, task, policy, rates)
     return run_together("rl", configs, job(alone), one, finish, watch)
+
+
+def with_digest(config: Config) -> Config:
+    """The settings with the digest of the file that `env` names, if any: a run goes on with that content."""
+    return replace(config, env_digest=own.digest(config.env))
+
+
+def render(config: Config, state: Any, path: Path, seed: int = 0) -> str:
+    """Writes an episode of the mean policy as a GIF; gives a sentence about it.
+
+    Raises:
+        NotDrawn: where the environment cannot be drawn.
+    """
+    from experiments.rl.render import render
+
+    return render(config, state, path, seed)
 
 
 def finish(config: Config, folder: Path, outcome: Outcome, watch: Stopwatch) -> Result:
@@ -252,7 +236,19 @@ def finish(config: Config, folder: Path, outcome: Outcome, watch: Stopwatch) -> 
     watch.finish("results")
     result = summarise(config, outcome, lesson, watch)
     write_json(folder / "result.json", result._asdict())
+    if config.render and hosts.first():
+        draw_episode(config, folder, outcome.state)
     return result
+
+
+def draw_episode(config: Config, folder: Path, state: Any) -> None:
+    """An episode of the final policy as episode.gif, or on stderr why there is none."""
+    from experiments.rl.render import FILE, NotDrawn
+
+    try:
+        render(config, state, folder / FILE)
+    except NotDrawn as why:
+        print(f"No {FILE}: {why}", file=sys.stderr)
 
 
 def draw(config: Config, folder: Path, outcome: Outcome, lesson: str) -> None:
@@ -295,7 +291,7 @@ def put_in_words(config: Config, scores: list[float]) -> str:
         config: the settings.
         scores: the held-out return of every seed.
     """
-    name = config.env.removeprefix(GYMNASIUM)
+    name = config.env.removeprefix("gymnasium:")
     skill, measure = SKILLS.get(name, name), MEASURES.get(name, PLAIN_MEASURE)
     good = sum(config.target is not None and score >= config.target for score in scores)
     if config.target is None:

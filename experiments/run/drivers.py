@@ -25,7 +25,7 @@ class Driver(NamedTuple):
 
 DRIVERS: Mapping[str, Driver] = {
     "rl": Driver(
-        "train a policy in a gymnax or Gymnasium environment",
+        "train a policy in an environment",
         "experiments.rl.config",
         "experiments.rl.train",
     ),
@@ -62,6 +62,8 @@ class EvalSettings:
     """Episodes to play (reinforcement learning)."""
     seed: int = 0
     """Decides the episodes."""
+    render: bool = False
+    """Also draw an episode, as episode.gif in the run folder (reinforcement learning)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,8 @@ def evaluate(settings: EvalSettings) -> str:
     if settings.episodes < 1:
         raise UsageError(f"--episodes {settings.episodes}: choose a whole number of at least 1")
     run = read_run(settings.run)
+    if settings.render and not hasattr(run.module, "render"):
+        raise UsageError(f"--render: {settings.run} is a run without episodes")
     scores = run.module.evaluate(run.config, run.state, settings.episodes, settings.seed)
     lines = [f"{settings.run}, after {run.generation} generations:"]
     for name, values in scores.items():
@@ -147,6 +151,9 @@ def evaluate(settings: EvalSettings) -> str:
         spread = f" ± {x.std(ddof=1) / np.sqrt(x.size):.3g} (standard error)" if x.size > 1 else ""
         among = f", {x.min():.4g} to {x.max():.4g} in {x.size}" if x.size > 1 else ""
         lines.append(f"  {name}: {x.mean():.6g}{spread}{among}")
+    if settings.render:
+        path = settings.run / "episode.gif"
+        lines.append(run.module.render(run.config, run.state, path, settings.seed))
     return "\n".join(lines)
 
 

@@ -84,7 +84,7 @@ class RunSettings:
 # These say where and for how long, not what: a run may be continued with others.
 FREE = frozenset(
     {"run_dir", "generations", "max_generations", "checkpoint_seconds", "overwrite"}
-    | {"accept_changes", "tensorboard", "wandb_project", "preset"}
+    | {"accept_changes", "tensorboard", "wandb_project", "preset", "render"}
     | {"devices", "tensor_parallel", "coordinator", "processes", "process", "lost_seconds"}
 )
 
