@@ -215,9 +215,13 @@ def _rl(args: Sequence[str]) -> int:
     others = [word for word in args if word != "--list-envs"]
     if others:
         raise UsageError(f"--list-envs: takes no other options, but got {others[0]!r}")
-    from experiments.rl.environments import names
+    from experiments.rl.libraries import names
 
     print("\n".join(names()))
+    print(
+        "An environment of your own: --env FILE.py:FUNCTION (docs/reinforcement-learning.md).",
+        file=sys.stderr,
+    )
     return 0
 
 

@@ -28,6 +28,8 @@ class EvalSettings:
     """Episodes to play (reinforcement learning)."""
     seed: int = 0
     """Decides the episodes."""
+    render: bool = False
+    """Also draw an episode, as episode.gif in the run folder (reinforcement learning)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +110,24 @@ def evaluate(settings: EvalSettings) -> str:
     """A table of what the run's newest state scores, in words."""
     import numpy as np
 
+    from experiments.run.trainer import Films
+
+    film = ""
     if settings.episodes < 1:
         raise UsageError(f"--episodes {settings.episodes}: choose a whole number of at least 1")
     with read_run(settings.run) as run:
+        if settings.render and not isinstance(run.trainer, Films):
+            raise UsageError(f"--render: {settings.run} is a run without episodes")
         scores = run.trainer.evaluate(run.state, settings.episodes, settings.seed)
+        if isinstance(run.trainer, Films) and settings.render:
+            film = run.trainer.film(run.trainer.config, run.state, settings.seed)
         lines = [f"{settings.run}, after {run.generation} generations:"]
     for name, values in scores.items():
         x = np.asarray(values, float)
         spread = f" ± {x.std(ddof=1) / np.sqrt(x.size):.3g} (standard error)" if x.size > 1 else ""
         among = f", {x.min():.4g} to {x.max():.4g} in {x.size}" if x.size > 1 else ""
         lines.append(f"  {name}: {x.mean():.6g}{spread}{among}")
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, film]))
 
 
 def sample(settings: SampleSettings) -> str:

@@ -24,8 +24,6 @@ from experiments.run.fields import (
 )
 
 Own = TypeVar("Own", bound="RunSettings")
-# A group whose settings have flags without the group's name in front.
-Flat = tyro.conf.OmitArgPrefixes
 
 
 @dataclass(frozen=True, kw_only=True)

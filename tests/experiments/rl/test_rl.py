@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.rl.config import PRESETS
-from experiments.rl.environments import Task, make_task
+from experiments.rl.environments import Environment, make_jax_environment
+from experiments.rl.libraries.gymnax import Gymnax
 from experiments.rl.policy import Policy, make_policy
 from experiments.rl.rollout import run_episode, run_episodes
 from experiments.rl.statistics import Statistics, add, merge, no_sums, nothing_seen
@@ -25,8 +27,10 @@ KEYS = jax.random.split(jax.random.key(0), 6)
 
 
 @pytest.fixture(scope="module")
-def cartpole() -> Task:
-    return make_task("CartPole-v1")
+def cartpole() -> Gymnax:
+    found = make_jax_environment("CartPole-v1")
+    assert isinstance(found, Gymnax)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     return folder, train(dataclasses.replace(SMALL, run_dir=folder))
 
 
-def linear_policy(task: Task) -> tuple[Policy, Any]:
+def linear_policy(task: Environment[Any]) -> tuple[Policy, Any]:
     policy = make_policy(task.observations, task.actions, depth=0)
     return policy, policy.init(jax.random.key(4))
 
@@ -43,23 +47,26 @@ def linear_policy(task: Task) -> tuple[Policy, Any]:
 # ---------------------------------------------------------------- episodes
 
 
-def loop_over_step_env(
-    task: Task, policy: Policy, params: Any, seen: Statistics, key: Any, deterministic: bool
+def loop_over_steps(
+    task: Environment[Any],
+    policy: Policy,
+    params: Any,
+    seen: Statistics,
+    key: Any,
+    deterministic: bool,
 ) -> tuple[float, int, list[Any]]:
     """The same episode, step by step in Python."""
-    act, step_env = jax.jit(policy.act), jax.jit(task.env.step_env)
+    act, step = jax.jit(policy.act), jax.jit(task.step)
     reset_key, episode_key = jax.random.split(key)
-    observation, state = task.env.reset(reset_key, task.env_params)
+    observation, state = task.reset(reset_key)
     score, steps, over, observations = 0.0, 0, False, []
     while not over:
         policy_key, env_key = jax.random.split(jax.random.fold_in(episode_key, steps))
         observations.append(task.encode(observation))
         action = act(params, seen, observations[-1], None if deterministic else policy_key)
-        observation, state, reward, terminated, _ = step_env(
-            env_key, state, action, task.env_params
-        )
+        observation, state, reward, terminated = step(env_key, state, action)
         score, steps = score + float(reward), steps + 1
-        over = bool(terminated) or bool(task.env.is_truncated(state, task.env_params))
+        over = bool(terminated) or bool(task.is_cut(state, jnp.int32(steps)))
     return score, steps, observations
 
 
@@ -67,8 +74,8 @@ def loop_over_step_env(
     ("name", "deterministic"),
     [("CartPole-v1", True), ("CartPole-v1", False), ("UmbrellaChain-bsuite", False)],
 )
-def test_episode_equals_a_loop_over_step_env(name: str, deterministic: bool) -> None:
-    task = make_task(name)
+def test_episode_equals_a_loop_over_steps(name: str, deterministic: bool) -> None:
+    task = make_jax_environment(name)
     policy, params = linear_policy(task)
     before = merge(nothing_seen(task.observations), no_sums(task.observations))
 
@@ -78,7 +85,7 @@ def test_episode_equals_a_loop_over_step_env(name: str, deterministic: bool) -> 
         return jax.vmap(play)(keys)
 
     found = together(KEYS)
-    right = [loop_over_step_env(task, policy, params, before, k, deterministic) for k in KEYS]
+    right = [loop_over_steps(task, policy, params, before, k, deterministic) for k in KEYS]
     # One loop for all: an episode that is over stays as it is while the others go on.
     assert found.steps.tolist() == [steps for _, steps, _ in right]
     np.testing.assert_allclose(found.score, [score for score, _, _ in right], atol=1e-5)
@@ -94,7 +101,7 @@ def test_episode_equals_a_loop_over_step_env(name: str, deterministic: bool) -> 
     )
 
 
-def test_episode_ends_where_the_environment_says_so(cartpole: Task) -> None:
+def test_episode_ends_where_the_environment_says_so(cartpole: Gymnax) -> None:
     policy, params = linear_policy(cartpole)
     nothing = nothing_seen(4)
     for key in KEYS[:3]:
@@ -110,9 +117,9 @@ def test_episode_ends_where_the_environment_says_so(cartpole: Task) -> None:
         assert float(run_episode(cartpole, policy, params, nothing, key).score) == score
 
 
-def test_episode_is_cut_at_the_time_limit(cartpole: Task) -> None:
+def test_episode_is_cut_at_the_time_limit(cartpole: Gymnax) -> None:
     # No pole falls within seven steps.
-    short = cartpole._replace(env_params=cartpole.env_params.replace(max_steps_in_episode=7))
+    short = make_jax_environment("CartPole-v1", {"max_steps_in_episode": 7})
     policy, params = linear_policy(short)
     play = lambda key: run_episode(short, policy, params, nothing_seen(4), key)
     episodes = jax.vmap(play)(KEYS)
@@ -120,7 +127,7 @@ def test_episode_is_cut_at_the_time_limit(cartpole: Task) -> None:
     assert set(episodes.score.tolist()) == {7.0}
 
 
-def test_episodes_one_after_the_other_are_the_episodes_alone(cartpole: Task) -> None:
+def test_episodes_one_after_the_other_are_the_episodes_alone(cartpole: Gymnax) -> None:
     policy, params = linear_policy(cartpole)
     seen = merge(nothing_seen(4), no_sums(4))
 
