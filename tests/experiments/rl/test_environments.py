@@ -1,6 +1,5 @@
 """Environments of gymnax and of one's own, in JAX: policies of both kinds play in them."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,17 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnax import registered_envs
+from policies import parts
 
 from experiments.rl.config import PPO, PRESETS
 from experiments.rl.environments import Continuous, Discrete, make_jax_environment
 from experiments.rl.libraries.gymnax import Gymnax
 from experiments.rl.statistics import nothing_seen
-from experiments.rl.train import job, parts
+from experiments.rl.train import make_trainer
 from experiments.run.errors import UsageError
+from experiments.run.fields import changed
 
 # MNISTBandit downloads its data.
 NAMES = [name for name in registered_envs if name != "MNISTBandit-bsuite"]
-SMALL = dataclasses.replace(
+SMALL = changed(
     PRESETS["cartpole"], width=4, depth=1, population=4, held_out_episodes=2, normalise=True
 )
 
@@ -30,7 +31,7 @@ def test_there_are_25() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_environment_can_be_played(name: str) -> None:
-    task, policy = parts(dataclasses.replace(SMALL, env=name))
+    task, policy = parts(changed(SMALL, env=name))
     assert isinstance(task, Gymnax)
     space = task.env.action_space(task.params)
 
@@ -71,8 +72,8 @@ def test_every_environment_can_be_played(name: str) -> None:
 def test_kinds_of_spaces_are_trained(name: str, changes: dict[str, Any]) -> None:
     anneal = changes.pop("ppo_anneal", False)
     ppo = PPO(environments=2, steps=4, epochs=1, minibatches=2, anneal=anneal)
-    config = dataclasses.replace(SMALL, env=name, ppo=ppo, **changes)
-    task = job(config)
+    config = changed(SMALL, env=name, ppo=ppo, **changes)
+    task = make_trainer(config)
     before = task.start()
     after, row = task.generation(task.start())
     assert int(row["environment_steps"]) >= 4

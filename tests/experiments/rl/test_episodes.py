@@ -1,7 +1,5 @@
 """Fresh episodes decide nothing before: their keys are those of no other purpose."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import own_environments
@@ -10,10 +8,11 @@ import pytest
 
 from experiments.rl import episodes, evolution
 from experiments.rl.config import PRESETS
-from experiments.rl.outside import Outside, held_out_starts, training_starts
-from experiments.rl.train import job
+from experiments.rl.outside import held_out_starts, training_starts
+from experiments.rl.train import make_trainer
+from experiments.run.fields import changed
 
-SMALL = dataclasses.replace(
+SMALL = changed(
     PRESETS["own"], env=f"{own_environments.__file__}:point", population=4, width=4, depth=1
 )
 
@@ -25,9 +24,7 @@ def bits(keys: jax.Array) -> set[bytes]:
 def test_keys_of_fresh_episodes_are_keys_of_nothing_else() -> None:
     init, search, held_out = evolution.keys(jax.numpy.int32(3))
     used = bits(jax.random.split(held_out, 256)) | bits(jax.numpy.stack([init, search, held_out]))
-    evaluated = bits(
-        jax.random.split(jax.random.fold_in(jax.random.key(3), episodes.EVALUATED), 256)
-    )
+    evaluated = bits(episodes.evaluated_keys(3, 256))
     fresh = [bits(episodes.fresh_keys(3, generation, 256)) for generation in (0, 1, 50)]
     assert sum(map(len, fresh)) == len(set().union(*fresh)) == 3 * 256
     for one in fresh:
@@ -47,32 +44,30 @@ def test_starts_of_fresh_episodes_are_starts_of_nothing_else() -> None:
 
 @pytest.mark.slow
 def test_fresh_returns_are_of_the_policy_by_seed() -> None:
-    config = dataclasses.replace(SMALL, seeds=2)
-    carry = job(config).start()
-    found = episodes.fresh_returns(config, carry, 0, 32)
-    assert found.shape == (2, 32)
-    assert len(np.unique(found)) == 64
-    alone = dataclasses.replace(SMALL, seed=1)
-    right = episodes.fresh_returns(alone, job(alone).start(), 0, 32)
-    np.testing.assert_allclose(found[1:], right, rtol=1e-5)
-    held_out = float(job(alone).measure(job(alone).start())["held_out_return"])
+    config = changed(SMALL, seeds=2, held_out_episodes=32)
+    several, alone = make_trainer(config), make_trainer(changed(config, seeds=1, seed=1))
+    found = several.confirm(several.start())["fresh_return"]
+    carry = alone.start()
+    right = float(alone.confirm(carry)["fresh_return"])
+    assert float(found[1]) == pytest.approx(right, rel=1e-5)
+    held_out = float(alone.measure(carry)["held_out_return"])
     # As good as held-out episodes, and others.
-    assert held_out != pytest.approx(right.mean(), rel=1e-6)
-    assert held_out == pytest.approx(right.mean(), rel=0.3)
+    assert held_out != pytest.approx(right, rel=1e-6)
+    assert held_out == pytest.approx(right, rel=0.3)
+    # At another generation they are others again.
+    later = alone.confirm(carry._replace(generation=carry.generation + 1))
+    assert float(later["fresh_return"]) != right
 
 
 @pytest.mark.slow
-def test_fresh_returns_of_an_outside_environment() -> None:
-    config = dataclasses.replace(
-        SMALL, env=f"{own_gymnasium.__file__}:line", workers=1, population=8
-    )
-    environment = episodes.environment_of(config)
-    outside = Outside(config, environment)  # type: ignore[arg-type]
-    carry = outside.start()
-    found = episodes.fresh_returns(config, carry, 0, 12, outside)
-    assert found.shape == (1, 12)
-    assert len(np.unique(found)) > 6
-    np.testing.assert_array_equal(found, episodes.fresh_returns(config, carry, 0, 12, outside))
-    evaluated = episodes.evaluate(config, carry, 12, config.seed)["seed 0"]
-    held_out = outside.returns(carry, held_out_starts(config.seed, 12))
+def test_episodes_of_an_outside_environment_are_others_for_every_purpose() -> None:
+    config = changed(SMALL, env=f"{own_gymnasium.__file__}:line", workers=1, population=8)
+    trainer = make_trainer(changed(config, held_out_episodes=12))
+    carry = trainer.start()
+    evaluated = trainer.evaluate(carry, 12, config.seed)["seed 0"]
+    starts = held_out_starts(config.seed, 12)
+    held_out = trainer.outside.returns(carry, starts)  # type: ignore[attr-defined]
     assert not set(evaluated) & set(held_out.tolist())
+    fresh = trainer.confirm(carry)
+    assert fresh == trainer.confirm(carry)
+    assert fresh["fresh_return"] not in (np.mean(evaluated), held_out.mean())

@@ -1,6 +1,6 @@
 """Environments of one's own: a file's function gives either kind, and everything else is told in a sentence."""
 
-import dataclasses
+import json
 from pathlib import Path
 
 import gymnasium
@@ -21,15 +21,15 @@ from experiments.rl.environments import (
     make_environment,
     make_jax_environment,
 )
-from experiments.rl.libraries import own
 from experiments.rl.libraries.gymnax import Gymnax
-from experiments.rl.train import job, train
+from experiments.rl.train import make_trainer
 from experiments.run.errors import UsageError
-from experiments.run.folder import read_config
+from experiments.run.fields import changed
+from experiments.run.train import train
 
 FILE = own_environments.__file__
 POINT, LINE = f"{FILE}:point", f"{own_gymnasium.__file__}:line"
-SMALL = dataclasses.replace(
+SMALL = changed(
     PRESETS["own"], env=POINT, population=64, width=8, depth=1, held_out_episodes=16, render=False,
     learning_rate=0.1, generations=15,
 )  # fmt: skip
@@ -37,27 +37,27 @@ SMALL = dataclasses.replace(
 
 @pytest.mark.slow
 def test_a_jax_environment_is_learned(tmp_path: Path) -> None:
-    result = train(dataclasses.replace(SMALL, run_dir=tmp_path / "run"))
-    assert result.held_out_return_before < -15
-    assert result.held_out_return > -10
-    assert result.environment_steps == 15 * 64 * 20
+    result = train(changed(SMALL, run_dir=tmp_path / "run"))
+    assert result["held_out_return_before"] < -15
+    assert result["held_out_return"] > -10
+    assert result["environment_steps"] == 15 * 64 * 20
 
 
 @pytest.mark.slow
 def test_a_gymnasium_environment_is_learned(tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, env=LINE, workers=1)
-    result = train(dataclasses.replace(config, run_dir=tmp_path / "run"))
-    assert result.held_out_return_before < -5
-    assert result.held_out_return > -8
+    config = changed(SMALL, env=LINE, workers=1)
+    result = train(changed(config, run_dir=tmp_path / "run"))
+    assert result["held_out_return_before"] < -5
+    assert result["held_out_return"] > -8
 
 
 @pytest.mark.slow
 def test_ppo_trains_in_it_and_episodes_start_anew() -> None:
     ppo = PPO(environments=2, steps=25, epochs=1, minibatches=2)
-    task = job(dataclasses.replace(SMALL, algorithm="ppo", ppo=ppo))
+    task = make_trainer(changed(SMALL, algorithm="ppo", ppo=ppo))
     carry, row = task.generation(task.start())
     assert int(row["episodes"]) == 2  # 25 steps of two environments, episodes of 20
-    assert carry.env_state.steps.tolist() == [5, 5]
+    assert carry.own.env_state.steps.tolist() == [5, 5]
 
 
 def test_the_kind_is_that_of_the_type() -> None:
@@ -146,22 +146,22 @@ def test_settings_that_do_not_go_with_an_outside_environment_are_told() -> None:
         ({"perturb": "nodes"}, "--perturb nodes"),
     ):
         with pytest.raises(UsageError, match=f"{words}: .* is stepped by worker processes"):
-            job(dataclasses.replace(SMALL, env=LINE, **changes))  # type: ignore[arg-type]
+            make_trainer(changed(SMALL, env=LINE, **changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_same_file_alone(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(Path(FILE).read_text())
-    config = dataclasses.replace(
+    config = changed(
         SMALL, env=f"{file}:point", run_dir=tmp_path / "run", population=4, generations=1
     )
     train(config)
-    assert read_config(tmp_path / "run")["env_digest"] == own.digest(config.env)
-    train(dataclasses.replace(config, generations=2))
+    assert list(json.loads((tmp_path / "run" / "files.json").read_text())) == [str(file)]
+    train(changed(config, generations=2))
     file.write_text(file.read_text() + "\n# changed\n")
-    with pytest.raises(UsageError, match="run of other settings .*--env-digest"):
-        train(dataclasses.replace(config, generations=3))
+    with pytest.raises(UsageError, match=r"mine\.py"):
+        train(changed(config, generations=3))
 
 
 def test_a_library_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

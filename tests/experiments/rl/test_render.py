@@ -1,6 +1,5 @@
 """Films of episodes: frames of the right form, of the episode that is scored, in a GIF that can be read."""
 
-import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,22 @@ from PIL import Image
 
 from experiments.rl import drawings, render
 from experiments.rl.config import PRESETS, Config
-from experiments.rl.episodes import environment_of, mean, policy_of
+from experiments.rl.episodes import environment_of, policy_of
 from experiments.rl.evolution import start
 from experiments.rl.outside import Outside
 from experiments.rl.rollout import Lanes, run_episode
 from experiments.rl.statistics import nothing_seen
+from experiments.run.fields import changed
 
 FILE = own_environments.__file__
-CONFIG = dataclasses.replace(
+CONFIG = changed(
     PRESETS["own"], population=4, width=4, depth=0, normalise=False, env=f"{FILE}:point"
 )
 
 
 def of(env: str) -> tuple[Config, Any]:
     """Settings, and a state before training."""
-    config = dataclasses.replace(CONFIG, env=env)
+    config = changed(CONFIG, env=env)
     environment: Any = environment_of(config)
     if env.startswith("gymnasium") or env.endswith(":line"):
         return config, Outside(config, environment).start()
@@ -64,8 +64,8 @@ def test_states_are_those_of_the_episode_that_is_scored() -> None:
     config, carry = of("CartPole-v1")
     environment: Any = environment_of(config)
     policy, key, seen = policy_of(config, environment), jax.random.key(3), nothing_seen(4)
-    found = render.states(Lanes(environment, key[None], seen, True), policy, mean(carry))
-    right = run_episode(environment, policy, mean(carry), seen, key)
+    found = render.states(Lanes(environment, key[None], seen, True), policy, carry.learner.params)
+    right = run_episode(environment, policy, carry.learner.params, seen, key)
     assert [int(state.time) for state in found] == list(range(int(right.steps) + 1))
     assert abs(found[-1].theta) > 0.2 or abs(found[-1].x) > 2.4  # the one state where it has fallen
 
