@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 import eggroll
 from experiments.models.mlp import MLP
 from experiments.run.devices import ONE, Layout
-from experiments.run.learners import Backprop, optimizer_of, row_of, strategy
+from experiments.run.learners import Backprop, Trained, optimizer_of, row_of, strategy
 from experiments.run.plots import Curve
 from experiments.run.program import Program, ProgramTrainer
 from experiments.run.seeds import average, each
@@ -88,6 +88,7 @@ class Classifier(ProgramTrainer[Config]):
 
         def generation(carry: Carry) -> tuple[Carry, Mapping[str, Array]]:
             row: dict[str, Array]
+            learner: eggroll.State | Trained
             if config.algorithm == "eggroll":
                 learner, metrics = es.step(carry.learner, fitness, *batch_of(carry))
                 row = row_of(metrics)
