@@ -89,6 +89,8 @@ class Record:
             path = settings.run_dir / "checkpoints"
             self._checkpoints = stack.enter_context(Checkpoints(path))
             found = self._checkpoints.restore(start, place=trainer.sharding)
+            self.state: Carry
+            self._totals: Row
             self.generation, self.state, self._totals = found or (0, start(), {})
             self._saved = self._begun = self.generation
             if found:

@@ -43,7 +43,9 @@ class ProgramTrainer(Trainer[Config]):
             alone = alone or f"--seeds {seeds} are one program"
         self.layout = layout_of(config.cluster, config.evolution.population, alone)  # type: ignore[attr-defined]
         every = many(seeds)
-        start, generation, measure, confirm = map(every, self.program(config, self.layout))
+        run = self.program(config, self.layout)
+        start, generation = every(run.start), every(run.generation)
+        measure, confirm = every(run.measure), every(run.confirm)
         numbers = config.seed + jnp.arange(seeds)
         jit = self.layout.jit
         self._start = jit(lambda: start(numbers if seeds > 1 else numbers[0]))

@@ -26,7 +26,7 @@ from experiments.run.result import Result
 from experiments.run.settings import RunSettings, shared_numbers
 from experiments.run.stopping import stop_requests
 from experiments.run.stopwatch import Stopwatch
-from experiments.run.trainer import Outcome, Trainer
+from experiments.run.trainer import Carry, Outcome, Trainer
 
 
 def run_together(
@@ -100,13 +100,11 @@ def _loop(
             measured: Any = None
             if any(record.due for record in alive.values()):
                 measured = many.slices(jax.device_get(many.measure(states)))
-            fresh = functools.cache(
-                lambda states=states: many.slices(jax.device_get(many.confirm(states)))
-            )
+            fresh = functools.cache(functools.partial(_fresh, many, states))
             over = [
                 i
                 for i, r in alive.items()
-                if r.over(measured[i] if r.due else None, lambda i=i, fresh=fresh: fresh()[i])
+                if r.over(measured[i] if r.due else None, functools.partial(_of_run, fresh, i))
             ]
             if over:
                 parts = many.split(states)
@@ -156,6 +154,15 @@ def _save_all(alive: Mapping[int, Record], parts: Sequence[Any]) -> None:
         for other in problems[1:]:
             problems[0].add_note(str(other))
         raise problems[0]
+
+
+def _fresh(many: "_Programs", states: Carry) -> list[dict[str, Any]]:
+    """The driver's figure of data that decided nothing before, by run."""
+    return many.slices(jax.device_get(many.confirm(states)))
+
+
+def _of_run(figures: Callable[[], list[dict[str, Any]]], i: int) -> dict[str, Any]:
+    return figures()[i]
 
 
 class _Programs:

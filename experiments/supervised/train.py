@@ -18,7 +18,7 @@ import eggroll
 from experiments.models.mlp import MLP
 from experiments.run.axes import UPDATES
 from experiments.run.devices import ONE, Layout
-from experiments.run.learners import Backprop, optimizer_of, row_of, strategy
+from experiments.run.learners import Backprop, Trained, optimizer_of, row_of, strategy
 from experiments.run.plots import Curve
 from experiments.run.program import Program, ProgramTrainer
 from experiments.run.seeds import average, each
@@ -89,6 +89,7 @@ class Classifier(ProgramTrainer[Config]):
 
         def generation(carry: Carry) -> tuple[Carry, Mapping[str, Array]]:
             row: dict[str, Array]
+            learner: eggroll.State | Trained
             if config.algorithm == "eggroll":
                 learner, metrics = es.step(carry.learner, fitness, *batch_of(carry))
                 row = row_of(metrics, es, carry.learner)

@@ -217,17 +217,16 @@ def test_settings_reach_the_optimizer(
     ("words", "message"),
     [
         (["--optimizer", "optim.lyon"], "optim has no such optimizer; did you mean 'lion'"),
-        (["--optimizer", "optim.frugal", "--density", "2"], "--optimizer optim.frugal: density must be a number from 0 to 1, got 2.0"),
+        (["--optimizer", "optim.frugal", "--density", "2"], "--density 2.0: choose a number from 0 to 1"),
         (["--density", "0.5"], "--density 0.5: adamw has no such setting"),
         (["--optimizer", "sgd", "--weight-decay", "0.1"], "--weight-decay 0.1: sgd has no weight decay"),
         (["--optimizer", "optim.lion_k", "--kappa", "l3"], "--kappa l3: there is no such function; did you mean"),
         (["--optimizer", "optim.lion_k", "--kappa", "huber:no"], "--kappa huber:no: could not convert"),
         (["--optimizer", "optim.lion_k", "--kappa", "huber"], "--kappa huber: "),
         (["--optimizer", "optim.frugal", "--also-split", "head"], "--also-split head: there is no such parameter; did you mean 'lm_head'"),
-        (["--optimizer", "optim.frugal", "--projector", "row"], "--projector row: choose columns, rows"),
         (["--heads", "3"], "--heads 3: 16 units are not so many heads"),
         (["--warmup", "1.5"], "--warmup 1.5: choose a number from 0 to 1"),
-        (["--depth", "0"], "--depth 0: choose a whole number of at least 1"),
+        (["--depth", "0"], "--depth 0: choose a whole number from 1 to 1000"),
         (["--data", "/nowhere"], "--data /nowhere: there is no such file"),
         (["--length", "999999"], "the text is too short"),
         (["--task", "digits", "--data", "x"], "--data x: digits are scikit-learn's"),
@@ -242,6 +241,21 @@ def test_mistakes_get_one_sentence(
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_an_optimizer_refuses_names_its_flag() -> None:
+    message = "--optimizer optim.frugal: density must be a number from 0 to 1, got 2.0"
+    with pytest.raises(UsageError, match=message):
+        OptimizerRun(changed(TINY, optimizer="optim.frugal", density=2.0))
+
+
+def test_projectors_are_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["optimizers", "--preset", "tiny", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--optimizer", "optim.frugal", "--projector", "row"])
+    assert ended.value.code == 2
+    assert "--projector" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
