@@ -114,7 +114,7 @@ def test_a_rate_after_which_nothing_is_finite(digits: dict[str, Path]) -> None:
     found = first(digits["explodes"])
     assert (found.name, found.flag) == ("rate too large", "--learning-rate")
     assert "not finite from generation 1 on" in found.sentence
-    assert found.better < 1
+    assert 0.003 < found.better < 0.1
 
 
 def test_a_population_of_2(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def seven(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (at / "seven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = dataclasses.replace(
         PRESETS["tiny"], task=str(at / "seven.jsonl"), task_settings='{"trace": "solution"}',
-        max_new_tokens=12, max_generations=2, evaluate_every=1,
+        max_new_tokens=12, max_generations=2, evaluate_every=1, dtype="bfloat16",
     )  # fmt: skip
     taught = dataclasses.replace(
         config, algorithm="sft", optimizer="adamw", learning_rate=0.03, prompts=8,
@@ -204,12 +204,11 @@ def test_answers_that_are_cut(seven: Any, tmp_path: Path) -> None:
 
 def test_updates_that_are_lost_in_bfloat16(seven: Any, tmp_path: Path) -> None:
     path = answer(
-        seven, tmp_path, reward=f"{REWARDS}:letters", dtype="bfloat16", sigma=0.1,
-        learning_rate=1e-12,
+        seven, tmp_path, reward=f"{REWARDS}:letters", learning_rate=1e-9
     )  # fmt: skip
     found = first(path)
     assert (found.name, found.flag) == ("updates lost", "--learning-rate")
-    assert "bfloat16" in found.sentence and found.better > 1e-8
+    assert "bfloat16" in found.sentence and 1e-8 < found.better < 1e-2
 
 
 # ---------------------------------------------------------------- rows alone
