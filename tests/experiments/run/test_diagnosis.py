@@ -157,7 +157,7 @@ def seven(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (at / "seven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = dataclasses.replace(
         PRESETS["tiny"], task=str(at / "seven.jsonl"), task_settings='{"trace": "solution"}',
-        max_new_tokens=12, max_generations=2, evaluate_every=1, dtype="bfloat16",
+        max_new_tokens=12, max_generations=2, evaluate_every=1,
     )  # fmt: skip
     taught = dataclasses.replace(
         config, algorithm="sft", optimizer="adamw", learning_rate=0.03, prompts=8,
@@ -203,12 +203,12 @@ def test_answers_that_are_cut(seven: Any, tmp_path: Path) -> None:
 
 
 def test_updates_that_are_lost_in_bfloat16(seven: Any, tmp_path: Path) -> None:
-    path = answer(
-        seven, tmp_path, reward=f"{REWARDS}:letters", learning_rate=1e-9
-    )  # fmt: skip
-    found = first(path)
+    model, at = tmp_path / "model", tmp_path / "run"
+    assert main(["export", str(seven.start), "--to", str(model)]) == 0
+    config = dataclasses.replace(seven, start=None, model=str(model), dtype="bfloat16")
+    found = first(answer(config, at, reward=f"{REWARDS}:letters", sigma=0.1, learning_rate=1e-7))
     assert (found.name, found.flag) == ("updates lost", "--learning-rate")
-    assert "bfloat16" in found.sentence and 1e-8 < found.better < 1e-2
+    assert "bfloat16" in found.sentence and 1e-6 < found.better < 1e-2
 
 
 # ---------------------------------------------------------------- rows alone
