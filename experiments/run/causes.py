@@ -278,8 +278,12 @@ def larger_rate(run: Run, step: float) -> float:
 
 
 def smaller_rate(run: Run) -> float:
-    """The rate at which the first steps are of the usual length, a tenth of this one at most."""
+    """The rate at which the first steps are of the usual length, a third of this one at most."""
     rate, steps = run.number("learning_rate"), run.steps
-    return round_to(
-        min(rate * GOOD_STEP / steps[0], rate / 3) if steps.size and steps[0] > 0 else rate / 10
-    )
+    if steps.size and steps[0] > 0:
+        return round_to(min(rate * GOOD_STEP / steps[0], rate / 3))
+    # A step that is not finite has no length; those of Adam are as long as the rate, weight by weight.
+    weights, norms = run.typical("weights"), known(run.figure("weight_norm"))
+    if "adam" in str(run.setting("optimizer")) and weights > 0 and norms.size:
+        return round_to(min(GOOD_STEP * norms[0] / math.sqrt(weights), rate / 3))
+    return round_to(rate / 10)

@@ -227,7 +227,8 @@ def _rl(args: Sequence[str]) -> int:
 
 def _doctor(args: Sequence[str]) -> int:
     if args in (["-h"], ["--help"]):
-        print(f"usage: eggroll doctor [RUN ...]\n\n{COMMANDS['doctor'].summary}; takes no options")
+        how = "usage: eggroll doctor\n       eggroll doctor RUN [RUN ...]"
+        print(f"{how}\n\n{COMMANDS['doctor'].summary}; takes no options")
         return 0
     options = [word for word in args if word.startswith("-")]
     if options:
