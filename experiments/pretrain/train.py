@@ -60,6 +60,10 @@ class Pretraining(LanguageTrainer[Config]):
         )
         bits = lambda params, text: jax.vmap(self.model.bits, (None, 0))(params, text)
         self._bits = layout.jit(bits)
+        # Inside of a program, which several processes run as one.
+        self._means = layout.jit(
+            lambda params, text: {name: x.mean() for name, x in bits(params, text).items()}
+        )
         self.known = anchors(self.text.train, self.text.held_out)
         self.notes = (describe(self.text, self.known),)
 
@@ -81,12 +85,12 @@ class Pretraining(LanguageTrainer[Config]):
         return carry, {**row, "timing": {"tokens_per_second": rate}}
 
     def measure(self, carry: Carry) -> Mapping[str, Array]:
-        found = self._bits(carry.learner.params, self.held_out(fresh=False))
-        return {f"held_out_{name}": bits.mean() for name, bits in found.items()}
+        found = self._means(carry.learner.params, self.held_out(fresh=False))
+        return {f"held_out_{name}": mean for name, mean in found.items()}
 
     def confirm(self, carry: Carry) -> Mapping[str, Array]:
-        found = self._bits(carry.learner.params, self.held_out(fresh=True))
-        return {"fresh_bits_per_byte": found["bits_per_byte"].mean()}
+        found = self._means(carry.learner.params, self.held_out(fresh=True))
+        return {"fresh_bits_per_byte": found["bits_per_byte"]}
 
     def held_out(self, fresh: bool) -> UInt8[Array, "streams length"]:
         """Streams of held-out text: all; with a target every other one, or if fresh the rest."""
