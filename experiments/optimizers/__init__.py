@@ -8,7 +8,7 @@ DRIVER = Driver(
     summary="train by backpropagation, by any optimizer",
     config=Config,
     presets=PRESETS,
-    figure=Figure("held_out_loss", "fresh_loss", better="smaller"),
+    figure=Figure("held_out_loss", "fresh_loss", better="smaller", best=0.0, way=0.1),
     columns=(Column("held_out_loss", "held out", ".3f"), Column("loss", "loss", ".3f")),
     results=("measured", "state_bytes"),
     trainer="experiments.optimizers.train:OptimizerRun",

@@ -8,7 +8,7 @@ DRIVER = Driver(
     summary="fine-tune a language model on answers that can be checked",
     config=Config,
     presets=PRESETS,
-    figure=Figure("held_out_accuracy", "fresh_accuracy"),
+    figure=Figure("held_out_accuracy", "fresh_accuracy", best=1.0, way=0.1),
     columns=(
         Column("held_out_accuracy", " of held-out questions right", ".1%"),
         Column("reward_mean", "reward", ".3f"),

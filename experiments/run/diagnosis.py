@@ -2,39 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from experiments.run.causes import CAUSES, FEW_ROWS
+from experiments.run.drivers import FOLDERS, find_driver
 from experiments.run.evidence import Finding as Finding
 from experiments.run.evidence import Run, known, mean, number
 from experiments.run.metrics import Row
 
-# Share of the way from the first to the best possible held-out figure that counts as learning. Digits: a
-# population of 4 goes 0.03 of it, 16 members 0.38, 256 members 0.7. Bits per byte of a small model fall from
-# 8.4 to 5 within hundreds of updates, and 0 is out of reach.
-WAY = {"rl": 0.25, "supervised": 0.25, "pretrain": 0.02, "reasoning": 0.1, "optimizers": 0.1}
 # Where the last third of a run is so many standard errors above the first, it learns.
 TREND = 4.0
 # The name of a finding about a run that is too short to tell.
 TOO_FEW = "too few generations"
-
-
-class Goal(NamedTuple):
-    """What a driver's runs are measured by: a figure of the rows, and the best that it can be."""
-
-    name: str
-    best: float | None
-
-
-GOALS = {
-    "rl": Goal("held_out_return", None),
-    "supervised": Goal("held_out_accuracy", 1.0),
-    "pretrain": Goal("held_out_bits_per_byte", 0.0),
-    "reasoning": Goal("held_out_accuracy", 1.0),
-    "optimizers": Goal("held_out_loss", 0.0),
-}
 
 
 def diagnose(
@@ -76,9 +56,9 @@ def way(run: Run) -> float:
 
     1 for a run that had nothing left to learn.
     """
-    goal = GOALS.get(run.driver)
-    if goal is None:
+    if run.driver not in FOLDERS:
         return math.nan
+    goal = find_driver(run.driver).figure
     best = number(run.setting("target")) if goal.best is None else goal.best
     values = known(np.append(run.figure(goal.name), mean(run.final.get(goal.name))))
     if len(values) < 2 or math.isnan(best):
@@ -107,7 +87,7 @@ def trend(run: Run) -> float:
 def learned(run: Run) -> bool:
     """Whether the run is on its way."""
     share = way(run)
-    if share >= WAY.get(run.driver, 1.0):
+    if run.driver in FOLDERS and share >= find_driver(run.driver).figure.way:
         return True
     # Few held-out questions say less than the scores of all members.
     if math.isnan(share) or run.driver == "reasoning":

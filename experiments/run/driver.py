@@ -21,11 +21,15 @@ class Figure(NamedTuple):
         name: in metrics.jsonl and result.json.
         fresh: the name of the same figure of data that decided nothing, in result.json.
         better: whether larger or smaller values are better.
+        best: the best value that there can be; None where that is not known, and a target stands for it.
+        way: the share of the way from the first value to the best one that counts as learning.
     """
 
     name: str
     fresh: str
     better: Literal["larger", "smaller"] = "larger"
+    best: float | None = None
+    way: float = 0.25
 
     def meets(self, values: Sequence[float | None], target: float | None) -> bool:
         """Whether all values are at the target; none is where there is no target.

@@ -8,7 +8,8 @@ DRIVER = Driver(
     summary="train a classifier of digits",
     config=Config,
     presets=PRESETS,
-    figure=Figure("held_out_accuracy", "fresh_accuracy"),
+    # Of the way a population of 4 goes 0.03, 16 members 0.38, 256 members 0.7.
+    figure=Figure("held_out_accuracy", "fresh_accuracy", best=1.0),
     columns=(
         Column("held_out_accuracy", "held out", ".3f"),
         Column("train_accuracy", "accuracy", ".3f"),
