@@ -32,6 +32,7 @@ from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import Completions, pack
 from experiments.reasoning.start import keep_tokenizer, save, start
 from experiments.reasoning.tasks import Question, Task
+from experiments.run.axes import GENERATED_TOKENS, SECONDS
 from experiments.run.devices import layout_of
 from experiments.run.errors import UsageError
 from experiments.run.plots import Curve
@@ -253,6 +254,7 @@ class Reasoning(LanguageTrainer[Config]):
             words="share of held-out questions answered right",
             who="model",
             target=config.target,
+            x=SECONDS if config.algorithm == "sft" else GENERATED_TOKENS,
             of=len(self.questions.measured),
         )
         return Conclusion(lesson, path, curve)
