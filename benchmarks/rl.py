@@ -18,7 +18,7 @@ from experiments.run.report import Settings, report
 
 METHODS = {"EGGROLL": [], "dense ES": ["--rank", "full"], "PPO": ["--algorithm", "ppo"]}
 # Gymnasium's preset is an example of an environment outside JAX, not another task.
-NAMES = [name for name in PRESETS if not name.startswith("gymnasium")]
+NAMES = [name for name in PRESETS if not name.startswith("gymnasium") and name != "own"]
 
 
 def main() -> None:

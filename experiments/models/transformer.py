@@ -9,10 +9,8 @@ Qwen3 an RMSNorm of every head of queries and keys (``qk_norm``).
 earlier tokens in a `Cache`. Parameters enter products, look-ups, sums and norms alone, so that evolution
 strategies perturb them at low rank (`plan`) without building one member's matrices.
 
-Touvron et al., "LLaMA", arXiv 2302.13971; rotary positions: Su et al., arXiv 2104.09864, stretched ones:
-Grattafiori et al., arXiv 2407.21783 (Llama 3) and Chen et al., arXiv 2306.15595 (linear); RMSNorm: Zhang
-and Sennrich, arXiv 1910.07467; SwiGLU: Shazeer, arXiv 2002.05202; grouped queries: Ainslie et al., arXiv
-2305.13245; Qwen2: arXiv 2407.10671; Qwen3: arXiv 2505.09388.
+Touvron et al., "LLaMA", arXiv 2302.13971; Grattafiori et al., "Llama 3", arXiv 2407.21783; Qwen2: arXiv
+2407.10671; Qwen3: arXiv 2505.09388. `decoder_parts` has the papers of the parts of a layer.
 """
 
 import functools

@@ -16,7 +16,7 @@ from experiments.reasoning.config import Config
 from experiments.reasoning.language_model import LanguageModel, language_model
 from experiments.reasoning.tasks import Task
 from experiments.run import hosts
-from experiments.run.drivers import read_run
+from experiments.run.commands import read_run
 from experiments.run.errors import UsageError
 
 

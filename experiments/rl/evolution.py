@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 import eggroll
 from experiments.rl.config import Config
-from experiments.rl.environments import Task
+from experiments.rl.environments import Environment
 from experiments.rl.policy import Policy
 from experiments.rl.rollout import run_episodes
 from experiments.rl.statistics import Statistics, merge, nothing_seen
@@ -62,7 +62,7 @@ def keys(seed: Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Arra
     return init, search, held_out
 
 
-def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> Carry:
+def start(config: Config, policy: Policy, task: Environment[Any], seed: Int[Array, ""]) -> Carry:
     """The state before generation 0."""
     init_key, search_key, _ = keys(seed)
     state = make_strategy(config).init(policy.init(init_key), search_key)
@@ -73,7 +73,7 @@ def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> C
 def make_generation(
     config: Config,
     policy: Policy,
-    task: Task,
+    task: Environment[Any],
     layout: Layout = ONE,
 ) -> Callable[[Carry], tuple[Carry, dict[str, Array]]]:
     """carry -> (next carry, metric row)."""
@@ -88,7 +88,7 @@ def make_generation(
         )
         return played.score / config.episodes, (played.steps, played.seen)
 
-    limit = int(getattr(task.env_params, "max_steps_in_episode", 0))
+    limit = task.time_limit or 0
     if config.perturb != "weights" and not limit and config.nodes.steps is None:
         raise UsageError(f"--env {config.env}: it has no time limit, so choose --nodes.steps")
     stretches = count(limit, config.episodes, config.nodes.hold, config.nodes.steps)

@@ -1,4 +1,4 @@
-"""Evolution strategies on environments that are not JAX: Gymnasium, stepped by worker processes.
+"""Evolution strategies on environments that are not JAX: stepped by worker processes, by Gymnasium's API.
 
 The policies of the whole population act in one program, which builds no member's matrices
 (`EvolutionStrategy.map` with each member's own observation); the scores come back by `tell`.
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from experiments.rl.config import GYMNASIUM, Config
-from experiments.rl.environments import Continuous, Discrete
+from experiments.rl.config import Config
+from experiments.rl.environments import OutsideEnvironment
 from experiments.rl.evolution import Seen, keys, make_strategy
 from experiments.rl.policy import Policy, make_policy
 from experiments.rl.statistics import Statistics, Sums, merge, nothing_seen
-from experiments.rl.workers import Workers, shape_of, spaces_of
+from experiments.rl.workers import Workers
 from experiments.run.learners import row_of
 from experiments.run.progress import part
 from experiments.run.trainer import Carry
@@ -27,29 +27,34 @@ Row = dict[str, Any]
 Act = Callable[[np.ndarray, int], Any]
 
 
+def training_starts(seed: int, generation: int, episode: int, pairs: int) -> np.ndarray:
+    """The seeds of an episode of every member; both members of a pair have one, [2 * pairs]."""
+    stream = np.random.SeedSequence([seed, 0, generation, episode])
+    return np.repeat(stream.generate_state(pairs) // 2, 2)
+
+
+def held_out_starts(seed: int, episodes: int) -> np.ndarray:
+    """The seeds of the episodes that measure a run while it trains, [episodes]."""
+    return np.random.SeedSequence([seed, 1]).generate_state(episodes) // 2
+
+
 class Outside:
-    """What `eggroll rl` needs of a Gymnasium environment.
+    """What `eggroll rl` needs of an outside environment.
 
     Args:
         config: the settings.
+        environment: that is trained in.
 
     Raises:
-        UsageError: for an environment that Gymnasium does not have, or that no policy here fits.
+        UsageError: for settings that are not for outside environments.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.name = config.env.removeprefix(GYMNASIUM)
-        seen, takes, _ = spaces_of(self.name)
-        (self.observations,) = shape_of(seen)
-        actions: Discrete | Continuous
-        if hasattr(takes, "n"):
-            actions = Discrete(int(takes.n))
-        else:
-            actions = Continuous(takes.low.astype(np.float32), takes.high.astype(np.float32))
-        self.first_action = int(getattr(takes, "start", 0))
+    def __init__(self, config: Config, environment: OutsideEnvironment) -> None:
+        config.check_outside()
+        self.config, self.environment = config, environment
+        self.observations = environment.observations
         self.policy: Policy = make_policy(
-            self.observations, actions,
+            self.observations, environment.actions,
             config.width, config.depth, config.activation, config.normalise,
         )  # fmt: skip
         self.es = make_strategy(config)
@@ -76,8 +81,7 @@ class Outside:
         scores, taken = np.zeros(population, np.float32), 0
         first, second = np.zeros_like(mean), np.zeros_like(mean)
         for episode in range(config.episodes):
-            stream = np.random.SeedSequence([config.seed, 0, done, episode])
-            starts = np.repeat(stream.generate_state(population // 2) // 2, 2)
+            starts = training_starts(config.seed, done, episode, population // 2)
             act: Act = lambda seen, step: self._members(carry, seen, step)
             for seen, live, rewards in self.play(starts, act):
                 deviation = seen[live] - mean
@@ -92,10 +96,9 @@ class Outside:
         after = Carry(state, Seen(statistics), carry.generation + 1, carry.seed)
         return after, {**row, "environment_steps": taken}
 
-    def returns(self, carry: Carry, episodes: int, *stream: int) -> np.ndarray:
-        """Returns of the mean policy in episodes that no member is trained on; the stream decides which."""
-        population = self.config.evolution.population
-        starts = np.random.SeedSequence(stream).generate_state(episodes) // 2
+    def returns(self, carry: Carry, starts: np.ndarray) -> np.ndarray:
+        """Returns of the mean policy, an episode a start."""
+        population, episodes = self.config.evolution.population, len(starts)
         out = []
         for at in range(0, episodes, population):
             some = starts[at : at + population]
@@ -126,12 +129,15 @@ class Outside:
         """
         if self._workers is None:
             self._workers = Workers(
-                self.name, self.config.evolution.population, self.config.workers
+                self.environment.name,
+                self.config.evolution.population,
+                self.config.workers,
+                self.environment.settings,
             )
         seen, over, step = self._workers.reset(starts.tolist()), np.zeros(len(starts), bool), 0
         while not over.all():
             live, before = ~over, seen
-            actions = np.asarray(act(seen, step)) + self.first_action
+            actions = np.asarray(act(seen, step)) + self.environment.first_action
             seen, rewards, over = self._workers.step(actions)
             part(int(over.sum()), len(over), "episodes")
             yield before, live, rewards

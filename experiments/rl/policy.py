@@ -93,7 +93,8 @@ def make_policy(
     def to_env(action: Array) -> Array:
         if isinstance(actions, Discrete):
             return action
-        middle, half = (actions.high + actions.low) / 2, (actions.high - actions.low) / 2
+        low, high = jnp.asarray(actions.low), jnp.asarray(actions.high)
+        middle, half = (high + low) / 2, (high - low) / 2
         return middle + half * jnp.clip(action, -1, 1)
 
     return Policy(init, distribution, to_env)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from experiments.models.mlp import MLP
 from experiments.rl.config import Config
-from experiments.rl.environments import Task
+from experiments.rl.environments import Environment, begin, step_or_restart
 from experiments.rl.evolution import keys
 from experiments.rl.policy import Policy
 from experiments.rl.statistics import Statistics, Sums, merge, normalise, nothing_seen
@@ -65,14 +65,14 @@ def learner_of(config: Config) -> Backprop:
     return Backprop(optax.chain(clip, make_optimizer(config.optimizer.name, rate)))
 
 
-def start(config: Config, policy: Policy, task: Task, seed: Int[Array, ""]) -> Carry:
+def start(config: Config, policy: Policy, task: Environment[Any], seed: Int[Array, ""]) -> Carry:
     """The state before the first round."""
     init_key, reset_key, _ = keys(seed)
     policy_key, value_key = jax.random.split(init_key)
     params = explorative(policy.init(policy_key), config.depth)
     params["value"] = value_model(config).init(value_key, jnp.zeros(task.observations))["params"]
-    observation, env_state = jax.vmap(task.env.reset, (0, None))(
-        jax.random.split(reset_key, config.ppo.environments), task.env_params
+    observation, env_state = jax.vmap(lambda key: begin(task, key))(
+        jax.random.split(reset_key, config.ppo.environments)
     )
     playing = Playing(
         nothing_seen(task.observations),
@@ -126,7 +126,7 @@ def advantages(
 
 
 def make_generation(
-    config: Config, policy: Policy, task: Task
+    config: Config, policy: Policy, task: Environment[Any]
 ) -> Callable[[Carry], tuple[Carry, dict[str, Array]]]:
     """carry -> (next carry, metric row)."""
     return Round(config, policy, task).generation
@@ -163,7 +163,7 @@ class Round:
         task: the environment.
     """
 
-    def __init__(self, config: Config, policy: Policy, task: Task) -> None:
+    def __init__(self, config: Config, policy: Policy, task: Environment[Any]) -> None:
         self.config, self.ppo, self.policy, self.task = config, config.ppo, policy, task
         self.model, self.learner = value_model(config), learner_of(config)
 
@@ -186,20 +186,21 @@ class Round:
 
         split = lambda key: jax.random.split(key, ppo.environments)
         action, log_prob = jax.vmap(act)(seen, split(act_key))
-        observation, env_state, reward, terminated, truncated, info = jax.vmap(
-            task.env.step, (0, 0, 0, None)
-        )(split(env_key), own.env_state, jax.vmap(self.policy.to_env)(action), task.env_params)
-        last = jax.vmap(task.encode)(info["final_observation"])
-        over, cut = terminated | truncated, truncated & ~terminated
-        score = own.score + reward
+        after = jax.vmap(functools.partial(step_or_restart, task))(
+            split(env_key), own.env_state, jax.vmap(self.policy.to_env)(action)
+        )
+        last = jax.vmap(task.encode)(after.last)
+        over, cut = after.terminated | after.cut, after.cut & ~after.terminated
+        score = own.score + after.reward
         # What would have followed a cut episode is worth what the value function says.
-        after = ppo.discount * cut * self.value(params, statistics, last)
+        beyond = ppo.discount * cut * self.value(params, statistics, last)
         own = own._replace(
-            observation=jax.vmap(task.encode)(observation),
-            env_state=env_state,
+            observation=jax.vmap(task.encode)(after.observation),
+            env_state=after.running,
             score=jnp.where(over, 0.0, score),
         )
-        worth, value = ppo.reward_scale * reward + after, self.value(params, statistics, seen)
+        value = self.value(params, statistics, seen)
+        worth = ppo.reward_scale * after.reward + beyond
         return own, Step(seen, action, log_prob, worth, value, over, jnp.where(over, score, 0.0))
 
     def loss(

@@ -1,7 +1,6 @@
-"""Episodes of a gymnax environment as a function of a policy's parameters and keys.
+"""Episodes of a JAX environment as a function of a policy's parameters and keys.
 
-An evolution strategy scores a member by whole episodes, so the environment's own ``step``, which
-starts a new episode by itself, is passed over: ``step_env`` is looped until the first end. Under
+An evolution strategy scores a member by whole episodes: ``step`` is looped until the first end. Under
 ``vmap`` the loop runs until the last member is done, and members that are done stay as they are.
 A member's episodes follow one another in the one loop: side by side, all would wait for the longest
 of them, and episodes of one member differ much more in their length than whole members do.
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-from experiments.rl.environments import Task
+from experiments.rl.environments import Environment
 from experiments.rl.policy import Policy
 from experiments.rl.statistics import Statistics, Sums, add, no_sums
 
@@ -49,7 +48,7 @@ Act = Callable[[Array, Key[Array, ""] | None], Array]
 
 
 def run_episode(
-    task: Task,
+    environment: Environment[Any],
     policy: Policy,
     params: PyTree,
     statistics: Statistics,
@@ -60,7 +59,7 @@ def run_episode(
     """Plays one episode from reset until it terminates or reaches the time limit.
 
     Args:
-        task: the environment.
+        environment: the environment.
         policy: chooses an action for every observation.
         params: the policy's parameters.
         statistics: of the observations before this generation.
@@ -68,11 +67,11 @@ def run_episode(
         deterministic: take the most likely action; otherwise sample it.
         watch: also sum up the observations.
     """
-    return run_episodes(task, policy, params, statistics, key[None], deterministic, watch)
+    return run_episodes(environment, policy, params, statistics, key[None], deterministic, watch)
 
 
 def run_episodes(
-    task: Task,
+    environment: Environment[Any],
     policy: Policy,
     params: PyTree,
     statistics: Statistics,
@@ -83,7 +82,7 @@ def run_episodes(
     """The sums over several episodes, one a key, each as :func:`run_episode` plays it.
 
     Args:
-        task: the environment.
+        environment: the environment.
         policy: chooses an action for every observation.
         params: the policy's parameters.
         statistics: of the observations before this generation.
@@ -91,7 +90,7 @@ def run_episodes(
         deterministic: take the most likely action; otherwise sample it.
         watch: also sum up the observations.
     """
-    lanes = Lanes(task, keys, statistics, deterministic)
+    lanes = Lanes(environment, keys, statistics, deterministic)
     act = functools.partial(policy.act, params, statistics)
     step = lambda lane: lanes.step(act, lane)
     return jax.lax.while_loop(lanes.plays, step, lanes.start(watch)).total
@@ -101,13 +100,13 @@ class Lanes(NamedTuple):
     """The episodes of a member one after the other, as a function from step to step.
 
     Attributes:
-        task: the environment.
+        environment: the environment.
         keys: of the episodes.
         statistics: of the observations before this generation.
         deterministic: whether no key is given to the policy.
     """
 
-    task: Task
+    environment: Environment[Any]
     keys: Key[Array, "episodes"]
     statistics: Statistics
     deterministic: bool
@@ -115,12 +114,12 @@ class Lanes(NamedTuple):
     def start(self, watch: bool) -> Lane:
         """The first episode before its first step."""
         none = jnp.int32(0)
-        sums = no_sums(self.task.observations) if watch else None
+        sums = no_sums(self.environment.observations) if watch else None
         return Lane(none, none, *self.reset(none), Episode(jnp.float32(0), none, sums))
 
     def reset(self, number: Int[Array, ""]) -> tuple[Array, Any]:
         """The first observation and state of an episode."""
-        return self.task.env.reset(jax.random.split(self.keys[number])[0], self.task.env_params)
+        return self.environment.reset(jax.random.split(self.keys[number])[0])
 
     def plays(self, lane: Lane) -> Bool[Array, ""]:
         """Whether an episode is left."""
@@ -128,17 +127,15 @@ class Lanes(NamedTuple):
 
     def step(self, act: Act, lane: Lane) -> Lane:
         """One step with the action ``act(encoded observation, key or None)``."""
-        task, episodes = self.task, len(self.keys)
+        environment, episodes = self.environment, len(self.keys)
         episode_key = jax.random.split(self.keys[lane.number])[1]
         policy_key, env_key = jax.random.split(jax.random.fold_in(episode_key, lane.step))
-        encoded = task.encode(lane.observation)
+        encoded = environment.encode(lane.observation)
         action = act(encoded, None if self.deterministic else policy_key)
-        observation, state, reward, terminated, _ = task.env.step_env(
-            env_key, lane.state, action, task.env_params
-        )
+        observation, state, reward, terminated = environment.step(env_key, lane.state, action)
         score, steps, seen = lane.total
         seen = None if seen is None else add(seen, self.statistics, encoded)
-        over = terminated | task.env.is_truncated(state, task.env_params)
+        over = terminated | environment.is_cut(state, lane.step + 1)
         number = lane.number + over
         if episodes > 1:
             first = self.reset(jnp.minimum(number, episodes - 1))

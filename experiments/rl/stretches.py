@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from experiments.rl.environments import Task
+from experiments.rl.environments import Environment
 from experiments.rl.policy import Policy
 from experiments.rl.rollout import Episode, Lane, Lanes
 from experiments.rl.statistics import Statistics
@@ -45,7 +45,7 @@ def count(time_limit: int, episodes: int, hold: int, steps: int | None) -> int:
 
 
 def play(
-    task: Task,
+    environment: Environment[Any],
     policy: Policy,
     layers: Sequence[str],
     params: PyTree,
@@ -60,7 +60,7 @@ def play(
     """Plays episodes, one a key, up to so many stretches.
 
     Args:
-        task: the environment.
+        environment: the environment.
         policy: chooses an action for every observation.
         layers: names of the layers whose outputs have noise.
         params: the policy's parameters; products with those of `layers` have noise.
@@ -72,11 +72,11 @@ def play(
         deterministic: take the most likely action; otherwise sample it.
         watch: also sum up the observations.
     """
-    lanes = Lanes(task, keys, statistics, deterministic)
+    lanes = Lanes(environment, keys, statistics, deterministic)
     quiet = {**params["policy"], **{name: plain["policy"][name] for name in layers}}
 
     def stretch(lane: Lane, _: None) -> tuple[Lane, Array]:
-        first = task.encode(lane.observation)
+        first = environment.encode(lane.observation)
         offsets = _offsets(policy, layers, params, plain, statistics, first)
 
         def act(observation: Array, key: Key[Array, ""] | None) -> Array:

@@ -16,26 +16,23 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from experiments.rl import episodes as played
 from experiments.rl import evolution, ppo
-from experiments.rl.config import GYMNASIUM, Config
-from experiments.rl.environments import Task, make_task
-from experiments.rl.policy import Policy, make_policy
-from experiments.rl.rollout import run_episode
+from experiments.rl.config import Config
+from experiments.rl.environments import Environment, OutsideEnvironment
 from experiments.run.axes import ENVIRONMENT_STEPS
 from experiments.run.devices import ONE, Layout, layout_of
 from experiments.run.plots import Curve
 from experiments.run.program import Program, ProgramTrainer
 from experiments.run.seeds import average, each, many
 from experiments.run.tensors import write_tensors
-from experiments.run.trainer import Carry, Conclusion, Outcome, Trainer
+from experiments.run.trainer import Carry, Conclusion, Films, Outcome, Trainer
 
 # How a result is put into words, and what returns are counted in.
 SKILLS = {"CartPole-v1": "to balance the pole"}
 MEASURES = {"CartPole-v1": "the {who} holds it for {score:.1f} of 500 steps"}
 UNITS = {"CartPole-v1": "steps"}
 PLAIN_MEASURE = "the return of the {who} is {score:.1f}"
-# Streams of the keys of episodes: for `eggroll eval`, and to confirm a target.
-EVALUATED, FRESH = 0x5EED, 0xF2E5
 
 
 def make_trainer(config: Config) -> Trainer[Config]:
@@ -44,21 +41,26 @@ def make_trainer(config: Config) -> Trainer[Config]:
     Raises:
         UsageError: for an environment or an optimizer that there is not.
     """
-    return OutsidePolicy(config) if config.env.startswith(GYMNASIUM) else JaxPolicy(config)
+    environment = played.environment_of(config)
+    if isinstance(environment, OutsideEnvironment):
+        return OutsidePolicy(config, environment)
+    return JaxPolicy(config, environment)
 
 
-class JaxPolicy(ProgramTrainer[Config]):
+class JaxPolicy(ProgramTrainer[Config], Films):
     """Trains in an environment that is a part of the program.
 
     Args:
         config: the settings.
+        environment: that is trained in.
     """
 
     measured = ("held_out_return",)
     totals = ("environment_steps",)
 
-    def __init__(self, config: Config) -> None:
-        self.task, self.policy = parts(config)
+    def __init__(self, config: Config, environment: Environment[Any]) -> None:
+        self.environment, self.policy = environment, played.policy_of(config, environment)
+        self.files, self.draws = played.files_of(config), config.render
         ppo = config.algorithm != "eggroll"
         super().__init__(
             config, f"--algorithm {config.algorithm} has no population to divide" if ppo else None
@@ -66,35 +68,33 @@ class JaxPolicy(ProgramTrainer[Config]):
 
     def program(self, config: Config, layout: Layout = ONE) -> Program:
         """One run: episodes and an update, by either algorithm."""
-        task, policy = self.task, self.policy
+        environment, policy = self.environment, self.policy
         method: Any = ppo if config.algorithm == "ppo" else evolution
         sharing = {} if config.algorithm == "ppo" else {"layout": layout}
 
+        def returns(carry: Carry, keys: Key[Array, "episodes"]) -> Float[Array, ""]:
+            return played.play(config, policy, environment, carry, keys).mean()
+
         def held_out(carry: Carry) -> Mapping[str, Array]:
             _, _, key = evolution.keys(carry.seed)
-            return {"held_out_return": self._mean_return(carry, key)}
+            keys = jax.random.split(key, config.held_out_episodes)
+            return {"held_out_return": returns(carry, keys)}
 
         def fresh(carry: Carry) -> Mapping[str, Array]:
-            _, _, key = evolution.keys(carry.seed)
-            key = jax.random.fold_in(jax.random.fold_in(key, FRESH), carry.generation)
-            return {"fresh_return": self._mean_return(carry, key)}
+            keys = played.fresh_keys(carry.seed, carry.generation, config.held_out_episodes)
+            return {"fresh_return": returns(carry, keys)}
 
         return Program(
-            start=lambda seed: method.start(config, policy, task, seed),
-            generation=method.make_generation(config, policy, task, **sharing),
+            start=lambda seed: method.start(config, policy, environment, seed),
+            generation=method.make_generation(config, policy, environment, **sharing),
             measure=held_out,
             confirm=fresh,
         )
 
-    def _mean_return(self, carry: Carry, key: Key[Array, ""]) -> Float[Array, ""]:
-        keys = jax.random.split(key, self.config.held_out_episodes)
-        return play(self.config, self.policy, self.task, carry, keys).mean()
-
     def evaluate(self, carry: Carry, episodes: int, seed: int) -> dict[str, list[float]]:
         """Returns of new episodes, by seed of the training; they are those of no training run."""
-        config = self.config
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), EVALUATED), episodes)
-        one = lambda carry: play(config, self.policy, self.task, carry, keys)
+        config, keys = self.config, played.evaluated_keys(seed, episodes)
+        one = lambda carry: played.play(config, self.policy, self.environment, carry, keys)
         returns = np.asarray(jax.jit(many(config.seeds)(one))(carry))
         returns = returns.reshape(config.seeds, episodes)
         return {f"seed {config.seed + i}": row.tolist() for i, row in enumerate(returns)}
@@ -105,23 +105,28 @@ class JaxPolicy(ProgramTrainer[Config]):
     def export(self, carry: Carry, to: Path | None) -> str:
         return export(self.config, carry, to)
 
+    def film(self, config: Config, carry: Carry, seed: int) -> str:
+        return film(config, carry, seed)
 
-class OutsidePolicy(Trainer[Config]):
+
+class OutsidePolicy(Trainer[Config], Films):
     """Trains in an environment that other processes step.
 
     Args:
         config: the settings.
+        environment: that is trained in.
     """
 
     measured = ("held_out_return",)
     totals = ("environment_steps",)
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, environment: OutsideEnvironment) -> None:
         from experiments.rl.outside import Outside
 
         super().__init__(config)
         layout_of(config.cluster, alone=f"--env {config.env} is stepped by this process")
-        self.outside = Outside(config)
+        self.files, self.draws = played.files_of(config), config.render
+        self.outside = Outside(config, environment)
 
     def start(self) -> Carry:
         return self.outside.start()
@@ -130,17 +135,19 @@ class OutsidePolicy(Trainer[Config]):
         return self.outside.generation(carry)
 
     def measure(self, carry: Carry) -> Mapping[str, Any]:
-        seed, count = self.config.seed, self.config.held_out_episodes
-        return {"held_out_return": float(self.outside.returns(carry, count, seed, 1).mean())}
+        from experiments.rl.outside import held_out_starts
+
+        starts = held_out_starts(self.config.seed, self.config.held_out_episodes)
+        return {"held_out_return": float(self.outside.returns(carry, starts).mean())}
 
     def confirm(self, carry: Carry) -> Mapping[str, Any]:
-        stream = self.config.seed, FRESH, int(carry.generation)
-        returns = self.outside.returns(carry, self.config.held_out_episodes, *stream)
-        return {"fresh_return": float(returns.mean())}
+        config, generation = self.config, int(carry.generation)
+        starts = played.fresh_starts(config.seed, generation, config.held_out_episodes)
+        return {"fresh_return": float(self.outside.returns(carry, starts).mean())}
 
     def evaluate(self, carry: Carry, episodes: int, seed: int) -> dict[str, list[float]]:
-        """Returns of new episodes."""
-        returns = self.outside.returns(carry, episodes, seed, EVALUATED)
+        """Returns of new episodes; they are those of no training run."""
+        returns = self.outside.returns(carry, played.evaluated_starts(seed, episodes))
         return {f"seed {self.config.seed}": returns.tolist()}
 
     def conclude(self, config: Config, outcome: Outcome) -> Conclusion:
@@ -149,24 +156,8 @@ class OutsidePolicy(Trainer[Config]):
     def export(self, carry: Carry, to: Path | None) -> str:
         return export(self.config, carry, to)
 
-
-def parts(config: Config) -> tuple[Task, Policy]:
-    """The environment and the policy that the settings describe."""
-    task = make_task(config.env)
-    policy = make_policy(
-        task.observations, task.actions,
-        config.width, config.depth, config.activation, config.normalise,
-    )  # fmt: skip
-    return task, policy
-
-
-def play(
-    config: Config, policy: Policy, task: Task, carry: Carry, keys: Array
-) -> Float[Array, "episodes"]:
-    """Returns of the policy, an episode a key."""
-    params, statistics = carry.learner.params, carry.own.statistics
-    one = lambda key: run_episode(task, policy, params, statistics, key, config.deterministic)
-    return jax.vmap(lambda key: one(key).score)(keys)
+    def film(self, config: Config, carry: Carry, seed: int) -> str:
+        return film(config, carry, seed)
 
 
 def export(config: Config, carry: Carry, to: Path | None) -> str:
@@ -175,6 +166,17 @@ def export(config: Config, carry: Carry, to: Path | None) -> str:
     if config.normalise:
         tree["statistics"] = carry.own.statistics._asdict()
     return write_tensors(config, int(np.max(carry.generation)), tree, to)
+
+
+def film(config: Config, carry: Carry, seed: int) -> str:
+    """Writes an episode of the policy as episode.gif into the run folder; says what was written.
+
+    Raises:
+        NotDrawn: where the environment cannot be drawn.
+    """
+    from experiments.rl.render import FILE, render
+
+    return render(config, carry, config.run_dir / FILE, seed)
 
 
 def conclude(config: Config, outcome: Outcome) -> Conclusion:
@@ -187,7 +189,7 @@ def conclude(config: Config, outcome: Outcome) -> Conclusion:
         f"on {several}{config.held_out_episodes} fresh episodes, after {n} "
         f"generation{'s' * (n != 1)} and {steps:,} environment steps"
     )
-    name = config.env.removeprefix(GYMNASIUM)
+    name = config.env.removeprefix("gymnasium:")
     curve = Curve(
         name="held_out_return",
         words=f"return of a {name} episode ({UNITS.get(name, 'sum of rewards')})",
@@ -212,7 +214,7 @@ def in_words(config: Config, scores: list[float]) -> str:
         config: the settings.
         scores: the fresh return of every seed.
     """
-    name = config.env.removeprefix(GYMNASIUM)
+    name = config.env.removeprefix("gymnasium:")
     skill, measure = SKILLS.get(name, name), MEASURES.get(name, PLAIN_MEASURE)
     good = sum(config.target is not None and score >= config.target for score in scores)
     if config.target is None:

@@ -1,16 +1,17 @@
-"""Processes that step Gymnasium environments; nothing here imports JAX, so that they start fast."""
+"""Processes that step outside environments; nothing here imports JAX, so that they start fast."""
 
 import atexit
 import multiprocessing
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
+from experiments.rl import libraries
 from experiments.run.children import leave_stops_to_parent, starting
-from experiments.run.errors import RunError, UsageError
+from experiments.run.errors import RunError
 
 
 class Workers:
@@ -20,9 +21,10 @@ class Workers:
     SIGINT and SIGHUP do nothing in worker processes, so that the run can finish its generation and save.
 
     Args:
-        name: of a Gymnasium environment.
+        name: of the environment, as `--env` says it.
         environments: how many.
         processes: over how many processes; no more than there are environments.
+        settings: keyword arguments for what makes it.
 
     Attributes:
         environments: how many.
@@ -33,7 +35,13 @@ class Workers:
         RunError: from any method, when a worker process has died or its environment has failed.
     """
 
-    def __init__(self, name: str, environments: int, processes: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        environments: int,
+        processes: int,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         # Spawned, not forked: a fork of a process with JAX's threads may hang.
         context = multiprocessing.get_context("spawn")
         self._name = name
@@ -44,7 +52,9 @@ class Workers:
         self.processes: list[Any] = []
         for size in self._sizes:
             here, there = context.Pipe()
-            process = context.Process(target=work, args=(there, name, size), daemon=True)
+            process = context.Process(
+                target=work, args=(there, name, dict(settings or {}), size), daemon=True
+            )
             with starting():
                 process.start()
             there.close()
@@ -82,12 +92,12 @@ class Workers:
         except (EOFError, OSError) as error:
             raise self._died() from error
         if kind == "failed":
-            raise RunError(f"gymnasium:{self._name} failed in a worker process: {answer}")
+            raise RunError(f"{self._name} failed in a worker process: {answer}")
         return answer
 
     def _died(self) -> RunError:
         return RunError(
-            f"a worker process of gymnasium:{self._name} has died; run the same command again to continue"
+            f"a worker process of {self._name} has died; run the same command again to continue"
         )
 
 
@@ -101,28 +111,28 @@ def end(pipes: Sequence[Connection], processes: Sequence[Any]) -> None:
             process.kill()
 
 
-def work(pipe: Connection, name: str, size: int) -> None:
+def work(pipe: Connection, name: str, settings: Mapping[str, Any], size: int) -> None:
     """What a worker process does until its pipe closes."""
     leave_stops_to_parent()
-    import gymnasium
-
-    environments = [gymnasium.make(name) for _ in range(size)]
-    observations = np.zeros((size, *shape_of(environments[0].observation_space)), np.float32)
-    over = np.ones(size, bool)
+    environments: list[Any] = []
     while True:
         try:
             command, data = pipe.recv()
         except EOFError:
             return
         try:
+            if not environments:
+                made = (libraries.make(name, settings) for _ in range(size))
+                environments = [libraries.adapt(environment) for environment in made]
+                shape = shape_of(environments[0].observation_space)
+                observations, over = np.zeros((size, *shape), np.float32), np.ones(size, bool)
             rewards = np.zeros(size, np.float32)
             for i, environment in enumerate(environments):
                 if command == "reset":
                     first, _ = environment.reset(seed=data[i])
                     observations[i], over[i] = encode(environment.observation_space, first), False
                 elif not over[i]:
-                    action = data[i] if data.ndim > 1 else int(data[i])
-                    seen, reward, terminated, truncated, _ = environment.step(action)
+                    seen, reward, terminated, truncated, _ = environment.step(action_of(data[i]))
                     observations[i] = encode(environment.observation_space, seen)
                     rewards[i], over[i] = reward, terminated or truncated
             answer = observations if command == "reset" else (observations, rewards, over)
@@ -131,6 +141,11 @@ def work(pipe: Connection, name: str, size: int) -> None:
             pipe.send(("failed", f"{type(error).__name__}: {error}"))
             return
         pipe.send(("done", answer))
+
+
+def action_of(action: Any) -> Any:
+    """An action as Gymnasium takes it: a vector as it is, a number as an int."""
+    return action if np.ndim(action) else int(action)
 
 
 def shape_of(space: Any) -> tuple[int]:
@@ -149,35 +164,3 @@ def encode(space: Any, observation: Any) -> np.ndarray:
     if isinstance(space, gymnasium.spaces.Discrete):
         return np.eye(int(space.n), dtype=np.float32)[int(observation) - int(space.start)]
     return np.asarray(observation, np.float32).reshape(-1)
-
-
-def spaces_of(name: str) -> tuple[Any, Any, int]:
-    """(observation space, action space, time limit) of a Gymnasium environment.
-
-    Raises:
-        UsageError: if Gymnasium cannot make it, or its spaces are not numbers or vectors.
-    """
-    import gymnasium
-
-    try:
-        environment = gymnasium.make(name)
-    except gymnasium.error.Error as error:
-        raise UsageError(f"Gymnasium cannot make {name!r}: {error}") from error
-    spec, seen, takes = environment.spec, environment.observation_space, environment.action_space
-    environment.close()
-    box, discrete = gymnasium.spaces.Box, gymnasium.spaces.Discrete
-    if not isinstance(seen, box | discrete):
-        raise UsageError(
-            f"gymnasium:{name} gives observations of {seen}; a Box or Discrete is right"
-        )
-    if not isinstance(takes, discrete) and not (isinstance(takes, box) and len(takes.shape) == 1):
-        raise UsageError(
-            f"gymnasium:{name} takes actions of {takes}; a vector or Discrete is right"
-        )
-    if isinstance(takes, box) and not takes.is_bounded():
-        raise UsageError(
-            f"gymnasium:{name} takes actions from {takes.low} to {takes.high}; finite bounds are right"
-        )
-    if spec is None or spec.max_episode_steps is None:
-        raise UsageError(f"gymnasium:{name} has no time limit, so an episode may never end")
-    return seen, takes, spec.max_episode_steps

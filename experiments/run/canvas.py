@@ -1,6 +1,7 @@
 """Figures on which nothing is cut off: texts are measured and wrapped, legends get the columns that fit."""
 
 import functools
+import io
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import IO, TYPE_CHECKING
@@ -134,7 +135,7 @@ def short(value: float | int) -> str:
     """
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
-            return f"{value / min(size, 1e3 if unit == 'k' else size):.6g}{unit}"
+            return f"{value / min(size, 1e3 if unit == 'k' else size):.4g}{unit}"
     return f"{value:.6g}"
 
 
@@ -215,7 +216,7 @@ def lines_at_right(axes: "Axes", marks: Mapping[str, float | int], named: bool =
         )
 
 
-def save(figure: "Figure", file: IO[bytes], kind: str = "png") -> None:
+def save(figure: "Figure", file: IO[bytes] | io.BytesIO, kind: str = "png") -> None:
     """Writes a figure; an SVG says nothing of the time at which it was made."""
     about = {"Date": None} if kind == "svg" else {}
     figure.savefig(file, format=kind, metadata=about)

@@ -189,21 +189,21 @@ def _report(args: Sequence[str]) -> int:
 
 
 def _eval(args: Sequence[str]) -> int:
-    from experiments.run.drivers import EvalSettings, evaluate
+    from experiments.run.commands import EvalSettings, evaluate
 
     print(evaluate(_plain_cli(EvalSettings, args, "eggroll eval")))
     return 0
 
 
 def _export(args: Sequence[str]) -> int:
-    from experiments.run.drivers import ExportSettings, export
+    from experiments.run.commands import ExportSettings, export
 
     print(export(_plain_cli(ExportSettings, args, "eggroll export")))
     return 0
 
 
 def _sample(args: Sequence[str]) -> int:
-    from experiments.run.drivers import SampleSettings, sample
+    from experiments.run.commands import SampleSettings, sample
 
     print(sample(_plain_cli(SampleSettings, args, "eggroll sample")))
     return 0
@@ -215,9 +215,13 @@ def _rl(args: Sequence[str]) -> int:
     others = [word for word in args if word != "--list-envs"]
     if others:
         raise UsageError(f"--list-envs: takes no other options, but got {others[0]!r}")
-    from experiments.rl.environments import names
+    from experiments.rl.libraries import names
 
     print("\n".join(names()))
+    print(
+        "An environment of your own: --env FILE.py:FUNCTION (docs/reinforcement-learning.md).",
+        file=sys.stderr,
+    )
     return 0
 
 

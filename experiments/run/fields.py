@@ -182,7 +182,6 @@ class Place(NamedTuple):
         return ".".join(self.path)
 
 
-@functools.cache
 def places(kind: type) -> Mapping[str, Place]:
     """All settings of a class by their names, which are those of their flags with underscores.
 
@@ -191,13 +190,19 @@ def places(kind: type) -> Mapping[str, Place]:
         >>> [places(Config)[name].key for name in ("population", "optimizer", "ppo.steps")]
         ['evolution.population', 'optimizer.name', 'ppo.steps']
     """
+    return _all_places(kind)
+
+
+@functools.cache
+def _all_places(kind: type) -> Mapping[str, Place]:
     return dict(_places(kind, "", ()))
 
 
 def _places(kind: type, prefix: str, path: tuple[str, ...]) -> Iterator[tuple[str, Place]]:
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        hint, marks = hints[field.name], ()
+        hint = hints[field.name]
+        marks: list[Any] = []
         if typing.get_origin(hint) is typing.Annotated:
             hint, *marks = typing.get_args(hint)
         own = (*path, field.name)
@@ -242,7 +247,7 @@ def changed(
     known = places(type(settings))
     for name, value in {**(values or {}), **more}.items():
         # A whole group goes by the name of its field.
-        path = (name,) if dataclasses.is_dataclass(value) else ()
+        path: tuple[str, ...] = (name,) if dataclasses.is_dataclass(value) else ()
         if name in known:
             path = known[name].path
         elif not path:

@@ -7,6 +7,7 @@
 - checkpoints/: the two newest states
 - result.json: what the run came to
 - curve.png: the learning curve
+- episode.gif: an episode of the final policy, where it can be drawn
 - anchors.json, samples.txt: of language models, what the text costs otherwise, and texts of the model's own
 - tokenizer/: of language models that read byte pairs, learned when the run began
 - damaged/: checkpoints that were not what had been saved, if there ever were any
@@ -34,6 +35,7 @@ from experiments.run.settings import RunSettings
 
 FILES = (
     *("config.json", "files.json", "versions.json", "metrics.jsonl", "result.json", "curve.png"),
+    "episode.gif",
     *("anchors.json", "samples.txt"),
 )
 FOLDERS = ("checkpoints", "damaged", "tensorboard", "tokenizer", "wandb")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
+from tyro.conf import OmitArgPrefixes as Flat  # a group whose flags lack the group's name
 
 from experiments.run.errors import UsageError
 from experiments.run.fields import (
@@ -23,8 +24,6 @@ from experiments.run.fields import (
 )
 
 Own = TypeVar("Own", bound="RunSettings")
-# A group whose settings have flags without the group's name in front.
-Flat = tyro.conf.OmitArgPrefixes
 
 
 @dataclass(frozen=True, kw_only=True)

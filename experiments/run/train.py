@@ -9,6 +9,7 @@ import jax
 from experiments.run import hosts
 from experiments.run.driver import Driver
 from experiments.run.drivers import driver_of
+from experiments.run.errors import UsageError
 from experiments.run.folder import open_run_folder, write_json
 from experiments.run.loop import run
 from experiments.run.plots import learning_curve
@@ -17,7 +18,7 @@ from experiments.run.seeds import average, each
 from experiments.run.settings import RunSettings
 from experiments.run.stopwatch import Stopwatch
 from experiments.run.together import run_together
-from experiments.run.trainer import Outcome, Trainer
+from experiments.run.trainer import Films, Outcome, Trainer
 
 
 def train(config: RunSettings, started: float | None = None) -> Result:
@@ -103,6 +104,12 @@ def finish(
         },
     )
     write_json(folder / "result.json", result.to_json())
+    # Of several processes none has the state by itself.
+    if isinstance(trainer, Films) and trainer.draws and not hosts.several():
+        try:
+            hosts.say(trainer.film(config, outcome.state, seed=0))
+        except UsageError as why:
+            hosts.say(f"No episode is drawn: {why}")
     return result
 
 

@@ -191,3 +191,26 @@ class LanguageTrainer(Trainer[Config]):
             temperature: of sampling; 0 takes the likeliest token.
             seed: decides what is drawn.
         """
+
+
+class Films(ABC):
+    """A trainer whose episodes can be drawn.
+
+    Attributes:
+        draws: whether an episode is drawn at the end of a run.
+    """
+
+    draws: bool = True
+
+    @abstractmethod
+    def film(self, config: Any, carry: Carry, seed: int) -> str:
+        """Writes an episode as episode.gif into the run folder; says what was written.
+
+        Args:
+            config: the run's settings; in a program of several runs they differ from those of the trainer.
+            carry: the state.
+            seed: decides the episode.
+
+        Raises:
+            UsageError: where the environment cannot be drawn.
+        """

@@ -37,9 +37,14 @@ class Subject(NamedTuple):
     config: Any
     params: Any
 
-    @property
-    def apply(self) -> Any:
-        return jax.jit(lambda params, text: self.family.apply(params, text, self.config))
+    def apply(self, params: Any, text: Any) -> Any:
+        return applied(self.family, self.config, params, text)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def applied(family: Family[Any], config: Any, params: Any, text: Any) -> Any:
+    """One compiled function for all tests of a family."""
+    return family.apply(params, text, config)
 
 
 @pytest.fixture(scope="module", params=EVERY, ids=lambda family: family.name)
@@ -66,7 +71,7 @@ def test_a_config_names_its_family(subject: Subject, monkeypatch: pytest.MonkeyP
 
 def test_prompts_of_any_length_are_read_and_gone_on_with(subject: Subject) -> None:
     family, config, params = subject
-    right = jax.vmap(subject.apply, (None, 0))(params, TEXTS)
+    right = np.stack([subject.apply(params, text) for text in TEXTS])
     lengths = np.array([3, 1])
     prompts = np.where(np.arange(PADDED) < lengths[:, None], TEXTS[:, :PADDED], 7)
     read = lambda prompt, length: family.prefill(params, prompt, length, config, PADDED + 3)
@@ -142,9 +147,10 @@ def test_what_is_saved_is_loaded(
     family.save(tmp_path / "again", found, loaded, None)
     again = family.load(tmp_path / "again", None, False)[1]
     jax.tree.map(same_bits, loaded, again)
-    same_bits(subject.apply(params, TEXTS[0]), subject.apply(again, TEXTS[0]))
-    wide = family.load(tmp_path, jnp.float32, True)[1]
+    wide = family.load(tmp_path, jnp.float32, False)[1]
     assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype("float32")}
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    same_bits(subject.apply(params, TEXTS[0]), subject.apply(wide, TEXTS[0]))
 
 
 def test_devices_divide_weights_and_caches(subject: Subject) -> None:
@@ -172,10 +178,8 @@ def test_devices_divide_weights_and_caches(subject: Subject) -> None:
     large = [(path, x) for path, x in leaf_paths(params) if x.size >= 2 * 128**2]
     assert large and all(divided[path] for path, _ in large)
 
-    small = family.quantise(params)
-    for tree in (params, small):
-        placed = jax.device_put(tree, parallel.shardings(tree, mesh, rules))
-        close(subject.apply(placed, TEXTS[0]), subject.apply(tree, TEXTS[0]))
+    placed = jax.device_put(params, parallel.shardings(params, mesh, rules))
+    close(subject.apply(placed, TEXTS[0]), subject.apply(params, TEXTS[0]))
 
 
 def test_an_int8_model_is_close_and_planned(subject: Subject) -> None:
@@ -238,7 +242,7 @@ def test_no_two_families_are_taken_for_each_other() -> None:
 
 
 def test_models_of_no_family_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="one of TransformerConfig, RWKV7Config, got ToyConfig"):
+    with pytest.raises(TypeError, match="must be one of TransformerConfig, .*got ToyConfig"):
         families.of(toy_family.small(7, 8, 1))
     with pytest.raises(UsageError, match="is not a folder of a model: it has no config.json"):
         families.of_folder(tmp_path)

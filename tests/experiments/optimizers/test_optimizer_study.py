@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,64 +21,65 @@ from experiments.optimizers.methods import LADDER, METHODS, STUDIES, config_of, 
 from experiments.optimizers.results import Found, line, table
 from experiments.optimizers.settings import optimizer_of
 from experiments.optimizers.study import StudySettings, climb, study
-from experiments.optimizers.tasks import digits_task, text_task, windows
-from experiments.optimizers.train import curve, evaluate, job, train
+from experiments.optimizers.tasks import digits_task, half, text_task, windows
+from experiments.optimizers.train import OptimizerRun, programs, schedule
 from experiments.run.cli import main
 from experiments.run.errors import UsageError
+from experiments.run.fields import changed, from_json, to_json
 from experiments.run.metrics import read_metrics
-from experiments.run.settings import from_json, to_json
+from experiments.run.result import Result
+from experiments.run.train import train
 
 TINY = PRESETS["tiny"]
 FRUGAL: dict[str, Any] = dict(optimizer="optim.frugal", density=0.5, gap=3)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Any]:
-    config = replace(TINY, run_dir=tmp_path_factory.mktemp("tiny"), **FRUGAL)
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Result]:
+    config = changed(TINY, FRUGAL, run_dir=tmp_path_factory.mktemp("tiny"))
     return config, train(config)
 
 
-def test_text_is_learned(trained: tuple[Config, Any]) -> None:
+def test_text_is_learned(trained: tuple[Config, Result]) -> None:
     config, result = trained
-    assert abs(result.held_out_loss_before - math.log(256)) < 0.1
-    assert result.held_out_loss < 4
+    assert abs(result["held_out_loss_before"] - math.log(256)) < 0.1
+    loss = result["held_out_loss"]
+    assert loss < 4
     rows = read_metrics(config.run_dir / "metrics.jsonl")
     assert [row["generation"] for row in rows if row["held_out_loss"]] == [0, 10, 20]
-    assert result.held_out_loss < rows[20]["held_out_loss"] < rows[0]["held_out_loss"]
-    assert result.sentence.startswith(
-        f"Learned to write: held-out text costs {result.held_out_loss:.3f} nats"
-    )
+    assert loss < rows[20]["held_out_loss"] < rows[0]["held_out_loss"]
+    assert result.sentence.startswith(f"Learned to write: held-out text costs {loss:.3f} nats")
     assert (config.run_dir / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_other_commands_take_its_folder(
-    trained: tuple[Config, Any], capsys: pytest.CaptureFixture[str]
+    trained: tuple[Config, Result], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, result = trained
     folder = str(config.run_dir)
     assert main(["eval", folder]) == 0
-    assert f"held out loss: {result.held_out_loss:.6g}" in capsys.readouterr().out
+    assert f"held out loss: {result['held_out_loss']:.6g}" in capsys.readouterr().out
     assert main(["export", folder]) == 0
     assert f"{result.parameters:,} numbers" in capsys.readouterr().out
     assert main(["report", folder]) == 0
 
 
-def test_the_state_is_as_small_as_it_should_be(trained: tuple[Config, Any]) -> None:
+def test_the_state_is_as_small_as_it_should_be(trained: tuple[Config, Result]) -> None:
     """Adam's two moments of half of the columns, and of all that is not split; little beside them."""
     _, result = trained
     layer = 4 * 16 * 16 + 3 * 16 * 32
     others = 2 * 256 * 16 + 16 + 2 * 2 * 16
     assert result.parameters == 2 * layer + others
     moments = 8 * (layer + others)
-    assert moments < result.state_bytes < 1.03 * moments
+    assert moments < result["state_bytes"] < 1.03 * moments
 
 
 def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    config = replace(TINY, **FRUGAL)
-    whole = replace(config, run_dir=tmp_path / "whole", generations=9)
-    cut = replace(whole, run_dir=tmp_path / "cut")
+    config = changed(TINY, FRUGAL)
+    whole = changed(config, run_dir=tmp_path / "whole", generations=9)
+    cut = changed(whole, run_dir=tmp_path / "cut")
     train(whole)
-    train(replace(cut, generations=4))  # in the midst of a split
+    train(changed(cut, generations=4))  # in the midst of a split
     assert train(cut).generations == 9
     params = []
     for folder in (whole.run_dir, cut.run_dir):
@@ -95,19 +95,22 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_all_learning_rates_and_seeds_are_one_program() -> None:
-    one, other = (job(replace(TINY, learning_rate=rate, seed=seed)) for rate, seed in ((0.01, 0), (0.03, 7)))  # fmt: skip
-    assert one.generation is other.generation
+    programs.cache_clear()
+    OptimizerRun(changed(TINY, learning_rate=0.01, seed=0))
+    other = OptimizerRun(changed(TINY, learning_rate=0.03, seed=7))
+    assert programs.cache_info().misses == 1
     state, _ = other.generation(other.start())
-    assert (float(state.rate), int(state.seed)) == (pytest.approx(0.03), 7)
-    assert job(replace(TINY, batch=4)).generation is not one.generation
+    assert (float(state.own), int(state.seed)) == (pytest.approx(0.03), 7)
+    OptimizerRun(changed(TINY, batch=4))
+    assert programs.cache_info().misses == 2
 
 
 def test_matrices_of_layers_may_take_smaller_steps() -> None:
     moved = []
     for rate in (1.0, 0.25):
-        task = job(replace(TINY, optimizer="sgd", learning_rate=10.0, linear_rate=rate))
-        before = jax.device_get(task.start().params)
-        after = jax.device_get(task.generation(task.start())[0].params)
+        run = OptimizerRun(changed(TINY, optimizer="sgd", learning_rate=10.0, linear_rate=rate))
+        before = jax.device_get(run.start().learner.params)
+        after = jax.device_get(run.generation(run.start())[0].learner.params)
         moved.append(jax.tree.map(lambda a, b: np.abs(a - b).sum(), after, before))
     share = jax.tree.map(lambda a, b: float(a / b), moved[1], moved[0])
     layers = share.pop("layers")
@@ -116,12 +119,13 @@ def test_matrices_of_layers_may_take_smaller_steps() -> None:
 
 
 def test_digits_are_learned_by_weights_without_scale(tmp_path: Path) -> None:
-    config = replace(STUDIES["digits"], run_dir=tmp_path, width=32, generations=100)
+    config = changed(STUDIES["digits"], run_dir=tmp_path, width=32, generations=100)
     result = train(config)
-    assert result.measured["held_out_accuracy"] > 0.9
+    assert result["measured"]["held_out_accuracy"] > 0.9
     # Steps at right angles only add to the norm.
-    assert result.measured["weight_norm"] > 1.01
-    found = evaluate(config, job(config).start(), 1, 0)
+    assert result["measured"]["weight_norm"] > 1.01
+    trainer = OptimizerRun(config)
+    found = trainer.evaluate(trainer.start(), 1, 0)
     assert set(found) == {"held out loss", "held out accuracy", "weight norm"}
     assert found["held out accuracy"][0] < 0.3
 
@@ -150,8 +154,21 @@ def test_batches_depend_on_the_generation_and_held_out_bytes_count_once() -> Non
     assert windows(np.arange(101, dtype=np.uint8), 10, 3)[:, 0].tolist() == [0, 40, 90]
 
 
+def test_a_target_is_confirmed_by_data_that_decided_nothing() -> None:
+    rows = jnp.arange(5)
+    parts = [half(rows, changed(TINY, target=2.0), fresh).tolist() for fresh in (False, True)]
+    assert parts == [[0, 2, 4], [1, 3]]
+    assert half(rows, TINY, fresh=True).tolist() == half(rows, TINY, fresh=False).tolist()
+    # Of an odd number of sequences the halves have other losses.
+    trainer = OptimizerRun(changed(TINY, target=2.0, held_out_sequences=3))
+    state = trainer.start()
+    measured, fresh = trainer.measure(state)["held_out_loss"], trainer.confirm(state)["fresh_loss"]
+    assert measured != fresh
+    assert float(fresh) == pytest.approx(math.log(256), abs=0.1)
+
+
 def test_the_learning_rate_rises_falls_and_stays() -> None:
-    over = curve(replace(TINY, schedule=100, warmup=0.1, final=0.1))
+    over = schedule(changed(TINY, schedule=100, warmup=0.1, final=0.1))
     values = [float(over(g)) for g in range(120)]
     np.testing.assert_allclose(values[:11], np.arange(1, 12) / 11, rtol=1e-5)
     assert max(values) == values[10] == 1
@@ -189,7 +206,7 @@ LAYERS = {"layers": {"w": optax.contrib.MuonDimensionNumbers(1, 2), "norm": None
 def test_settings_reach_the_optimizer(
     settings: dict[str, Any], right: optax.GradientTransformation
 ) -> None:
-    found = optimizer_of(replace(TINY, **settings), 0.1, STACKED)
+    found = optimizer_of(changed(TINY, settings), 0.1, STACKED)
     grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=float).reshape(x.shape) / 9 - 1, PARAMS)
     a, _ = jax.jit(found.update)(grads, found.init(PARAMS), PARAMS)
     b, _ = jax.jit(right.update)(grads, right.init(PARAMS), PARAMS)
@@ -232,7 +249,7 @@ def test_mistakes_get_one_sentence(
 def test_presets_are_right(name: str) -> None:
     PRESETS[name].check()
     assert PRESETS[name].preset == name
-    assert PRESETS[name].schedule == PRESETS[name].max_generations
+    assert PRESETS[name].optimizer.schedule == PRESETS[name].max_generations
     assert from_json(Config, json.loads(json.dumps(to_json(PRESETS[name])))) == PRESETS[name]
 
 
@@ -245,8 +262,8 @@ def test_methods_are_right(name: str, tmp_path: Path) -> None:
         rung = middle(METHODS[name], base)
         config = config_of(base, name, LADDER[rung], 0, tmp_path)
         config.check()
-        state = jax.eval_shape(job(config).start)
-        assert state.rate.shape == ()
+        state = jax.eval_shape(OptimizerRun(config).start)
+        assert state.own.shape == ()
 
 
 @pytest.mark.parametrize(
@@ -296,7 +313,7 @@ def test_the_table_is_what_the_runs_came_to(tmp_path: Path) -> None:
     assert json.loads(paths[0].read_text())["adamw"]["losses"] == losses
     with pytest.raises(UsageError, match="holds a run of other settings .*--batch 8 -> 4"):
         studies._finished(
-            replace(config_of(settings.base, "adamw", row["rate"], 1, tmp_path), batch=4)
+            changed(config_of(settings.base, "adamw", row["rate"], 1, tmp_path), batch=4)
         )
 
 
@@ -311,8 +328,8 @@ def test_a_study_stops_between_runs_and_goes_on(
 
     def run(config: Config) -> dict[str, Any]:
         # One method has its optimum two rungs away, another is finite nowhere.
-        away = abs(math.log10(config.learning_rate / 0.1)) + config.seed / 100
-        done[config.run_dir] = fake(None if config.optimizer == "sign_sgd" else 1 + away)
+        away = abs(math.log10(config.optimizer.learning_rate / 0.1)) + config.seed / 100
+        done[config.run_dir] = fake(None if config.optimizer.name == "sign_sgd" else 1 + away)
         return done[config.run_dir]
 
     monkeypatch.setattr(studies, "_finished", lambda config: done.get(config.run_dir))

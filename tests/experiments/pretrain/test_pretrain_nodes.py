@@ -1,6 +1,5 @@
 """Language models are pretrained by node noise, with the exact gradient of their head."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,16 @@ import pytest
 from eggroll import integer
 from eggroll.shaping import rules
 from experiments.models import egg
-from experiments.pretrain.carry import Carry
 from experiments.pretrain.config import PRESETS, Config
 from experiments.pretrain.data import Text, join, windows
 from experiments.pretrain.models import make_model
-from experiments.pretrain.nodes import NodeNoise, head_gradient
-from experiments.pretrain.train import job, make_method, train
+from experiments.pretrain.nodes import ByNodeNoise, head_gradient
+from experiments.pretrain.train import Pretraining, make_method
 from experiments.run.cli import main
+from experiments.run.fields import changed
 from experiments.run.metrics import read_metrics
+from experiments.run.train import train
+from experiments.run.trainer import Carry
 
 SOURCE = str(Path(rules.__file__))
 PROVERB = b"a stitch in time saves nine; "
@@ -34,7 +35,7 @@ FLOATS: dict[str, Any] = dict(sigma=0.1, optimizer="adam", learning_rate=0.03)
 
 def settings(**changes: Any) -> Config:
     own = dict(sigma=0.25, alpha_decay=0.02) if changes.get("model", "egg") == "egg" else FLOATS
-    return dataclasses.replace(PRESETS["tiny"], **{"data": SOURCE, **SMALL, **own, **changes})
+    return changed(PRESETS["tiny"], {"data": SOURCE, **SMALL, **own, **changes})
 
 
 def proverbs(config: Config) -> Text:
@@ -135,7 +136,7 @@ def test_the_heads_sum_of_integers_fits_32_bits() -> None:
 def test_no_float_decides_anything() -> None:
     config = settings(update="momentum")
     method = make_method(config, make_model(config))
-    assert isinstance(method, NodeNoise)
+    assert isinstance(method, ByNodeNoise)
     carry = jax.eval_shape(method.start, jax.ShapeDtypeStruct((), jnp.int32))
     tokens = jax.ShapeDtypeStruct((config.streams, config.tokens + 1), jnp.uint8)
     assert integer.float_operations(lambda c, t: method.generation(c, t)[0], carry, tokens) == []
@@ -143,11 +144,11 @@ def test_no_float_decides_anything() -> None:
 
 def run(config: Config, generations: int) -> tuple[Carry, dict[str, Any], float]:
     """The state, the last row, and held-out bits per byte of proverbs."""
-    task = job(config, proverbs(config))
-    state = task.start()
+    trainer = Pretraining(config, proverbs(config))
+    state = trainer.start()
     for _ in range(generations):
-        state, row = task.generation(state)
-    return state, row, float(task.measure(state)["held_out_bits_per_byte"])
+        state, row = trainer.generation(state)
+    return state, row, float(trainer.measure(state)["held_out_bits_per_byte"])
 
 
 @pytest.mark.parametrize(
@@ -186,9 +187,9 @@ def test_a_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
         settings(run_dir=tmp_path / name, evaluate_every=2, checkpoint_seconds=0.0, sample_bytes=4)
         for name in ("whole", "parts")
     )
-    train(dataclasses.replace(whole, generations=5))
+    train(changed(whole, generations=5))
     for generations in (3, 5):
-        train(dataclasses.replace(parts, generations=generations))
+        train(changed(parts, generations=generations))
     rows, results = [], []
     for folder in (tmp_path / "whole", tmp_path / "parts"):
         rows.append([{**row, "timing": 0} for row in read_metrics(folder / "metrics.jsonl")])

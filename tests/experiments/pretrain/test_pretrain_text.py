@@ -1,6 +1,5 @@
 """What is read in pretraining: anchors against brute force, streams, files, and a hub without a network."""
 
-import dataclasses
 import gzip
 import lzma
 import math
@@ -16,9 +15,10 @@ from hypothesis import strategies as st
 
 from experiments.pretrain import hub
 from experiments.pretrain.anchors import anchors, ngram_bits
-from experiments.pretrain.config import PRESETS, Config
+from experiments.pretrain.config import PRESETS
 from experiments.pretrain.data import join, load, pieces, windows
 from experiments.run.errors import RunError, UsageError
+from experiments.run.fields import changed
 
 TINY = PRESETS["tiny"]
 
@@ -126,7 +126,7 @@ def test_the_default_is_what_every_python_carries() -> None:
 def test_documents_begin_with_a_zero(tmp_path: Path) -> None:
     for i in range(20):
         (tmp_path / f"{i:02}").write_bytes(bytes([97 + i]) * 200)
-    text = load(dataclasses.replace(TINY, data=str(tmp_path), held_out=0.3))
+    text = load(changed(TINY, data=str(tmp_path), held_out=0.3))
     whole = text.train.tobytes()
     assert whole.startswith(b"\0")
     assert {len(set(part)) for part in whole.split(b"\0")[1:]} == {1}
@@ -136,7 +136,7 @@ def test_documents_begin_with_a_zero(tmp_path: Path) -> None:
 def test_one_file_is_cut_in_two(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(bytes(range(1, 255)) * 50)
-    text = load(dataclasses.replace(TINY, data=str(path)))
+    text = load(changed(TINY, data=str(path)))
     assert (
         text.train.tobytes()[1:] + text.held_out.tobytes()[1:]
         == path.read_bytes()[: len(text.train) + 511]
@@ -160,7 +160,7 @@ def test_text_that_will_not_do_is_refused(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UsageError, match=words) as error:
-        load(dataclasses.replace(TINY, **{"data": str(path), **changes}))
+        load(changed(TINY, {"data": str(path), **changes}))
     assert "\n" not in str(error.value)
 
 
@@ -191,8 +191,7 @@ TEXTS = [f"text number {i}, " + "on and on " * 10 for i in range(300)]
 
 def from_hub(source: hub.Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Any:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    config: Config = dataclasses.replace(TINY, data="hf:someone/some", **changes)
-    return load(config, source)
+    return load(changed(TINY, data="hf:someone/some", **changes), source)
 
 
 def test_a_data_set_is_streamed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +251,7 @@ def test_the_package_of_the_hub_may_be_missing(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UsageError, match="--data minipile: the package 'datasets' is missing"):
-        load(dataclasses.replace(TINY, data="minipile"))
+        load(changed(TINY, data="minipile"))
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

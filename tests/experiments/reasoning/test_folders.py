@@ -10,7 +10,7 @@ import model_folders
 import numpy as np
 import pytest
 from places import HELPERS
-from run_states import state_of
+from runs import state_of
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("reasoning_gym")

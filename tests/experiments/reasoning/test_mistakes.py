@@ -48,7 +48,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "architecture": (
         lambda x: edit(x, architectures=["Qwen3MoeForCausalLM"]),
         "architectures ['Qwen3MoeForCausalLM'] is not supported; one of LlamaForCausalLM, Qwen2ForCausalLM, "
-        "Qwen3ForCausalLM is",
+        "Qwen3ForCausalLM",
     ),
     "no tokenizer": (lambda x: (x / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "no template": (

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from run_states import state_of
+from runs import state_of
 
 from experiments.reasoning import engine
 from experiments.reasoning.config import PRESETS

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_states import state_of
+from runs import state_of
 
 pytest.importorskip("tokenizers")
 
@@ -19,7 +19,7 @@ from experiments.reasoning.evolution import Evolution, anchored, objective
 from experiments.reasoning.start import start
 from experiments.reasoning.train import Reasoning, in_words
 from experiments.run.cli import main
-from experiments.run.drivers import trainer_of
+from experiments.run.commands import trainer_of
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed
 from experiments.run.metrics import read_metrics

@@ -1,6 +1,5 @@
-"""Every environment of gymnax that runs here: policies of both kinds play in it."""
+"""Environments of gymnax and of one's own, in JAX: policies of both kinds play in them."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,16 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnax import registered_envs
+from policies import parts
 
 from experiments.rl.config import PPO, PRESETS
-from experiments.rl.environments import Continuous, Discrete, make_task
+from experiments.rl.environments import Continuous, Discrete, make_jax_environment
+from experiments.rl.libraries.gymnax import Gymnax
 from experiments.rl.statistics import nothing_seen
-from experiments.rl.train import job, parts
+from experiments.rl.train import make_trainer
 from experiments.run.errors import UsageError
+from experiments.run.fields import changed
 
 # MNISTBandit downloads its data.
 NAMES = [name for name in registered_envs if name != "MNISTBandit-bsuite"]
-SMALL = dataclasses.replace(
+SMALL = changed(
     PRESETS["cartpole"], width=4, depth=1, population=4, held_out_episodes=2, normalise=True
 )
 
@@ -29,18 +31,19 @@ def test_there_are_25() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_environment_can_be_played(name: str) -> None:
-    task, policy = parts(dataclasses.replace(SMALL, env=name))
-    space = task.env.action_space(task.env_params)
+    task, policy = parts(changed(SMALL, env=name))
+    assert isinstance(task, Gymnax)
+    space = task.env.action_space(task.params)
 
     @jax.jit
     def play(key: Any) -> Any:
         params = policy.init(key)
-        first, state = task.env.reset(key, task.env_params)
+        first, state = task.reset(key)
 
         def step(carry: Any, key: Any) -> Any:
             state, encoded = carry
             action = policy.act(params, nothing_seen(task.observations), encoded, key)
-            seen, state, reward, *_ = task.env.step_env(key, state, action, task.env_params)
+            seen, state, reward, _ = task.step(key, state, action)
             allowed = jnp.asarray(space.contains(action)).all()
             return (state, task.encode(seen)), (encoded, jnp.float32(reward), allowed)
 
@@ -69,8 +72,8 @@ def test_every_environment_can_be_played(name: str) -> None:
 def test_kinds_of_spaces_are_trained(name: str, changes: dict[str, Any]) -> None:
     anneal = changes.pop("ppo_anneal", False)
     ppo = PPO(environments=2, steps=4, epochs=1, minibatches=2, anneal=anneal)
-    config = dataclasses.replace(SMALL, env=name, ppo=ppo, **changes)
-    task = job(config)
+    config = changed(SMALL, env=name, ppo=ppo, **changes)
+    task = make_trainer(config)
     before = task.start()
     after, row = task.generation(task.start())
     assert int(row["environment_steps"]) >= 4
@@ -82,11 +85,14 @@ def test_kinds_of_spaces_are_trained(name: str, changes: dict[str, Any]) -> None
 
 
 def test_spaces_are_understood() -> None:
-    assert make_task("CartPole-v1").actions == Discrete(2)
-    assert make_task("FrozenLake-misc").observations == 16
-    assert make_task("FrozenLake-misc").encode(jnp.int32(3)).tolist() == [0] * 3 + [1] + [0] * 12
-    assert make_task("Breakout-MinAtar").observations == 400
-    actions = make_task("PointRobot-misc").actions
+    assert make_jax_environment("CartPole-v1").actions == Discrete(2)
+    assert make_jax_environment("FrozenLake-misc").observations == 16
+    assert (
+        make_jax_environment("FrozenLake-misc").encode(jnp.int32(3)).tolist()
+        == [0] * 3 + [1] + [0] * 12
+    )
+    assert make_jax_environment("Breakout-MinAtar").observations == 400
+    actions = make_jax_environment("PointRobot-misc").actions
     assert isinstance(actions, Continuous)
     np.testing.assert_allclose(actions.high, [0.1, 0.1])
 
@@ -95,6 +101,6 @@ def test_an_environment_that_cannot_be_set_up_is_told() -> None:
     with pytest.raises(
         UsageError, match="no environment 'CartPole-v2'; did you mean 'CartPole-v1'"
     ):
-        make_task("CartPole-v2")
+        make_jax_environment("CartPole-v2")
     with pytest.raises(UsageError, match="could not set up MNISTBandit-bsuite"):
-        make_task("MNISTBandit-bsuite")
+        make_jax_environment("MNISTBandit-bsuite")

@@ -1,19 +1,20 @@
 """PPO against plain loops in float64, and on a task that it must learn."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import parts
 from scipy import stats
 
 from experiments.rl import ppo
 from experiments.rl.config import PPO, PRESETS
 from experiments.rl.environments import Continuous, Discrete
 from experiments.rl.policy import categorical, gaussian, make_policy
-from experiments.rl.train import parts, train
+from experiments.run.fields import changed
+from experiments.run.train import train
 
 
 def test_categorical_distributions() -> None:
@@ -76,7 +77,7 @@ def test_advantages_are_the_sums_of_the_paper() -> None:
         np.testing.assert_allclose(found[:, i], right, rtol=1e-4, atol=1e-5)
 
 
-CONFIG = dataclasses.replace(
+CONFIG = changed(
     PRESETS["cartpole"],
     algorithm="ppo",
     optimizer="sgd",
@@ -87,7 +88,7 @@ CONFIG = dataclasses.replace(
 def test_the_first_policy_has_nearly_equal_chances() -> None:
     task, policy = parts(CONFIG)
     carry = ppo.start(CONFIG, policy, task, jnp.int32(0))
-    d = policy.distribution(carry.params, carry.statistics, jnp.ones(4))
+    d = policy.distribution(carry.learner.params, carry.own.statistics, jnp.ones(4))
     np.testing.assert_allclose(d.entropy, np.log(2), rtol=1e-3)
 
 
@@ -103,17 +104,17 @@ def test_a_generation_counts_steps_and_episodes() -> None:
         episodes += int(row["episodes"])
         returns += float(row["episodes"] and row["episodes"] * row["episode_return"])
     # Every step of CartPole is worth one, in an episode that is over or one that is still on.
-    assert returns + float(carry.score.sum()) == 6 * 64
+    assert returns + float(carry.own.score.sum()) == 6 * 64
     assert episodes > 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("normalise", [False, True])
 def test_ppo_learns_to_balance(tmp_path: Path, normalise: bool) -> None:
-    config = dataclasses.replace(
+    config = changed(
         PRESETS["cartpole"], algorithm="ppo", normalise=normalise, run_dir=tmp_path, width=16, generations=25,
         max_generations=25, ppo=PPO(environments=16, steps=64, minibatches=4, learning_rate=3e-3),
     )  # fmt: skip
     result = train(config)
-    assert result.held_out_return_before < 120
-    assert result.held_out_return > 250
+    assert result["held_out_return_before"] < 120
+    assert result["held_out_return"] > 250

@@ -1,41 +1,47 @@
 """Episodes are what a plain loop over gymnax gives; a small run learns and leaves what it promises."""
 
-import dataclasses
 import json
 import struct
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.rl.config import PRESETS
-from experiments.rl.environments import Task, make_task
+from experiments.rl.environments import Environment, make_jax_environment
+from experiments.rl.libraries.gymnax import Gymnax
 from experiments.rl.policy import Policy, make_policy
 from experiments.rl.rollout import run_episode, run_episodes
 from experiments.rl.statistics import Statistics, add, merge, no_sums, nothing_seen
-from experiments.rl.train import Result, job, put_in_words, train
+from experiments.rl.train import in_words, make_trainer
+from experiments.run.fields import changed
 from experiments.run.metrics import read_metrics
+from experiments.run.result import Result
+from experiments.run.train import train
 
-SMALL = dataclasses.replace(
+SMALL = changed(
     PRESETS["cartpole"], width=16, population=128, learning_rate=0.1, generations=8, seed=3
 )
 KEYS = jax.random.split(jax.random.key(0), 6)
 
 
 @pytest.fixture(scope="module")
-def cartpole() -> Task:
-    return make_task("CartPole-v1")
+def cartpole() -> Gymnax:
+    found = make_jax_environment("CartPole-v1")
+    assert isinstance(found, Gymnax)
+    return found
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     folder = tmp_path_factory.mktemp("rl") / "run"
-    return folder, train(dataclasses.replace(SMALL, run_dir=folder))
+    return folder, train(changed(SMALL, run_dir=folder))
 
 
-def linear_policy(task: Task) -> tuple[Policy, Any]:
+def linear_policy(task: Environment[Any]) -> tuple[Policy, Any]:
     policy = make_policy(task.observations, task.actions, depth=0)
     return policy, policy.init(jax.random.key(4))
 
@@ -43,23 +49,26 @@ def linear_policy(task: Task) -> tuple[Policy, Any]:
 # ---------------------------------------------------------------- episodes
 
 
-def loop_over_step_env(
-    task: Task, policy: Policy, params: Any, seen: Statistics, key: Any, deterministic: bool
+def loop_over_steps(
+    task: Environment[Any],
+    policy: Policy,
+    params: Any,
+    seen: Statistics,
+    key: Any,
+    deterministic: bool,
 ) -> tuple[float, int, list[Any]]:
     """The same episode, step by step in Python."""
-    act, step_env = jax.jit(policy.act), jax.jit(task.env.step_env)
+    act, step = jax.jit(policy.act), jax.jit(task.step)
     reset_key, episode_key = jax.random.split(key)
-    observation, state = task.env.reset(reset_key, task.env_params)
+    observation, state = task.reset(reset_key)
     score, steps, over, observations = 0.0, 0, False, []
     while not over:
         policy_key, env_key = jax.random.split(jax.random.fold_in(episode_key, steps))
         observations.append(task.encode(observation))
         action = act(params, seen, observations[-1], None if deterministic else policy_key)
-        observation, state, reward, terminated, _ = step_env(
-            env_key, state, action, task.env_params
-        )
+        observation, state, reward, terminated = step(env_key, state, action)
         score, steps = score + float(reward), steps + 1
-        over = bool(terminated) or bool(task.env.is_truncated(state, task.env_params))
+        over = bool(terminated) or bool(task.is_cut(state, jnp.int32(steps)))
     return score, steps, observations
 
 
@@ -67,8 +76,8 @@ def loop_over_step_env(
     ("name", "deterministic"),
     [("CartPole-v1", True), ("CartPole-v1", False), ("UmbrellaChain-bsuite", False)],
 )
-def test_episode_equals_a_loop_over_step_env(name: str, deterministic: bool) -> None:
-    task = make_task(name)
+def test_episode_equals_a_loop_over_steps(name: str, deterministic: bool) -> None:
+    task = make_jax_environment(name)
     policy, params = linear_policy(task)
     before = merge(nothing_seen(task.observations), no_sums(task.observations))
 
@@ -78,7 +87,7 @@ def test_episode_equals_a_loop_over_step_env(name: str, deterministic: bool) -> 
         return jax.vmap(play)(keys)
 
     found = together(KEYS)
-    right = [loop_over_step_env(task, policy, params, before, k, deterministic) for k in KEYS]
+    right = [loop_over_steps(task, policy, params, before, k, deterministic) for k in KEYS]
     # One loop for all: an episode that is over stays as it is while the others go on.
     assert found.steps.tolist() == [steps for _, steps, _ in right]
     np.testing.assert_allclose(found.score, [score for score, _, _ in right], atol=1e-5)
@@ -94,7 +103,7 @@ def test_episode_equals_a_loop_over_step_env(name: str, deterministic: bool) -> 
     )
 
 
-def test_episode_ends_where_the_environment_says_so(cartpole: Task) -> None:
+def test_episode_ends_where_the_environment_says_so(cartpole: Gymnax) -> None:
     policy, params = linear_policy(cartpole)
     nothing = nothing_seen(4)
     for key in KEYS[:3]:
@@ -110,9 +119,9 @@ def test_episode_ends_where_the_environment_says_so(cartpole: Task) -> None:
         assert float(run_episode(cartpole, policy, params, nothing, key).score) == score
 
 
-def test_episode_is_cut_at_the_time_limit(cartpole: Task) -> None:
+def test_episode_is_cut_at_the_time_limit(cartpole: Gymnax) -> None:
     # No pole falls within seven steps.
-    short = cartpole._replace(env_params=cartpole.env_params.replace(max_steps_in_episode=7))
+    short = make_jax_environment("CartPole-v1", {"max_steps_in_episode": 7})
     policy, params = linear_policy(short)
     play = lambda key: run_episode(short, policy, params, nothing_seen(4), key)
     episodes = jax.vmap(play)(KEYS)
@@ -120,7 +129,7 @@ def test_episode_is_cut_at_the_time_limit(cartpole: Task) -> None:
     assert set(episodes.score.tolist()) == {7.0}
 
 
-def test_episodes_one_after_the_other_are_the_episodes_alone(cartpole: Task) -> None:
+def test_episodes_one_after_the_other_are_the_episodes_alone(cartpole: Gymnax) -> None:
     policy, params = linear_policy(cartpole)
     seen = merge(nothing_seen(4), no_sums(4))
 
@@ -142,41 +151,41 @@ def test_episodes_one_after_the_other_are_the_episodes_alone(cartpole: Task) -> 
 
 
 def test_several_episodes_are_averaged() -> None:
-    config = dataclasses.replace(SMALL, population=8, episodes=3, normalise=True)
-    task = job(config)
+    config = changed(SMALL, population=8, episodes=3, normalise=True)
+    task = make_trainer(config)
     carry, row = task.generation(task.start())
     # In CartPole every step gives a reward of one.
     assert int(row["environment_steps"]) == round(float(row["fitness_mean"]) * 8 * 3)
-    assert float(carry.statistics.seen) == int(row["environment_steps"])
+    assert float(carry.own.statistics.seen) == int(row["environment_steps"])
 
 
 def test_seeds_in_one_program_are_the_runs_one_by_one() -> None:
-    config = dataclasses.replace(SMALL, population=8, width=4, normalise=True)
+    config = changed(SMALL, population=8, width=4, normalise=True)
 
     # One program for both runs alone: everything random is in the state.
-    generation = job(config).generation
+    generation = make_trainer(config).generation
 
     def after(config: Any, generation: Any) -> Any:
-        state = job(config).start()
+        state = make_trainer(config).start()
         for _ in range(2):
             state, row = generation(state)
         return state, row
 
-    several = dataclasses.replace(config, seeds=2)
-    together, rows = after(several, job(several).generation)
+    several = changed(config, seeds=2)
+    together, rows = after(several, make_trainer(several).generation)
     for i in range(2):
-        alone, row = after(dataclasses.replace(config, seed=config.seed + i), generation)
+        alone, row = after(changed(config, seed=config.seed + i), generation)
         assert int(rows["environment_steps"][i]) == int(row["environment_steps"])
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-3, atol=1e-4)
 
 
 def test_held_out_episodes_are_the_same_every_time() -> None:
-    config = dataclasses.replace(SMALL, env="Pendulum-v1", population=4, width=4)
-    task = job(config)
+    config = changed(SMALL, env="Pendulum-v1", population=4, width=4)
+    task = make_trainer(config)
     first, again = (float(task.measure(task.start())["held_out_return"]) for _ in range(2))
     assert first == again
-    other = job(dataclasses.replace(config, seed=9))
+    other = make_trainer(changed(config, seed=9))
     assert float(other.measure(task.start())["held_out_return"]) != first
 
 
@@ -185,8 +194,8 @@ def test_held_out_episodes_are_the_same_every_time() -> None:
 
 def test_a_small_run_learns(run: tuple[Path, Result]) -> None:
     _, result = run
-    assert result.held_out_return_before < 60
-    assert result.held_out_return > 150
+    assert result["held_out_return_before"] < 60
+    assert result["held_out_return"] > 150
     assert result.generations == SMALL.generations
 
 
@@ -194,12 +203,12 @@ def test_metrics_have_a_row_a_generation(run: tuple[Path, Result]) -> None:
     folder, result = run
     rows = read_metrics(folder / "metrics.jsonl")
     assert [row["generation"] for row in rows] == list(range(SMALL.generations))
-    assert rows[0]["held_out_return"] == result.held_out_return_before
-    assert rows[-1]["environment_steps"] == result.environment_steps
+    assert rows[0]["held_out_return"] == result["held_out_return_before"]
+    assert rows[-1]["environment_steps"] == result["environment_steps"]
     for before, row in zip([{"environment_steps": 0}, *rows], rows, strict=False):
         # In CartPole every step gives a reward of one.
         taken = row["environment_steps"] - before["environment_steps"]
-        assert taken == pytest.approx(row["fitness_mean"] * SMALL.population)
+        assert taken == pytest.approx(row["fitness_mean"] * SMALL.evolution.population)
         assert row["fitness_worst"] <= row["fitness_mean"] <= row["fitness_best"]
         assert row["invalid"] == 0
         assert row["timing"]["seconds"] > 0
@@ -207,19 +216,19 @@ def test_metrics_have_a_row_a_generation(run: tuple[Path, Result]) -> None:
 
 def test_the_same_seed_gives_the_same_rows(run: tuple[Path, Result], tmp_path: Path) -> None:
     folder, result = run
-    again = train(dataclasses.replace(SMALL, run_dir=tmp_path))
+    again = train(changed(SMALL, run_dir=tmp_path))
 
     def untimed(path: Path) -> list[dict[str, Any]]:
         return [{**row, "timing": None} for row in read_metrics(path / "metrics.jsonl")]
 
     assert untimed(folder) == untimed(tmp_path)
-    assert again.held_out_return == result.held_out_return
+    assert again["held_out_return"] == result["held_out_return"]
 
 
 def test_run_folder_holds_what_it_promises(run: tuple[Path, Result]) -> None:
     folder, result = run
     config = json.loads((folder / "config.json").read_text())
-    assert config["population"] == SMALL.population
+    assert config["evolution"]["population"] == SMALL.evolution.population
     assert config["generations"] == SMALL.generations
     packages = json.loads((folder / "versions.json").read_text())["packages"]
     assert packages["jax"] == jax.__version__
@@ -240,9 +249,9 @@ def test_curve_is_a_picture(run: tuple[Path, Result]) -> None:
 
 def test_a_missed_target_is_admitted(run: tuple[Path, Result]) -> None:
     _, result = run
-    assert result.solved is (result.held_out_return >= 500)
-    assert result.sentence.startswith("Learned to" if result.solved else "Not yet learned to")
-    assert "of 500 steps (64 held-out episodes)" in result.sentence
+    assert result.learned is (result["fresh_return"] >= 500)
+    assert result.sentence.startswith("Learned to" if result.learned else "Not yet learned to")
+    assert "of 500 steps, on 64 fresh episodes, after" in result.sentence
 
 
 @pytest.mark.parametrize(
@@ -258,24 +267,22 @@ def test_a_missed_target_is_admitted(run: tuple[Path, Result]) -> None:
     ],
 )
 def test_results_in_words(target: float | None, score: float, words: str) -> None:
-    config = dataclasses.replace(SMALL, target=target)
-    assert put_in_words(config, [score]).startswith(words)
+    config = changed(SMALL, target=target)
+    assert in_words(config, [score]).startswith(words)
 
 
 def test_seeds_that_learned_are_counted() -> None:
     words = (
         "2 of 3 seeds learned to balance the pole (target 450): the mean policy holds it for 454.0"
     )
-    assert put_in_words(dataclasses.replace(SMALL, target=450.0), [500.0, 462.0, 400.0]).startswith(
-        words
-    )
+    assert in_words(changed(SMALL, target=450.0), [500.0, 462.0, 400.0]).startswith(words)
 
 
 def test_a_reached_target_stops_early(tmp_path: Path) -> None:
     # Every episode of CartPole is longer than one step, so even the first policy will do.
-    easy = dataclasses.replace(SMALL, run_dir=tmp_path, generations=None, target=1.0)
+    easy = changed(SMALL, run_dir=tmp_path, generations=None, target=1.0)
     result = train(easy)
-    assert result.solved
-    assert (result.generations, result.environment_steps) == (0, 0)
+    assert result.learned
+    assert (result.generations, result["environment_steps"]) == (0, 0)
     assert (tmp_path / "curve.png").exists()
     assert read_metrics(tmp_path / "metrics.jsonl") == []

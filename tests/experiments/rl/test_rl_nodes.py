@@ -1,6 +1,6 @@
 """Noise on the outputs of a policy's layers: stretches, a run that learns, and what is refused."""
 
-import dataclasses
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import parts
 
 from experiments.rl import evolution
 from experiments.rl.config import PRESETS, Nodes
 from experiments.rl.rollout import run_episodes
 from experiments.rl.statistics import nothing_seen
 from experiments.rl.stretches import play
-from experiments.rl.train import parts, train
 from experiments.run.cli import main
+from experiments.run.fields import changed
 from experiments.run.metrics import read_metrics
+from experiments.run.train import train
 
-SMALL = dataclasses.replace(
+SMALL = changed(
     PRESETS["cartpole"],
     width=16,
     depth=1,
@@ -51,24 +53,22 @@ def test_stretches_without_noise_are_the_episodes(hold: int, episodes: int) -> N
 
 def test_the_gradient_points_uphill() -> None:
     """Of a task whose reward is the action, with credit of own rewards alone."""
-    config = dataclasses.replace(
+    config = changed(
         SMALL, env="Pendulum-v1", perturb="mixed", sigma=0.1, optimizer="sgd",
         nodes=Nodes(gamma=0.0, hold=2, steps=8, scale=2.0),
     )  # fmt: skip
     task, policy = parts(config)
 
-    class Env:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(task.env, name)
+    upward = copy.copy(task)
 
-        def step_env(self, key: Any, state: Any, action: Any, params: Any) -> Any:
-            observation, state, _, over, info = task.env.step_env(key, state, action, params)
-            return observation, state, action.sum(), over, info
+    def step(key: Any, state: Any, action: Any) -> Any:
+        observation, state, _, over = task.step(key, state, action)
+        return observation, state, action.sum(), over
 
-    upward = task._replace(env=Env())
+    upward.step = step  # type: ignore[method-assign]
     generation = evolution.make_generation(config, policy, upward)
     carry = evolution.start(config, policy, upward, jnp.int32(0))
-    bias = lambda c: float(c.es.params["policy"]["Dense_1"]["bias"][0])
+    bias = lambda c: float(c.learner.params["policy"]["Dense_1"]["bias"][0])
     after, row = jax.jit(generation)(carry)
     assert bias(after) > bias(carry)
     assert int(row["environment_steps"]) == 64 * 8
@@ -77,8 +77,8 @@ def test_the_gradient_points_uphill() -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nodes") / "run"
-    result = train(dataclasses.replace(SMALL, run_dir=folder))
-    assert result.held_out_return > result.held_out_return_before + 50
+    result = train(changed(SMALL, run_dir=folder))
+    assert result["held_out_return"] > result["held_out_return_before"] + 50
     return folder
 
 
@@ -98,7 +98,7 @@ def test_rows_are_those_of_weight_noise(whole: Path) -> None:
 
 def test_continued_runs_are_the_unbroken_run(whole: Path, tmp_path: Path) -> None:
     for generations in (5, SMALL.generations):
-        train(dataclasses.replace(SMALL, run_dir=tmp_path, generations=generations))
+        train(changed(SMALL, run_dir=tmp_path, generations=generations))
     untimed = [
         [{**row, "timing": None} for row in read_metrics(path / "metrics.jsonl")]
         for path in (whole, tmp_path)

@@ -1,0 +1,173 @@
+"""What is done with a run that is there: it is read, evaluated, sampled, exported."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tyro.conf import Positional
+
+from experiments.run.drivers import find_driver, read_settings
+from experiments.run.errors import UsageError
+from experiments.run.fields import changed
+from experiments.run.folder import read_config
+
+if TYPE_CHECKING:
+    from experiments.run.trainer import Carry, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """Measure the newest checkpoint of a run on episodes or data that it was not trained on."""
+
+    run: Positional[Path]
+    """The run folder."""
+    episodes: int = 256
+    """Episodes to play (reinforcement learning)."""
+    seed: int = 0
+    """Decides the episodes."""
+    render: bool = False
+    """Also draw an episode, as episode.gif in the run folder (reinforcement learning)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Write the trained parameters of a run as safetensors: one tensor a leaf, named by its path, or (of
+    `eggroll reasoning`) a folder that other programs know."""
+
+    run: Positional[Path]
+    """The run folder."""
+    to: Path | None = None
+    """The file, or folder; params.safetensors, or exported, in the run folder by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """Let a language model write: that of a run, or of a folder that one was exported to."""
+
+    run: Positional[Path]
+    """The run folder, or a folder with a model."""
+    prompt: tuple[str, ...] = ("",)
+    """What the model goes on from; several texts are answered one after another."""
+    length: int | None = None
+    """Tokens (bytes, for those that read bytes) of an answer at most; by default as in training."""
+    temperature: float = 1.0
+    """Of sampling; 0 takes the likeliest token."""
+    chat: bool = False
+    """Ask in the chat template of a folder with a model; that of a run is asked as it was in training."""
+    seed: int = 0
+    """Decides what is drawn."""
+
+
+class Found(NamedTuple):
+    """A run read back: its trainer, and its newest state."""
+
+    trainer: "Trainer[Any]"
+    generation: int
+    state: "Carry"
+
+
+@contextlib.contextmanager
+def read_run(path: Path, on_host: bool = False) -> Iterator[Found]:
+    """The newest state of a run.
+
+    Args:
+        path: the run folder.
+        on_host: gives arrays of NumPy; else the state lies on the first device.
+
+    Raises:
+        UsageError: if the folder holds no run, or no checkpoint that can be read.
+    """
+    from experiments.run.checkpoints import Checkpoints
+
+    with trainer_of(path) as trainer:
+        with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+            found = checkpoints.restore(trainer.start, on_host=on_host)
+        if found is None:
+            raise UsageError(f"{path} has no checkpoint yet")
+        yield Found(trainer, found[0], found[1])
+
+
+def trainer_of(path: Path) -> "Trainer[Any]":
+    """The trainer of a run, for one device.
+
+    Raises:
+        UsageError: if the folder holds no run.
+    """
+    driver, config = read_settings(path)
+    try:
+        # The folder may have been moved, and what is in it is to be read, not replaced.
+        config = changed(config.on_one_device(), run_dir=path, overwrite=False).settled()
+        config.check()
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return driver.load()(config)
+
+
+def evaluate(settings: EvalSettings) -> str:
+    """A table of what the run's newest state scores, in words."""
+    import numpy as np
+
+    from experiments.run.trainer import Films
+
+    film = ""
+    if settings.episodes < 1:
+        raise UsageError(f"--episodes {settings.episodes}: choose a whole number of at least 1")
+    with read_run(settings.run) as run:
+        if settings.render and not isinstance(run.trainer, Films):
+            raise UsageError(f"--render: {settings.run} is a run without episodes")
+        scores = run.trainer.evaluate(run.state, settings.episodes, settings.seed)
+        if isinstance(run.trainer, Films) and settings.render:
+            film = run.trainer.film(run.trainer.config, run.state, settings.seed)
+        lines = [f"{settings.run}, after {run.generation} generations:"]
+    for name, values in scores.items():
+        x = np.asarray(values, float)
+        spread = f" ± {x.std(ddof=1) / np.sqrt(x.size):.3g} (standard error)" if x.size > 1 else ""
+        among = f", {x.min():.4g} to {x.max():.4g} in {x.size}" if x.size > 1 else ""
+        lines.append(f"  {name}: {x.mean():.6g}{spread}{among}")
+    return "\n".join(filter(None, [*lines, film]))
+
+
+def sample(settings: SampleSettings) -> str:
+    """What the model writes after each prompt.
+
+    Raises:
+        UsageError: where there is no language model in the folder, or a setting cannot be right.
+    """
+    if settings.length is not None and settings.length < 1:
+        raise UsageError(f"--length {settings.length}: choose a whole number of at least 1")
+    if not (math.isfinite(settings.temperature) and settings.temperature >= 0):
+        raise UsageError(f"--temperature {settings.temperature}: choose 0 or a positive number")
+    from experiments.run.trainer import LanguageTrainer
+
+    with contextlib.ExitStack() as stack:
+        state = None
+        if "driver" in read_config(settings.run):
+            trainer, _, state = stack.enter_context(read_run(settings.run))
+        else:
+            trainer = stack.enter_context(_of_model(settings))
+        if not isinstance(trainer, LanguageTrainer):
+            raise UsageError(
+                f"{settings.run} is a run without a language model: there is none to sample"
+            )
+        written = trainer.write(
+            state, settings.prompt, settings.length, settings.temperature, settings.seed
+        )
+    return "\n\n".join(a + b for a, b in zip(settings.prompt, written, strict=True))
+
+
+def _of_model(settings: SampleSettings) -> "Trainer[Any]":
+    """A trainer that has no run, of the driver that takes models from folders."""
+    driver = find_driver("reasoning")
+    config = changed(
+        driver.presets["tiny"], model=str(settings.run), chat=settings.chat, max_new_tokens=64
+    )
+    return driver.load()(config.settled())
+
+
+def export(settings: ExportSettings) -> str:
+    """Writes the file and says what is in it."""
+    with read_run(settings.run, on_host=True) as run:
+        return run.trainer.export(run.state, settings.to)

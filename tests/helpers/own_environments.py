@@ -1,0 +1,94 @@
+"""Environments as users write them, each made by a function: right ones and wrong ones."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from gymnax import make as make_gymnax
+
+from experiments.rl.environments import Continuous, Discrete, Environment
+
+
+class PointMass(Environment):
+    """A point that is pushed towards the middle."""
+
+    actions = Continuous([-1, -1], [1, 1])
+
+    def __init__(self, limit: int = 20) -> None:
+        self.time_limit = limit
+
+    def reset(self, key: Any) -> Any:
+        state = jax.random.uniform(key, (2,), minval=-1, maxval=1), jnp.zeros(2)
+        return jnp.concatenate(state), state
+
+    def step(self, key: Any, state: Any, action: Any) -> Any:
+        velocity = 0.8 * state[1] + 0.2 * action
+        position = state[0] + 0.3 * velocity
+        reward = -jnp.abs(position).sum()
+        return jnp.concatenate([position, velocity]), (position, velocity), reward, False
+
+    def draw(self, state: Any) -> np.ndarray:
+        picture = np.zeros((40, 60, 3), np.uint8)
+        x, y = (np.clip(state[0], -1, 1) * 15 + 20).astype(int)
+        picture[y, x] = 255
+        return picture
+
+
+def point(limit: int = 20) -> PointMass:
+    return PointMass(limit)
+
+
+def cartpole_of_gymnax() -> Any:
+    env, params = make_gymnax("CartPole-v1")
+    return env, params.replace(max_steps_in_episode=9)
+
+
+# ---------------------------------------------------------------- wrong ones
+
+
+def a_dictionary() -> Any:
+    return {}
+
+
+def fails() -> Any:
+    raise RuntimeError("no data")
+
+
+def with_changes(**changes: Any) -> PointMass:
+    found = PointMass()
+    for name, value in changes.items():
+        setattr(found, name, value)
+    return found
+
+
+def without_limit() -> Any:
+    return with_changes(time_limit=None)
+
+
+def other_actions() -> Any:
+    return with_changes(actions=3)
+
+
+def three_values() -> Any:
+    return with_changes(step=lambda key, state, action: (jnp.zeros(4), state, 0.0))
+
+
+def another_state() -> Any:
+    return with_changes(
+        step=lambda key, state, action: (jnp.zeros(4), (state[0], jnp.zeros(3)), 0.0, False)
+    )
+
+
+def reward_of_two() -> Any:
+    return with_changes(step=lambda key, state, action: (jnp.zeros(4), state, jnp.zeros(2), False))
+
+
+def step_fails() -> Any:
+    return with_changes(
+        actions=Discrete(2), step=lambda key, state, action: (state @ state, state, 0.0, False)
+    )
+
+
+def float_picture() -> Any:
+    return with_changes(draw=lambda state: np.zeros((4, 4, 3)))

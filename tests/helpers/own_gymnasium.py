@@ -1,0 +1,40 @@
+"""An environment as a user of Gymnasium writes it. It imports no JAX, so that worker processes start fast."""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+
+class Line(gymnasium.Env):
+    """A walk on a line that should stay near 0."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+        self.x = 0.0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.x = float(self.np_random.uniform(-1, 1))
+        return np.array([self.x], np.float32), {}
+
+    def step(self, action: int) -> Any:
+        self.x += 0.2 if action == 1 else -0.2
+        return np.array([self.x], np.float32), -abs(self.x), False, False, {}
+
+    def render(self) -> Any:
+        picture = np.zeros((20, 50, 3), np.uint8)
+        picture[:, int(np.clip(25 + 10 * self.x, 0, 49))] = 255
+        return picture
+
+
+def line(render_mode: str | None = None) -> gymnasium.Env:
+    return gymnasium.wrappers.TimeLimit(Line(render_mode), 15)
+
+
+def endless() -> gymnasium.Env:
+    return Line()

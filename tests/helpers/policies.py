@@ -1,0 +1,15 @@
+"""The parts of a run of `eggroll rl`."""
+
+from typing import Any
+
+from experiments.rl.config import Config
+from experiments.rl.environments import Environment
+from experiments.rl.episodes import environment_of, policy_of
+from experiments.rl.policy import Policy
+
+
+def parts(config: Config) -> tuple[Environment[Any], Policy]:
+    """The JAX environment and the policy that settings describe."""
+    environment = environment_of(config)
+    assert isinstance(environment, Environment)
+    return environment, policy_of(config, environment)
