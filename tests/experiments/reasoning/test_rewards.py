@@ -185,7 +185,7 @@ def test_a_reward_takes_whatever_was_written(name: str) -> None:
     given = COLUMNS.get(name, {})
     columns = {key: [value] * len(TEXTS) for key, value in given.items()}
     assert call(load(name), [], [], {key: [] for key in given}).rewards == []
-    found = call(load(name), TEXTS, ["8"] * len(TEXTS), columns).rewards
+    found = call(load(name), TEXTS, ["5"] * len(TEXTS), columns).rewards
     assert found == [0.0] * len(TEXTS)
 
 
