@@ -218,19 +218,22 @@ class Config(RunSettings):
         return found
 
     def settled(self) -> "Config":
-        """The same with one model: a preset's start gives way to a model that was chosen beside it.
+        """The same with one model and one task: a preset's start gives way to a model, and its task settings
+        to a task, that were chosen beside it.
 
         Raises:
-            UsageError: where both were chosen.
+            UsageError: where both a model and a start were chosen.
         """
-        usual = PRESETS[self.preset]
+        usual, settled = PRESETS[self.preset], self
+        if self.task != usual.task and self.task_settings == usual.task_settings:
+            settled = replace(settled, task_settings="{}")
         if self.start is None or self.model == usual.model:
-            return self
+            return settled
         if self.start != usual.start:
             raise UsageError(
                 f"--start {self.start} and --model {self.model}: each names a model; choose one of them"
             )
-        return replace(self, start=None)
+        return replace(settled, start=None)
 
     def chat_arguments(self) -> dict[str, Any]:
         """The settings of the chat template.

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -118,8 +118,9 @@ def as_asked(config: Config, base: Start, text: str) -> str:
     """A prompt as the model reads it: in its chat template, where the settings say so."""
     if not config.chat:
         return text
-    message = {"role": "user", "content": text}
-    return base.tokenizer.chat([message], **config.chat_arguments())
+    # One with a chat template, as `start` has checked.
+    tokenizer: Any = base.tokenizer
+    return tokenizer.chat([{"role": "user", "content": text}], **config.chat_arguments())
 
 
 def texts_of(base: Start, completions: Completions) -> list[str]:

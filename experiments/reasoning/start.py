@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,14 +113,14 @@ def _pairs(config: Config, task: Task | None) -> tokens.Tokenizer:
     return tokens.train_bpe((text(task.train[int(i)]) for i in order), config.vocabulary)
 
 
-def keep_tokenizer(config: Config, begin: Start) -> None:
+def keep_tokenizer(config: Config, base: Start) -> None:
     """Writes byte pairs into the run folder, once: another version of tokenizers may learn others."""
     folder = config.run_dir / "tokenizer"
     if not hosts.first() or config.tokenizer != "bpe":
         return
-    assert isinstance(begin.tokenizer, tokens.Tokenizer)
+    assert isinstance(base.tokenizer, tokens.Tokenizer)
     if not (folder / "tokenizer_config.json").exists():
-        begin.tokenizer.save(folder)
+        base.tokenizer.save(folder)
 
 
 def _of_folder(config: Config) -> Start:
@@ -157,13 +157,13 @@ def _functions(
         raise UsageError(f"--trained: {error}") from error
 
 
-def save(begin: Start, params: PyTree, folder: Path, dtype: DTypeLike) -> None:
+def save(base: Start, params: PyTree, folder: Path, dtype: DTypeLike) -> None:
     """Writes a model as a folder that `--model` takes, and transformers where it knows the model.
 
     Matrices in int8 are written as the floats of `dtype` that they stand for.
     """
-    params = in_floats(begin.shape, params, dtype)
-    families.of(begin.shape).save(folder, begin.shape, params, begin.folder)
+    params = in_floats(base.shape, params, dtype)
+    families.of(base.shape).save(folder, base.shape, params, base.folder)
     # The tokenizer of a folder is copied from there.
-    if begin.folder is None and isinstance(begin.tokenizer, tokens.Tokenizer):
-        begin.tokenizer.save(folder)
+    if base.folder is None and isinstance(base.tokenizer, tokens.Tokenizer):
+        base.tokenizer.save(folder)

@@ -35,6 +35,7 @@ from experiments.reasoning.tasks import Question, Task
 from experiments.run.axes import GENERATED_TOKENS, SECONDS
 from experiments.run.devices import layout_of
 from experiments.run.errors import UsageError
+from experiments.run.fields import changed
 from experiments.run.plots import Curve
 from experiments.run.progress import part
 from experiments.run.trainer import Carry, Conclusion, LanguageTrainer, Outcome
@@ -55,7 +56,6 @@ class Reasoning(LanguageTrainer[Config]):
 
     Args:
         config: the settings.
-        share: told how much of a generation, or of a measurement, is done.
 
     Raises:
         UsageError: for a model or devices that there are not. What is wrong with a task, a reward, an
@@ -94,7 +94,10 @@ class Reasoning(LanguageTrainer[Config]):
 
     @functools.cached_property
     def notes(self) -> Sequence[str]:  # type: ignore[override]
-        """The task, and the plan of the memory, which is made here, before the learner."""
+        """The task, and the plan of the memory, which is made here, before the learner; what the task
+        decides where the settings do not is settled first."""
+        longest = self.questions.sampling().max_new_tokens
+        self.config = self._fitted = changed(self.config, max_new_tokens=longest)
         said = [describe(self.task, self.questions)]
         assert self.examiner.reward is not None  # raises now where there is none
         if self.config.algorithm == "eggroll":
@@ -133,7 +136,7 @@ class Reasoning(LanguageTrainer[Config]):
     def generation(self, carry: Carry) -> tuple[Carry, Mapping[str, Any]]:
         """An update by the questions of this generation."""
         began = time.perf_counter()
-        learner, row = self.learner.generation(carry.learner, int(carry.generation), self._share)
+        learner, row = self.learner.generation(carry.learner, int(carry.generation), part)
         jax.block_until_ready(learner)
         seconds = time.perf_counter() - began
         timing = {
@@ -177,7 +180,7 @@ class Reasoning(LanguageTrainer[Config]):
             sampling,
             self.base.tokenizer.eos,
             samples=samples,
-            share=self._share,
+            share=part,
         )
         texts = self.questions.texts(written)
         handle = self.examiner.submit(texts, repeated(questions, samples))
@@ -244,7 +247,7 @@ class Reasoning(LanguageTrainer[Config]):
     def conclude(self, config: Config, outcome: Outcome) -> Conclusion:
         """The accuracy on fresh questions, in words, and the curve of that on held-out ones."""
         before = outcome.before["held_out_accuracy"]
-        lesson = in_words(before, outcome.fresh["fresh_accuracy"], config)
+        lesson = in_words(before, outcome.fresh["fresh_accuracy"], self.task.name)
         tokens = outcome.totals.get("generated_tokens", 0)
         updates = "update" if outcome.generations == 1 else "updates"
         path = f"after {outcome.generations} {updates} {how(config)}"
@@ -268,17 +271,21 @@ def describe(task: Task, questions: Questions) -> str:
     )
 
 
-def in_words(before: float, fresh: float | None, config: Config) -> str:
+def in_words(before: float, fresh: float | None, task: str) -> str:
     """What was learned.
 
     Args:
         before: share of held-out questions that were answered right before training.
         fresh: share of fresh questions that are answered right; None where there are none.
-        config: the settings.
+        task: its name.
+
+    Example:
+        >>> in_words(0.1, 0.25, "sums")
+        'Answers 25.0% of fresh questions of sums right, 10.0% of held-out ones before'
     """
     if fresh is None:
-        return f"Not confirmed: {config.task} has too few questions to keep fresh ones"
-    what = f"{fresh:.1%} of fresh questions of {config.task} right"
+        return f"Not confirmed: {task} has too few questions to keep fresh ones"
+    what = f"{fresh:.1%} of fresh questions of {task} right"
     told = f"Answers {what}" if fresh > before else f"No gain: {what}"
     return f"{told}, {before:.1%} of held-out ones before"
 

@@ -41,6 +41,8 @@ def train(config: RunSettings, started: float | None = None) -> Result:
     with driver.load()(config) as trainer:
         for note in trainer.notes:
             hosts.say(note)
+        # What the data decided is settled now.
+        config = trainer.config
         with open_run_folder(driver.name, config, trainer.files) as folder:
             trainer.prepare(folder)
             watch.finish("setup")

@@ -15,9 +15,9 @@ pytest.importorskip("tokenizers")
 from experiments.models import hugging_face, tokens
 from experiments.reasoning import tasks
 from experiments.reasoning.config import PRESETS, Config
-from experiments.reasoning.evolution import anchored, objective
+from experiments.reasoning.evolution import Evolution, anchored, objective
 from experiments.reasoning.start import start
-from experiments.reasoning.train import Reasoning
+from experiments.reasoning.train import Reasoning, in_words
 from experiments.run.cli import main
 from experiments.run.commands import trainer_of
 from experiments.run.errors import UsageError
@@ -309,6 +309,74 @@ def test_a_run_without_a_language_model_is_not_sampled(
     assert main(["supervised", *words, "--run-dir", str(tmp_path / "run")]) == 0
     assert main(["sample", str(tmp_path / "run")]) == 2
     assert "is a run without a language model" in capsys.readouterr().err
+
+
+def test_task_settings_of_a_preset_give_way_to_another_task() -> None:
+    assert changed(TINY, task="a.jsonl").settled().task_settings == "{}"
+    own = changed(TINY, task="a.jsonl", task_settings='{"size": 3}')
+    assert own.settled() == own and TINY.settled() == TINY
+
+
+OWN = """
+from experiments.reasoning.tasks import Question, Task, split
+
+def make() -> Task:
+    train, held_out, fresh = split([Question(f"2*{i}=", str(2 * i)) for i in range(100)])
+    return Task(name="doubles", train=train, held_out=held_out, fresh=fresh, max_new_tokens=3)
+"""
+
+
+def test_a_task_of_ones_own_is_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, run = tmp_path / "own.py", tmp_path / "run"
+    file.write_text(OWN)
+    words = ["--task", f"{file}:make", "--run-dir", str(run), "--sigma", "0.3"]
+    assert main(["reasoning", "--preset", "tiny", *words, "--generations", "1"]) == 0
+    told = capsys.readouterr()
+    assert "doubles: 92 questions to train on, 2 held out, 2 fresh." in told.err
+    assert "of fresh questions of doubles right" in told.out
+    assert json.loads((run / "config.json").read_text())["writing"]["max_new_tokens"] == 3
+    (row,) = read_metrics(run / "metrics.jsonl")
+    assert 8 * 4 <= row["generated_tokens"] <= 8 * 4 * 3
+    assert 8 * 4 * len("2*1=") <= row["prompt_tokens"] <= 8 * 4 * len("2*99=")
+    rates = row["timing"]
+    share = row["prompt_tokens"] / row["generated_tokens"]
+    assert rates["prompt_tokens_per_second"] / rates["written_tokens_per_second"] == pytest.approx(
+        share
+    )
+    file.write_text(OWN + "# another")
+    assert main(["reasoning", "--preset", "tiny", *words, "--generations", "2"]) == 2
+    assert "own.py has other content" in capsys.readouterr().err
+
+
+def test_memory_is_planned_before_the_only_strategy_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many members and questions at a time as 300 KiB hold, in the learner that is built."""
+    built = list[Evolution]()
+    inner = Evolution.__init__
+    monkeypatch.setattr(
+        Evolution, "__init__", lambda self, *args: built.append(self) or inner(self, *args)
+    )
+    trainer = Reasoning(settings(tmp_path, memory_gib=300 / 2**20))
+    assert not built
+    assert trainer.notes[1].splitlines()[-2].startswith("at a time")
+    (only,) = built
+    assert trainer.learner is only
+    members, prompts = only.es.chunk or 8, only._config.prompt_chunk
+    assert f"{members} of 8 members, {prompts} prompts" in trainer.notes[1]
+    assert members * prompts < 8 * 4
+    assert trainer.config.evolution.chunk is None
+
+
+def test_what_was_learned_is_told_by_fresh_questions_alone(tmp_path: Path) -> None:
+    trainer = Reasoning(settings(tmp_path, held_out_questions=6))
+    asked = {q.prompt for q in trainer.questions.fresh}
+    others = {q.prompt for q in [*trainer.task.train, *trainer.questions.measured]}
+    assert asked and not asked & others
+    assert in_words(0.5, 0.5, "x").startswith("No gain: 50.0% of fresh questions")
+    assert in_words(0.5, None, "x").startswith("Not confirmed")
 
 
 def test_every_preset_can_be_right() -> None:

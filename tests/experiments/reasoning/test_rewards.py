@@ -162,6 +162,33 @@ def test_the_last_number(text: str, value: Any) -> None:
 # ---------------------------------------------------------------- rewards
 
 
+# Columns that rewards need of a question, for those that need any.
+COLUMNS: dict[str, dict[str, Any]] = {"countdown": dict(numbers=[1, 2], target=3)}
+TEXTS = [
+    "",
+    "\0",
+    "1/0",
+    "2**3",
+    "<answer>",
+    "<answer></answer>",
+    "\\boxed{",
+    "####",
+    "{" * 99,
+    "9" * 999,
+]
+
+
+@pytest.mark.parametrize("name", sorted(set(rewards.REWARDS) - {"gym"}))
+def test_a_reward_takes_whatever_was_written(name: str) -> None:
+    if name == "math":
+        pytest.importorskip("math_verify")
+    given = COLUMNS.get(name, {})
+    columns = {key: [value] * len(TEXTS) for key, value in given.items()}
+    assert call(load(name), [], [], {key: [] for key in given}).rewards == []
+    found = call(load(name), TEXTS, ["5"] * len(TEXTS), columns).rewards
+    assert found == [0.0] * len(TEXTS)
+
+
 def test_exact_compares_numbers_or_words() -> None:
     rows = [
         ("the total is 1,000", "1000", 1.0),

@@ -13,7 +13,7 @@ from experiments.reasoning.arithmetic import evaluate
 from experiments.reasoning.tasks import Question, Task, columns, load
 from experiments.reasoning.tasks.files import jsonl
 from experiments.reasoning.tasks.gym import PRESETS, RUN_ANSWERS, Generated
-from experiments.reasoning.tasks.home_made import countdown_easy, sums
+from experiments.reasoning.tasks.home_made import HOME_MADE, countdown_easy, sums
 from experiments.run.errors import UsageError
 
 
@@ -26,6 +26,20 @@ def everything_of(task: Task) -> list[Question]:
 
 
 # ---------------------------------------------------------------- home-made
+
+
+@pytest.mark.parametrize("name", HOME_MADE)
+def test_a_home_made_task_is_whole(name: str) -> None:
+    task = load(name, size=300)
+    everything = everything_of(task)
+    assert task.train and task.held_out and task.fresh
+    assert task.name == name and len({q.prompt for q in everything}) == len(everything)
+    solutions = [str(task.trace(q)) for q in everything]
+    # With its end, for a model that reads bytes.
+    assert max(len(text.encode()) for text in solutions) < task.max_new_tokens
+    assert set(score(task, everything, solutions)) == {1.0}
+    assert set(score(task, everything, [q.answer for q in everything])) == {1.0}
+    assert set(score(task, everything, [f"{q.answer} 777" for q in everything])) == {0.0}
 
 
 def test_sums_are_all_there_and_right() -> None:
