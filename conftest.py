@@ -11,7 +11,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # At the lowest optimisation and by XLA's older emitters, which compile a third faster, since the tests
 # compile more than they run. Flags that are given count; `make soak` has the emitters that users have.
+# A program is compiled as one piece: on two cores with a process each, pieces side by side only cost.
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+flags += " --xla_cpu_parallel_codegen_split_count=1"
 if version("jax") < "0.11":  # later versions have no older emitters, and stop at the flag
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
@@ -29,7 +31,7 @@ from jaxtyping import install_import_hook
 gc.set_threshold(200_000, 50, 1000)
 
 # Shapes and types in signatures are checked at every call.
-install_import_hook(["eggroll", "experiments", "optim"], "beartype.beartype")
+install_import_hook(["eggroll", "experiments", "optim"], "signatures.checked")
 
 cache = Path(os.environ.get("EGGROLL_TEST_CACHE", Path(__file__).parent / ".cache" / "jax"))
 jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -42,11 +44,18 @@ hypothesis.settings.register_profile("soak", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("project")
 
 
+# Compiled programs are mappings of memory of their own, of which Linux allows a process 65,530. Small
+# programs that many modules share are compiled once as long as there are not too many.
+MAPPINGS = Path("/proc/self/maps")
+MOST_MAPPINGS = 25_000
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs() -> Iterator[None]:
-    """Compiled programs are pages of memory of their own, of which a process may have 65,530 on Linux."""
+    """Forgets compiled programs after a module of tests where there are many."""
     yield
-    jax.clear_caches()
+    if not MAPPINGS.exists() or MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
 
 
 SLOW = {

@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.shard_alike import shard_alike
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, PyTree
+
+from optim._shard_alike import shard_alike
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -123,8 +124,7 @@ def alike(x: Array, like: ArrayLike) -> Array:
         return jax.device_put(x, like.sharding) if is_spread else x
     if jax.device_count() == 1 or wanted.mesh.manual_axes:
         return x
-    # shard_alike takes two arrays of one dtype.
-    return shard_alike(x, jnp.real(like).astype(x.dtype))[0]
+    return shard_alike(x, like)
 
 
 def zeros(shapes: PyTree) -> PyTree:
