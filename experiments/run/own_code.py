@@ -139,7 +139,7 @@ def sources() -> tuple[Source, ...]:
 
 
 def adopt(known: Iterable[Source]) -> None:
-    """Lets this process import files as another has read them; each runs once something of it is unpickled."""
+    """Lets this process import files as another has read them; each runs when something of it is needed."""
     sys.meta_path.append(_Adopted({source.module: source for source in known}))
 
 
