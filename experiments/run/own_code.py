@@ -7,10 +7,12 @@ somebody edits the file meanwhile. Nothing here imports anything heavy.
 
 import hashlib
 import importlib
+import importlib.abc
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -136,14 +138,25 @@ def sources() -> tuple[Source, ...]:
     return tuple(_LOADED.values())
 
 
-def adopt(loaded: Iterable[Source]) -> None:
-    """Runs files as another process has read them, so that their functions can be unpickled here.
+def adopt(known: Iterable[Source]) -> None:
+    """Lets this process import files as another has read them; each runs when something of it is needed."""
+    sys.meta_path.append(_Adopted({source.module: source for source in known}))
 
-    Raises:
-        UsageError: where one raises an error.
-    """
-    for source in loaded:
-        _run(source, str(source.path))
+
+class _Adopted(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports modules of files that another process has read."""
+
+    def __init__(self, known: Mapping[str, Source]) -> None:
+        self._known = known
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in self._known else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        source = self._known[module.__name__]
+        module.__file__ = str(source.path)
+        exec(compile(source.content, str(source.path), "exec"), vars(module))
+        _LOADED[module.__name__] = source
 
 
 def _run_file(path: Path, subject: str) -> ModuleType:

@@ -101,6 +101,10 @@ def test_another_process_runs_what_was_read_although_the_file_has_changed(tmp_pa
     path = tmp_path / "good.py"
     path.write_text(GOOD.replace("1 // n", "7 // n"))
     make = own_code.load(f"{path}:make", "--task")
+    # Another file of the same process, which runs in none that does not need it.
+    other = tmp_path / "other.py"
+    other.write_text("import sys\nassert 'pytest' in sys.modules\ndef make(): ...\n")
+    own_code.load(f"{other}:make", "--task")
     path.write_text("1 / 0")
     sent = pickle.dumps((own_code.sources(), pickle.dumps(make)))
     told = subprocess.run([sys.executable, "-c", ADOPTS], input=sent, capture_output=True)
