@@ -12,7 +12,8 @@ from gymnax.environments import spaces
 from gymnax.environments.environment import Environment, EnvParams
 from jaxtyping import Array, Float
 
-from experiments.run.errors import UsageError, suggestion
+from experiments.rl.names import unknown
+from experiments.run.errors import UsageError
 
 
 class Discrete(NamedTuple):
@@ -78,10 +79,7 @@ def make_task(name: str) -> Task:
         16
     """
     if name not in registered_envs:
-        raise UsageError(
-            f"gymnax has no environment {name!r}{suggestion(name, registered_envs)}; "
-            "eggroll rl --list-envs names them"
-        )
+        raise unknown(name, tuple(registered_envs))
     try:
         env, env_params = make_gymnax(name)
     except OSError as error:  # some environments download their data
