@@ -22,7 +22,7 @@ help:
 	@echo "make demo    train a CartPole policy without backpropagation; about a minute, most of it setup"
 	@echo "make test    all tests, doctests and notebooks (ARGS='-k noise' to choose, PYTHON= as above)"
 	@echo "make quick   the same without those that take longest (tests/slow.txt)"
-	@echo "make fuzz    files of runs, damaged 1,000 times (ARGS='--count 5000 --seed 1')"
+	@echo "make fuzz    damaged files of runs, and commands typed at random (ARGS='--count 5000 --seed 1')"
 	@echo "make oracles packages that some tests need (torch, its optimizers and models, wandb) and are skipped without"
 	@echo "make lint    ruff            make types   mypy"
 	@echo "make bench   ratios of speed, in one run on this machine"
@@ -59,9 +59,10 @@ test: setup
 quick: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not soak and not slow' $(ARGS)
 
-# A tenth of it is among the tests.
+# A tenth of each is among the tests.
 fuzz: setup
 	JAX_PLATFORMS=cpu $(BIN)/python tests/helpers/fuzz_files.py $(ARGS)
+	JAX_PLATFORMS=cpu $(BIN)/python tests/helpers/fuzz_commands.py $(ARGS)
 
 # What some tests compare with or log to, where it is installed: other people's optimizers and models, W&B. PyTorch
 # first, by itself: what needs any PyTorch then finds this one. It asks for a newer setuptools than the pinned.

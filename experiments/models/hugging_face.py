@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from eggroll.plan import leaf_paths
 from experiments.models.config_json import read_json
 from experiments.models.llama_config import config_of, settings_of
+from experiments.models.names import of_hub
 from experiments.models.transformer import Params, TransformerConfig, init
 from experiments.run.errors import UsageError
 from experiments.run.folder import full_disk_in_one_sentence, write_json, write_whole
@@ -43,7 +44,7 @@ def resolve(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not of_hub(name):
         raise UsageError(f"{name} is no folder, nor OWNER/NAME of the Hugging Face hub")
     try:
         from huggingface_hub import snapshot_download

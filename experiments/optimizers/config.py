@@ -2,15 +2,37 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from experiments.run.errors import UsageError
-from experiments.run.fields import Role, changed, count, from_zero, positive, setting, within
+from experiments.run.errors import UsageError, suggestion
+from experiments.run.fields import (
+    MOST_NUMBER,
+    Role,
+    changed,
+    count,
+    flag,
+    from_zero,
+    positive,
+    setting,
+    within,
+)
+from experiments.run.optimizers import check_optimizer, functions_of, signature_of
+from experiments.run.paths import check_there
 from experiments.run.settings import Flat, RunSettings
 
 PresetName = Literal["lm", "digits", "tiny"]
+# A setting of ours, and what it is called in optax or in optim.
+ARGUMENTS = {
+    "momentum": ("momentum",),
+    "b2": ("b2",),
+    "density": ("density", "rank", "active"),
+    "gap": ("update_gap", "update_proj_gap"),
+    "projector": ("projector",),
+    "scale": ("scale",),
+    "kappa": ("kappa",),
+}
 Projector = Literal["columns", "rows", "randk", "random", "svd", "blockwise"]
 
 
@@ -52,6 +74,77 @@ class Optimizer:
     """A parameter beside linear weights that FRUGAL, GaLore or BAdam treats as it does them, such as
     lm_head; the others are left to Adam."""
 
+    def arguments(self, width: int, depth: int) -> dict[str, Any]:
+        """The arguments that the optimizer is called with, by its own names for them.
+
+        Args:
+            width: of the model, of which GaLore takes a rank.
+            depth: of the model, of which BAdam takes layers.
+
+        Raises:
+            UsageError: for a name that is no optimizer, or a setting that it does not have.
+        """
+        check_optimizer(self.name, scheduled=True)
+        takes = signature_of(self.name).names
+        if self.kappa is not None:
+            check_kappa(self.kappa)
+        found: dict[str, Any] = {}
+        for field, names in ARGUMENTS.items():
+            value = getattr(self, field)
+            if value is None:
+                continue
+            name = next((one for one in names if one in takes), None)
+            if name is None:
+                raise UsageError(f"{flag(field)} {value}: {self.name} has no such setting")
+            # GaLore counts dimensions, and BAdam blocks: layers.
+            whole = {"rank": width, "active": depth}.get(name)
+            if whole is not None and not round(value * whole):
+                raise UsageError(
+                    f"{flag(field)} {value}: {self.name} takes that share of {whole}, and it is none of "
+                    f"them; choose at least {1 / whole:.3g}"
+                )
+            found[name] = value if whole is None else round(value * whole)
+        if "weight_decay" in takes:
+            found["weight_decay"] = self.weight_decay
+        elif self.weight_decay:
+            raise UsageError(f"--weight-decay {self.weight_decay}: {self.name} has no weight decay")
+        if self.also_split is not None and "split" not in takes:
+            raise UsageError(f"--also-split {self.also_split}: {self.name} has no such setting")
+        return found
+
+
+def check_kappa(words: str) -> None:
+    """Raises UsageError for a name that is no function of optim.kappa, or a number that is none.
+
+    Example:
+        >>> check_kappa("huber:0.5")
+        >>> check_kappa("hubert:0.5")
+        Traceback (most recent call last):
+        experiments.run.errors.UsageError: --kappa hubert:0.5: there is no such function; did you mean ...
+    """
+    name, colon, number = words.partition(":")
+    known = functions_of("optim.kappa")
+    if name not in known:
+        raise UsageError(f"--kappa {words}: there is no such function{suggestion(name, known)}")
+    if not colon and known[name].needed:
+        raise UsageError(f"--kappa {words}: it needs a number, as {name}:0.5 has one")
+    if colon and (not known[name].needed or not is_positive(number)):
+        right = "a positive number" if known[name].needed else "none; leave it out"
+        raise UsageError(f"--kappa {words}: the number behind the colon must be {right}")
+
+
+def is_positive(number: str) -> bool:
+    """Whether a text is a number above 0.
+
+    Example:
+        >>> is_positive("3"), is_positive("0"), is_positive("x"), is_positive("nan")
+        (True, False, False, False)
+    """
+    try:
+        return 0 < float(number) <= MOST_NUMBER
+    except ValueError:
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
@@ -89,12 +182,19 @@ class Config(RunSettings):
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""
         super().check()
+        self.optimizer.arguments(self.width, self.depth)
         if self.task == "text" and (self.width % self.heads or self.width // self.heads % 2):
             raise UsageError(
                 f"--heads {self.heads}: {self.width} units are not so many heads of an even width"
             )
         if self.task == "digits" and self.data is not None:
             raise UsageError(f"--data {self.data}: digits are scikit-learn's; leave it out")
+
+    def check_places(self) -> None:
+        """Raises UsageError for the first file, folder or name outside the settings that is not there."""
+        super().check_places()
+        if self.data is not None:
+            check_there(self.data, f"--data {self.data}")
 
 
 def preset(name: PresetName, run_dir: Path, max_generations: int, **settings: object) -> Config:

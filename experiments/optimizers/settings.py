@@ -1,6 +1,5 @@
 """From settings to an optimizer: what of them it takes, and what it does not."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,23 +7,9 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from experiments.optimizers.config import Config
+from experiments.optimizers.config import Config, Projector, check_kappa
 from experiments.run.errors import UsageError, suggestion
-from experiments.run.fields import flag
-from experiments.run.optimizers import find_optimizer
-
-# A setting of ours, and what it is called in optax or in optim.
-ARGUMENTS = {
-    "momentum": "momentum",
-    "b2": "b2",
-    "density": "density",
-    "gap": "update_gap",
-    "projector": "projector",
-    "scale": "scale",
-    "kappa": "kappa",
-}
-# GaLore has optax's names for two of them.
-GALORE = {"update_gap": "update_proj_gap", "dimension_numbers": "weight_dimension_numbers"}
+from experiments.run.optimizers import make_optimizer, signature_of
 
 
 def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTransformation:
@@ -39,29 +24,11 @@ def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTr
         UsageError: for a name that is no optimizer, or a setting that it does not have.
     """
     own = config.optimizer
-    make = find_optimizer(own.name)
-    takes = inspect.signature(make).parameters
-    chosen: dict[str, Any] = {}
-    for setting, name in ARGUMENTS.items():
-        value = getattr(own, setting)
-        if value is None:
-            continue
-        if GALORE.get(name) in takes:
-            name = GALORE[name]
-        if setting == "density" and name not in takes:
-            # GaLore counts dimensions, and BAdam blocks: layers.
-            for name, whole in (("rank", config.width), ("active", config.depth)):
-                if name in takes:
-                    value = max(round(value * whole), 1)
-                    break
-        if name not in takes:
-            raise UsageError(f"{flag(setting)} {value}: {own.name} has no such setting")
-        make_value = {"kappa": kappa_of, "projector": projector_of}.get(setting)
-        chosen[name] = make_value(value) if make_value else value
-    if "weight_decay" in takes:
-        chosen["weight_decay"] = own.weight_decay
-    elif own.weight_decay:
-        raise UsageError(f"--weight-decay {own.weight_decay}: {own.name} has no weight decay")
+    chosen = own.arguments(config.width, config.depth)
+    for setting, make_value in (("kappa", kappa_of), ("projector", projector_of)):
+        if setting in chosen:
+            chosen[setting] = make_value(chosen[setting])
+    takes = signature_of(own.name).names
     if "batch_axes" in takes:
         chosen["batch_axes"] = jax.tree.map(int, stacked)
     one = optax.contrib.MuonDimensionNumbers(1, 2)
@@ -72,9 +39,7 @@ def optimizer_of(config: Config, rate: Any, stacked: PyTree) -> optax.GradientTr
             break
     if "split" in takes:
         chosen["split"] = split_of(own.also_split, numbers)
-    elif own.also_split is not None:
-        raise UsageError(f"--also-split {own.also_split}: {own.name} has no such setting")
-    return make(rate, **chosen)
+    return make_optimizer(own.name, rate, **chosen)
 
 
 def kappa_of(words: str) -> Any:
@@ -89,25 +54,21 @@ def kappa_of(words: str) -> Any:
     """
     from optim import kappa
 
-    name, colon, number = words.partition(":")
-    known = {n: f for n, f in vars(kappa).items() if inspect.isfunction(f) and n[0] != "_"}
-    if name not in known:
-        raise UsageError(f"--kappa {words}: there is no such function{suggestion(name, known)}")
+    check_kappa(words)
+    name, _, number = words.partition(":")
+    numbers = [int(number) if number.isdigit() else float(number)] if number else []
     try:
-        numbers = [int(number) if number.isdigit() else float(number)] if colon else []
-        return known[name](*numbers)
+        found: Any = getattr(kappa, name)(*numbers)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--kappa {words}: {error}") from error
+    return found
 
 
-def projector_of(name: str) -> Any:
+def projector_of(name: Projector) -> Any:
     """A projector of optim.projector from its name."""
     from optim import projector
 
-    found = getattr(projector, name, None)
-    if found is None:
-        raise UsageError(f"--projector {name}: optim has none of this name")
-    return found()
+    return getattr(projector, name)()
 
 
 def split_of(also: str | None, dimension_numbers: PyTree) -> Callable[[PyTree], PyTree]:

@@ -155,7 +155,8 @@ def check_optimizer(config: Config, task: Task) -> None:
     """Raises UsageError for what is wrong with the optimizer or a setting of it."""
     try:
         optimizer = optimizer_at(config, task, config.optimizer.learning_rate)
-        jax.eval_shape(optimizer.init, jax.eval_shape(task.init, jax.random.key(0)))
+        step = lambda params: optimizer.update(params, optimizer.init(params), params)
+        jax.eval_shape(step, jax.eval_shape(task.init, jax.random.key(0)))
     except UsageError:
         raise
     except ValueError as error:

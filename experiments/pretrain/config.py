@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from experiments.run.errors import UsageError
+from experiments.run.errors import UsageError, suggestion
 from experiments.run.fields import (
     Role,
     changed,
@@ -17,6 +17,7 @@ from experiments.run.fields import (
     share,
     within,
 )
+from experiments.run.paths import exists
 from experiments.run.settings import Evolution, Flat, Optimizer, RunSettings
 
 PresetName = Literal[
@@ -126,6 +127,7 @@ class Config(RunSettings):
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""
         super().check()
+        self.optimizer.check()
         even_group(self)
         if self.target is not None and self.held_out_streams < 2:
             raise UsageError(
@@ -143,6 +145,12 @@ class Config(RunSettings):
         if self.model == "egg":
             self._check_integers()
 
+    def check_places(self) -> None:
+        """Raises UsageError for the first file, folder or name outside the settings that is not there."""
+        super().check_places()
+        if self.data is not None:
+            check_data(self.data)
+
     def _check_integers(self) -> None:
         """Raises UsageError for what int8 models cannot have."""
         if self.evolution.rank == "full" or self.evolution.sigma_decay != 1:
@@ -154,6 +162,17 @@ class Config(RunSettings):
                 f"--sigma {self.evolution.sigma}: the noise of int8 models is shifted, so choose a power of "
                 "1/2 from 1 to 1/256, such as 0.0625"
             )
+
+
+def check_data(name: str) -> None:
+    """Raises UsageError where a text is neither a file or folder nor a data set of the hub."""
+    from experiments.pretrain import hub
+
+    if not hub.is_data_set(name) and not exists(Path(name), f"--data {name}"):
+        raise UsageError(
+            f"--data {name}: there is no such file or folder, and no data set of this name"
+            f"{suggestion(name, hub.NAMES)} (hf:OWNER/NAME is one of the Hugging Face hub)"
+        )
 
 
 def check_weights(config: Config) -> None:

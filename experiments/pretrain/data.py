@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from experiments.pretrain import hub
-from experiments.pretrain.config import Config
-from experiments.run.errors import UsageError, suggestion
+from experiments.pretrain.config import Config, check_data
+from experiments.run.errors import UsageError
 from experiments.run.text import documents, split
 
 
@@ -41,11 +41,8 @@ def load(config: Config, source: hub.Hub | None = None) -> Text:
     if name is not None and hub.is_data_set(name):
         train, held_out = hub.fetch(name, config.data_bytes, source)
     else:
-        if name is not None and not Path(name).exists():
-            raise UsageError(
-                f"--data {name}: there is no such file or folder, and no data set of this name"
-                f"{suggestion(name, hub.NAMES)} (hf:OWNER/NAME is one of the Hugging Face hub)"
-            )
+        if name is not None:
+            check_data(name)
         path = None if name is None else Path(name)
         parts = split(documents(path, sources=True), config.held_out)
         # In the order of a hash, the first bytes are a fair sample of what is held out.

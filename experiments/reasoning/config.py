@@ -157,6 +157,7 @@ class Config(RunSettings):
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""
         super().check()
+        self.optimizer.check()
         target_is_share(self, "a share of questions")
         answers = self.prompts * self.grpo.group
         if self.grpo.micro_batch is not None and answers % self.grpo.micro_batch:
@@ -192,6 +193,28 @@ class Config(RunSettings):
         self.settled()
         if self.chat_arguments() and not self.chat:
             raise UsageError(f"--chat-settings {self.chat_settings!r}: they are those of --chat")
+
+    def check_places(self) -> None:
+        """Raises UsageError for the first file, folder or name outside the settings that is not there."""
+        super().check_places()
+        # They import nothing heavy, but more than the settings.
+        from experiments.models.names import check_model
+        from experiments.reasoning import rewards, tasks
+        from experiments.run.drivers import check_run, read_settings
+
+        if self.start is None:
+            check_model(self.model)
+        else:
+            try:
+                check_run(self.start)
+                other = read_settings(self.start)[0].name
+            except UsageError as error:
+                raise UsageError(f"--start: {error}") from error
+            if other != self.driver:
+                raise UsageError(f"--start {self.start}: that run is of another driver")
+        tasks.check(self.task, **self.task_arguments())
+        if self.rewards.reward is not None:
+            rewards.check(self.rewards.reward)
 
     def on_one_device(self) -> "Config":
         """The same by one process on one device."""
@@ -246,11 +269,20 @@ class Config(RunSettings):
 
 def _object(name: str, text: str, example: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except ValueError as error:
+        found = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{flag(name)} {text!r} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise UsageError(f"{flag(name)} {text!r}: an object such as '{example}' is right")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; the second of two values of a name would replace the first silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} is there twice")
     return found
 
 

@@ -17,6 +17,7 @@ from experiments.reasoning.arithmetic import ExpressionError, evaluate, numbers_
 from experiments.reasoning.reward_values import Reward, Weighted, weighted
 from experiments.run import own_code
 from experiments.run.errors import UsageError, suggestion
+from experiments.run.fields import MOST_NUMBER
 
 
 def exact(completions: list[str], answers: list[str], **_: Any) -> list[float]:
@@ -149,17 +150,41 @@ def named(text: str, where: str = "--reward") -> Weighted:
         >>> named("exact,format=0.5")(["<answer>4</answer>", "4"], ["4", "4"])
         [1.5, 1.0]
     """
-    parts = {}
+    weights = check(text, where)
+    return weighted({name: (load(name, where), weight) for name, weight in weights.items()})
+
+
+def check(text: str, where: str = "--reward") -> dict[str, float]:
+    """The weights of rewards by their names, without importing a user's own.
+
+    Args:
+        text: as in :func:`named`.
+        where: as in :func:`named`.
+
+    Raises:
+        UsageError: for a reward that is not there, is there twice, or has a weight that is no number.
+
+    Example:
+        >>> check("exact,format=0.5")
+        {'exact': 1.0, 'format': 0.5}
+    """
+    weights: dict[str, float] = {}
     for name, weight in _terms(text):
+        if own_code.is_own(name):
+            own_code.check(name, f"{where} {name}")
+        elif name not in REWARDS:
+            raise _unknown(name)
+        if name in weights:
+            raise UsageError(f"{where} {text}: {name} is there twice")
         try:
-            parts[name] = load(name, where), float(weight or 1)
-        except UsageError:
-            raise
+            weights[name] = float(weight or 1)
         except ValueError as error:
             raise UsageError(
                 f"{where} {text}: {weight!r} is no weight; name=0.5 is right"
             ) from error
-    return weighted(parts)
+        if not abs(weights[name]) <= MOST_NUMBER:
+            raise UsageError(f"{where} {text}: {weight!r} is no weight; name=0.5 is right")
+    return weights
 
 
 def load(name: str, where: str = "--reward") -> Reward:
@@ -185,7 +210,11 @@ def load(name: str, where: str = "--reward") -> Reward:
         return REWARDS[name]
     if own_code.is_own(name):
         return own_code.load(name, f"{where} {name}")
-    raise UsageError(
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> UsageError:
+    return UsageError(
         f"there is no reward {name!r}; choose one of {', '.join(REWARDS)}, or name your own "
         f"as module:function or file.py:function{suggestion(name, REWARDS)}"
     )

@@ -149,6 +149,7 @@ class Config(RunSettings):
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""
         super().check()
+        self.optimizer.check(scheduled=self.algorithm == "ppo" and self.ppo.anneal)
         if self.perturb != "weights":
             self._check_nodes()
         batch = self.ppo.environments * self.ppo.steps
@@ -173,6 +174,13 @@ class Config(RunSettings):
                 f"--perturb {self.perturb}: episodes are played twice, by a JAX program, but {outside}; "
                 "choose weights"
             )
+
+    def check_places(self) -> None:
+        """Raises UsageError for the first file, folder or name outside the settings that is not there."""
+        super().check_places()
+        from experiments.rl import names
+
+        names.check(self.env)
 
     def _check_nodes(self) -> None:
         """Raises UsageError for the first setting that does not go with noise on outputs."""

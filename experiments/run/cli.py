@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from experiments.run import stopping
 from experiments.run.errors import RUN_ME_AGAIN, Interrupted, RunError, UsageError, suggestion
+from experiments.run.fields import flag, places, value_at
 
 STARTED = time.perf_counter()
 Settings = TypeVar("Settings")
@@ -63,14 +64,14 @@ def _run(name: str, args: Sequence[str]) -> int:
             raise UsageError(f"there is no command {name!r}{suggestion(name, COMMANDS)}")
         return COMMANDS[name].run(args)
     except UsageError as error:
-        return _fail(name, "\n".join([str(error), *notes(error)]))
+        return _fail(name, _sentences(error))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("eggroll", "experiments"):
             raise
         need = f"the package {error.name!r} is missing: pip install 'eggroll-jax[rl,supervised,reasoning]'"
         return _fail(name, need)
     except RunError as error:
-        _fail(name, "\n".join([str(error), *notes(error)]))
+        _fail(name, _sentences(error))
         return 1
     except Interrupted as stop:
         # Something that failed on the way out, and so is not saved.
@@ -83,6 +84,11 @@ def _run(name: str, args: Sequence[str]) -> int:
         for note in notes(error):
             _fail(name, note)
         return stopping.INTERRUPTED
+
+
+def _sentences(error: BaseException) -> str:
+    """An error and its notes, each on a line."""
+    return "\n".join(one.replace("\n", "\\n") for one in (str(error), *notes(error)))
 
 
 def notes(error: BaseException) -> list[str]:
@@ -121,13 +127,30 @@ def parse(
 
     words = [word for arg in args for word in arg.split("=", 1)]
     default = next(iter(presets.values()))
-    if "--preset" in words[:-1]:
-        name = words[words.index("--preset") + 1]
+    at = [number for number, word in enumerate(words[:-1]) if word == "--preset"]
+    if at:
+        # The last one counts, as that of any flag.
+        name = words[at[-1] + 1]
         if name not in presets:
             known = suggestion(name, presets) or f"; there are {', '.join(presets)}"
             raise UsageError(f"--preset {name}: there is no such preset{known}")
         default = presets[name]
-    return tyro.cli(kind, prog=prog, default=default, args=args)
+    return _with_paths(tyro.cli(kind, prog=prog, default=default, args=args), args)
+
+
+def _with_paths(settings: Settings, args: Sequence[str]) -> Settings:
+    """The settings as they are.
+
+    Raises:
+        UsageError: for a path that was given as nothing, which Python takes for the current folder.
+    """
+    words = [arg.rpartition("=")[2] for arg in args]
+    if "" in words and not any(word and Path(word) == Path() for word in words):
+        for name, place in places(type(settings)).items():
+            value = value_at(settings, place)
+            if Path() in (value if isinstance(value, tuple) else (value,)):
+                raise UsageError(f"{flag(name)}: a path must not be empty")
+    return settings
 
 
 def _train(name: str, args: Sequence[str]) -> int:
@@ -137,6 +160,7 @@ def _train(name: str, args: Sequence[str]) -> int:
     driver = find_driver(name)
     config = parse(driver.config, driver.presets, args, f"eggroll {name}").settled()
     config.check()
+    config.check_places()
 
     from experiments.run import hosts
 
@@ -242,11 +266,13 @@ def _plain_cli(kind: type[Settings], args: Sequence[str], prog: str) -> Settings
     """Settings without presets."""
     import tyro
 
-    return tyro.cli(kind, prog=prog, args=args)
+    return _with_paths(tyro.cli(kind, prog=prog, args=args), args)
 
 
 def _fail(command: str, sentence: str) -> int:
-    print(f"eggroll {command}: {sentence}", file=sys.stderr)
+    # What was typed may hold anything that a terminal would act on; notes are lines of their own.
+    shown = (one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in sentence)
+    print(f"eggroll {command}: {''.join(shown)}", file=sys.stderr)
     return 2
 
 

@@ -1,7 +1,6 @@
 """What is done with a run that is there: it is read, evaluated, sampled, exported."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,13 @@ from tyro.conf import Positional
 
 from experiments.run.drivers import find_driver, read_settings
 from experiments.run.errors import UsageError
-from experiments.run.fields import changed
+from experiments.run.fields import changed, check_ranges, count, from_zero
 from experiments.run.folder import read_config
+from experiments.run.paths import check_writable
+from experiments.run.settings import SEED, RunSettings
 
 if TYPE_CHECKING:
+    from experiments.run.driver import Driver
     from experiments.run.trainer import Carry, Trainer
 
 
@@ -24,9 +26,9 @@ class EvalSettings:
 
     run: Positional[Path]
     """The run folder."""
-    episodes: int = 256
+    episodes: int = count(256)
     """Episodes to play (reinforcement learning)."""
-    seed: int = 0
+    seed: int = count(0, least=0, most=SEED)
     """Decides the episodes."""
     render: bool = False
     """Also draw an episode, as episode.gif in the run folder (reinforcement learning)."""
@@ -51,13 +53,13 @@ class SampleSettings:
     """The run folder, or a folder with a model."""
     prompt: tuple[str, ...] = ("",)
     """What the model goes on from; several texts are answered one after another."""
-    length: int | None = None
+    length: int | None = count(None)
     """Tokens (bytes, for those that read bytes) of an answer at most; by default as in training."""
-    temperature: float = 1.0
+    temperature: float = from_zero(1.0)
     """Of sampling; 0 takes the likeliest token."""
     chat: bool = False
     """Ask in the chat template of a folder with a model; that of a run is asked as it was in training."""
-    seed: int = 0
+    seed: int = count(0, least=0, most=SEED)
     """Decides what is drawn."""
 
 
@@ -80,6 +82,8 @@ def read_run(path: Path, on_host: bool = False) -> Iterator[Found]:
     Raises:
         UsageError: if the folder holds no run, or no checkpoint that can be read.
     """
+    check_run(path)
+
     from experiments.run.checkpoints import Checkpoints
 
     with trainer_of(path) as trainer:
@@ -96,6 +100,20 @@ def trainer_of(path: Path) -> "Trainer[Any]":
     Raises:
         UsageError: if the folder holds no run.
     """
+    driver, config = _to_read(path)
+    return driver.load()(config)
+
+
+def check_run(path: Path) -> None:
+    """Raises UsageError where a folder holds no run with a checkpoint; nothing heavy is imported."""
+    _to_read(path)
+    folder = path / "checkpoints"
+    if not folder.is_dir() or not any(one.name.isdecimal() for one in folder.iterdir()):
+        raise UsageError(f"{path} has no checkpoint yet")
+
+
+def _to_read(path: Path) -> tuple["Driver", RunSettings]:
+    """The driver of a run, and its settings as those of one that is read."""
     driver, config = read_settings(path)
     try:
         # The folder may have been moved, and what is in it is to be read, not replaced.
@@ -103,18 +121,19 @@ def trainer_of(path: Path) -> "Trainer[Any]":
         config.check()
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
-    return driver.load()(config)
+    return driver, config
 
 
 def evaluate(settings: EvalSettings) -> str:
     """A table of what the run's newest state scores, in words."""
+    check_ranges(settings)
+    check_run(settings.run)
+
     import numpy as np
 
     from experiments.run.trainer import Films
 
     film = ""
-    if settings.episodes < 1:
-        raise UsageError(f"--episodes {settings.episodes}: choose a whole number of at least 1")
     with read_run(settings.run) as run:
         if settings.render and not isinstance(run.trainer, Films):
             raise UsageError(f"--render: {settings.run} is a run without episodes")
@@ -136,15 +155,16 @@ def sample(settings: SampleSettings) -> str:
     Raises:
         UsageError: where there is no language model in the folder, or a setting cannot be right.
     """
-    if settings.length is not None and settings.length < 1:
-        raise UsageError(f"--length {settings.length}: choose a whole number of at least 1")
-    if not (math.isfinite(settings.temperature) and settings.temperature >= 0):
-        raise UsageError(f"--temperature {settings.temperature}: choose 0 or a positive number")
+    check_ranges(settings)
+    of_run = "driver" in read_config(settings.run)
+    if of_run:
+        check_run(settings.run)
+
     from experiments.run.trainer import LanguageTrainer
 
     with contextlib.ExitStack() as stack:
         state = None
-        if "driver" in read_config(settings.run):
+        if of_run:
             trainer, _, state = stack.enter_context(read_run(settings.run))
         else:
             trainer = stack.enter_context(_of_model(settings))
@@ -169,5 +189,8 @@ def _of_model(settings: SampleSettings) -> "Trainer[Any]":
 
 def export(settings: ExportSettings) -> str:
     """Writes the file and says what is in it."""
+    check_ranges(settings)
+    if settings.to is not None:
+        check_writable(settings.to.parent, f"--to {settings.to}")
     with read_run(settings.run, on_host=True) as run:
         return run.trainer.export(run.state, settings.to)

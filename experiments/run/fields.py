@@ -23,6 +23,8 @@ from experiments.run.errors import UsageError, suggestion
 Settings = TypeVar("Settings")
 # Whole numbers fit 32 bits, and no setting that is a length, a rate or a weight has use for more than this.
 MOST_COUNT, MOST_NUMBER = 2**31 - 1, 1e9
+# Positive numbers, and their squares, are above 0 in float32.
+LEAST_NUMBER = 1e-18
 
 
 class Role(enum.Enum):
@@ -65,7 +67,9 @@ class Range(NamedTuple):
                 f"members come in opposite pairs, so choose an even number of at least {self.low:g}"
             )
         if low and math.isfinite(value) and not high and not self._narrow:
-            return f"choose at most {self.high:g}"
+            return f"choose at most {self.high if self.whole else format(self.high, 'g')}"
+        if low and high and self.low == 0 and self.open_low and value < LEAST_NUMBER:
+            return f"choose at least {LEAST_NUMBER:g}"
         return None if low and high else f"choose {self.words}"
 
     @property
@@ -77,9 +81,7 @@ class Range(NamedTuple):
         """The values in words."""
         if self.whole:
             ends = (
-                f"from {self.low:g} to {self.high:g}"
-                if self._narrow
-                else f"of at least {self.low:g}"
+                f"from {self.low} to {self.high}" if self._narrow else f"of at least {self.low:g}"
             )
             return f"a whole number {ends}"
         if not self._narrow and self.low == 0:
@@ -263,13 +265,29 @@ def _put(settings: Settings, path: tuple[str, ...], value: Any) -> Settings:
 
 
 def check_ranges(settings: object) -> None:
-    """Raises UsageError for the first number that is out of its field's range."""
+    """Raises UsageError for the first number that is out of its field's range, or text that is none."""
     for name, place in places(type(settings)).items():
         value = value_at(settings, place)
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, str | Path) and not is_text(str(one)):
+                raise UsageError(f"{flag(name)} {str(one)!r}: must be text in UTF-8 without NUL")
         if place.range is None or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if problem := place.range.problem(value):
             raise UsageError(f"{flag(name)} {value}: {problem}")
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written to a file, and name one.
+
+    Example:
+        >>> is_text("runs/größer"), is_text("a\\0b"), is_text("\\udcff")
+        (True, False, False)
+    """
+    try:
+        return b"\0" not in value.encode()
+    except UnicodeEncodeError:  # bytes of a command line that were none of UTF-8
+        return False
 
 
 def flag(name: str) -> str:

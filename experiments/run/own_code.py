@@ -5,6 +5,7 @@ rewards, is sent the text (:func:`sources`, :func:`adopt`), so that all of a run
 somebody edits the file meanwhile. Nothing here imports anything heavy.
 """
 
+import ast
 import hashlib
 import importlib
 import importlib.abc
@@ -14,11 +15,12 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
 from experiments.run.errors import UsageError, suggestion
 
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 # Files whose modules this process has run, by the name of the module.
 _LOADED: dict[str, "Source"] = {}
 
@@ -73,11 +75,7 @@ def load(place: str, subject: str) -> Callable[..., Any]:
         experiments.run.errors.UsageError: --reward operator:concatt: operator has no function 'concatt'; did
         you mean 'concat' ...
     """
-    where, _, name = place.rpartition(":")
-    if not where or not name.isidentifier():
-        file = place.rpartition(":")[0] or place
-        example = f"{file.rstrip(':')}:NAME" if file.endswith(".py") else "my_file.py:NAME"
-        raise UsageError(f"{subject}: must name a function in a file, as {example} does")
+    where, name = _parts(place, subject)
     module = _run_file(Path(where), subject) if where.endswith(".py") else _import(where, subject)
     if not hasattr(module, name):
         near = [k for k, value in vars(module).items() if callable(value) and k[0] != "_"]
@@ -86,6 +84,40 @@ def load(place: str, subject: str) -> Callable[..., Any]:
     if not callable(found):
         raise UsageError(f"{subject}: {name} in {where} must be a function, got {_shown(found)}")
     return found
+
+
+def check(place: str, subject: str) -> None:
+    """Raises UsageError for what is wrong with a place as far as that is seen without running its code.
+
+    Args:
+        place: as in :func:`load`.
+        subject: as in :func:`load`.
+
+    Example:
+        >>> check("there_is_none.py:make", "--task there_is_none.py:make")
+        Traceback (most recent call last):
+        experiments.run.errors.UsageError: --task there_is_none.py:make: there is no file ...there_is_none.py
+    """
+    where, name = _parts(place, subject)
+    if not where.endswith(".py"):
+        return
+    source = _read(Path(where), subject)
+    _compiled(source, subject)
+    # Whatever binds it has its name in it, but for an import of all names.
+    if b"import *" not in source.content and name.encode() not in source.content:
+        defined = [one.name for one in ast.parse(source.content).body if isinstance(one, FUNCTIONS)]
+        near = suggestion(name, [one for one in defined if one[0] != "_"])
+        raise UsageError(f"{subject}: {where} has no function {name!r}{near}")
+
+
+def _parts(place: str, subject: str) -> tuple[str, str]:
+    """The file or module of a place, and the name in it."""
+    where, _, name = place.rpartition(":")
+    if not where or not name.isidentifier():
+        file = place.rpartition(":")[0] or place
+        example = f"{file.rstrip(':')}:NAME" if file.endswith(".py") else "my_file.py:NAME"
+        raise UsageError(f"{subject}: must name a function in a file, as {example} does")
+    return where, name
 
 
 def call(function: Callable[..., Any], subject: str, *args: Any, **settings: Any) -> Any:
@@ -160,26 +192,38 @@ class _Adopted(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def _run_file(path: Path, subject: str) -> ModuleType:
+    return _run(_read(path, subject), subject)
+
+
+def _read(path: Path, subject: str) -> Source:
     path = path.absolute()
     try:
-        source = Source(path, path.read_bytes())
+        return Source(path, path.read_bytes())
     except FileNotFoundError as error:
         raise UsageError(f"{subject}: there is no file {path}") from error
     except OSError as error:
         raise UsageError(f"{subject}: {path} cannot be read: {error.strerror}") from error
-    return _run(source, subject)
+
+
+def _compiled(source: Source, subject: str) -> CodeType:
+    try:
+        return compile(source.content, str(source.path), "exec")
+    # A NUL in the file is a ValueError before Python 3.12.
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(f"{subject}: {_told(error, str(source.path))}") from error
 
 
 def _run(source: Source, subject: str) -> ModuleType:
     name = source.module
     if name in _LOADED:
         return sys.modules[name]
+    code = _compiled(source, subject)
     module = ModuleType(name)
     module.__file__ = str(source.path)
     # Before it runs: dataclasses look their module up.
     sys.modules[name] = module
     try:
-        exec(compile(source.content, str(source.path), "exec"), vars(module))
+        exec(code, vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UsageError(f"{subject}: {_told(error, str(source.path))}") from error

@@ -40,6 +40,7 @@ from experiments.run.compared import (
     target_of,
 )
 from experiments.run.errors import UsageError
+from experiments.run.fields import check_ranges
 from experiments.run.folder import full_disk_in_one_sentence, read_config, write_whole
 from experiments.run.metrics import read_metrics
 from experiments.run.page import Details, Point, Series, as_html
@@ -84,6 +85,7 @@ def report(settings: Settings) -> list[Path]:
     Raises:
         UsageError: for a folder that holds no run, or a metric that a run does not have.
     """
+    check_ranges(settings)
     if not settings.runs:
         raise UsageError("name at least one run folder")
     if settings.names and len(settings.names) != len(settings.runs):

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.run.errors import RunError
 from experiments.run.folder import full_disk_in_one_sentence, write_whole
-from experiments.run.trainer import Carry, LanguageTrainer, Trainer
+
+if TYPE_CHECKING:
+    from experiments.run.trainer import Carry, Trainer
 
 
 class Samples:
@@ -18,11 +20,14 @@ class Samples:
         path: the file.
     """
 
-    def __init__(self, trainer: Trainer[Any], path: Path) -> None:
+    def __init__(self, trainer: "Trainer[Any]", path: Path) -> None:
+        # Reports read samples.txt without it, and without JAX.
+        from experiments.run.trainer import LanguageTrainer
+
         self._trainer = trainer if isinstance(trainer, LanguageTrainer) else None
         self._path = path
 
-    def add(self, generation: int, state: Carry, last: bool = False) -> None:
+    def add(self, generation: int, state: "Carry", last: bool = False) -> None:
         """Adds a sample, if one is due."""
         if self._trainer is None:
             return

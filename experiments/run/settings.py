@@ -22,8 +22,12 @@ from experiments.run.fields import (
     to_json,
     within,
 )
+from experiments.run.optimizers import check_optimizer
+from experiments.run.paths import check_writable
 
 Own = TypeVar("Own", bound="RunSettings")
+# The largest seed: two more, and it is no whole number of 32 bits.
+SEED = 2**31 - 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,14 @@ class Optimizer:
     learning_rate_decay: float = share(1.0, number=True)
     """Factor on the learning rate after every generation."""
 
+    def check(self, scheduled: bool = False) -> None:
+        """Raises UsageError for an optimizer that no driver can use.
+
+        Args:
+            scheduled: whether the learning rate changes for another reason than its decay.
+        """
+        check_optimizer(self.name, scheduled or self.learning_rate_decay != 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
@@ -83,7 +95,7 @@ class RunSettings:
 
     run_dir: Path = setting(role=Role.FREE)
     """Folder for all that the run leaves behind; the same command again continues it."""
-    seed: int = count(0, least=0, most=2**31 - 2, number=True)
+    seed: int = count(0, least=0, most=SEED, number=True)
     """Decides everything random."""
     generations: int | None = count(None, role=Role.FREE)
     """Train for exactly this many generations; switches early stopping off."""
@@ -131,6 +143,15 @@ class RunSettings:
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right; subclasses go on from here."""
         check_ranges(self)
+
+    def check_places(self) -> None:
+        """Raises UsageError for the first file, folder or name outside the settings that is not there.
+
+        Like :meth:`check` it imports nothing heavy. It is asked where a run is to start, not where a sweep
+        for other machines is planned.
+        """
+        if not self.cluster.coordinator:
+            check_writable(self.run_dir, f"--run-dir {self.run_dir}")
 
 
 def program_of(settings: RunSettings) -> str | None:

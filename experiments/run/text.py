@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.run.errors import UsageError
+from experiments.run.paths import check_there
 
 # Folders of the standard library that are not sources of it: other people's packages, and tests.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "pydoc_data", "__pycache__"}
@@ -35,9 +36,8 @@ def documents(path: Path | None, sources: bool = False) -> list[bytes]:
         if sources:
             library = Path(sysconfig.get_path("stdlib"))
             found += [file.read_bytes() for file in _files(library, ".py", LEFT_OUT)]
-    elif not path.exists():
-        raise UsageError(f"--data {path}: there is no such file or folder")
     else:
+        check_there(path, f"--data {path}")
         files = _files(path, "", set()) if path.is_dir() else [path]
         try:
             found = [file.read_bytes() for file in files]

@@ -63,9 +63,18 @@ class Config(RunSettings):
     def check(self) -> None:
         """Raises UsageError for the first setting that cannot be right."""
         super().check()
+        self.optimizer.check()
         target_is_share(self, "an accuracy")
         if self.perturb == "nodes":
             self._check_nodes()
+
+    def check_places(self) -> None:
+        """Raises UsageError for the first file, folder or name outside the settings that is not there."""
+        super().check_places()
+        if self.data is not None:
+            from experiments.supervised.data import check_files
+
+            check_files(self.data)
 
     def _check_nodes(self) -> None:
         """Raises UsageError for the first setting that node noise has no use for."""

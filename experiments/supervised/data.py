@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from experiments.run.errors import UsageError
+from experiments.run.paths import check_there, exists
 
 # Of scikit-learn's 1797 digits so many are held out; MNIST's format says for itself.
 HELD_OUT = 360
@@ -69,21 +70,36 @@ def digits() -> tuple[np.ndarray, ...]:
     return images[train], labels[train], images[test], labels[test]
 
 
+def check_files(folder: Path) -> None:
+    """Raises UsageError for the first of the four files that is not in a folder."""
+    check_there(folder, f"--data {folder}")
+    for name in FILES:
+        file_of(folder, name)
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """A file as it is, or with .gz behind its name.
+
+    Raises:
+        UsageError: where there is neither.
+    """
+    for path in (folder / name, folder / (name + ".gz")):
+        if exists(path, f"--data {folder}"):
+            return path
+    raise UsageError(f"--data {folder}: there is neither {name} nor {name}.gz")
+
+
 def read_idx(folder: Path, name: str) -> np.ndarray:
     """An array of bytes in the IDX format, as it is or with .gz behind its name.
 
     Raises:
         UsageError: if it is missing, cut short, or no such file.
     """
-    path = folder / name
-    if not path.exists():
-        path = folder / (name + ".gz")
+    path = file_of(folder, name)
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-    except FileNotFoundError as error:
-        raise UsageError(f"--data {folder}: there is neither {name} nor {name}.gz") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"--data: {path} cannot be read: {error}") from error
     axes = 3 if "idx3" in name else 1

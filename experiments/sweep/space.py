@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.run.errors import suggestion
+from experiments.run.fields import Range
 from experiments.sweep.fields import fit, whole
 
 KINDS = ("grid", "choice", "uniform", "log-uniform")
@@ -55,8 +56,14 @@ class Axis(NamedTuple):
         return min(max(x, low), high)
 
 
-def read_axis(field: str, found: Any, hint: Any) -> Axis:
+def read_axis(field: str, found: Any, hint: Any, bounds: Range | None = None) -> Axis:
     """An axis from the file: a list is a grid, otherwise one of the kinds with its values.
+
+    Args:
+        field: its name.
+        found: what the file has.
+        hint: the type of the setting.
+        bounds: of its numbers.
 
     Raises:
         ValueError: saying what is wrong and what would be right.
@@ -82,10 +89,12 @@ def read_axis(field: str, found: Any, hint: Any) -> Axis:
         if kind == "grid" and twice:
             raise ValueError(f"{kind}: {twice[0]!r} is there twice: choose different values")
         return Axis(field, kind, tuple(fitted))
-    return Axis(field, kind, *_range(kind, values, hint))
+    return Axis(field, kind, *_range(kind, values, hint, bounds))
 
 
-def _range(kind: str, values: Sequence[Any], hint: Any) -> tuple[tuple[Any, Any], bool]:
+def _range(
+    kind: str, values: Sequence[Any], hint: Any, bounds: Range | None
+) -> tuple[tuple[Any, Any], bool]:
     of_whole = whole(hint)
     if of_whole is None:
         raise ValueError(f"{kind}: this setting has no numbers: choose grid or choice")
@@ -96,6 +105,9 @@ def _range(kind: str, values: Sequence[Any], hint: Any) -> tuple[tuple[Any, Any]
         raise ValueError(f"{kind}: {list(values)!r}: {right}") from error
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"{kind}: {list(values)!r}: {right}")
+    for end in (low, high) if bounds is not None and kind == "uniform" else ():
+        if problem := bounds._replace(even=False).problem(end):
+            raise ValueError(f"{kind}: {list(values)!r}: {problem}")
     if kind == "log-uniform" and low <= 0:
         raise ValueError(f"{kind}: {list(values)!r}: a logarithm needs both above 0")
     return (low, high), of_whole

@@ -1,5 +1,6 @@
 """The file of a sweep, read and checked; every mistake is one sentence that names file, field and value."""
 
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +10,16 @@ from typing import Any, NamedTuple
 from experiments.run.driver import Driver
 from experiments.run.drivers import FOLDERS, find_driver
 from experiments.run.errors import UsageError, suggestion
-from experiments.run.fields import changed, places
+from experiments.run.fields import MOST_COUNT, Place, Range, changed, count, is_text, places
+from experiments.run.settings import SEED
 from experiments.sweep.fields import find, fit
 from experiments.sweep.space import Axis, read_axis
 
 GOALS = {"maximise": True, "minimise": False}
 # The sweep decides these itself.
 OWN = {"run_dir": "out", "preset": "preset", "seed": "seeds"}
+# A sweep's runs are all planned before the first begins; of more than these the plan takes minutes.
+MOST_RUNS = 100_000
 # A run of a sweep is one process.
 NEVER = ("overwrite", "accept_changes", "coordinator", "processes", "process", "lost_seconds")
 EXECUTORS = ("processes", "slurm", "gke")
@@ -38,9 +42,9 @@ class Executor:
 
     kind: str = "processes"
     """processes (on this machine), slurm or gke (scripts are written)."""
-    at_once: int = 2
+    at_once: int = count(2)
     """Processes at a time."""
-    together: int = 8
+    together: int = count(8)
     """Runs in one program at most, where the driver can."""
     command: tuple[str, ...] = ("eggroll",)
     """slurm, gke: what the command line is called there."""
@@ -142,6 +146,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is not a text in UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        # A date that there is not, a number of too many digits, lists within lists without end.
+        raise UsageError(f"{file} is not YAML that can be used: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -166,19 +173,29 @@ class _Reader:
     def spec(self) -> Spec:
         self.names("", self.content, KEYS)
         driver = self.driver()
-        known = {n: at.hint for n, at in places(driver.config).items() if n not in NEVER}
+        known = {n: at for n, at in places(driver.config).items() if n not in NEVER}
         base = self.base(driver, known)
         axes = self.axes(known)
         metric, maximise = self.metric(driver)
-        samples = self.count("samples", 1)
+        samples, seeds = self.count("samples", 1), self.seeds()
+        self.runs(axes, samples, len(seeds))
         if "samples" in self.content and all(axis.kind == "grid" for axis in axes):
             raise self.wrong("samples", f"{samples}: nothing in the space is drawn; leave it out")
         halving = self.halving(base, axes)
         return Spec(
-            self.file, driver.name, base, axes, samples, self.seeds(),
+            self.file, driver.name, base, axes, samples, seeds,
             self.count("sweep_seed", 0, least=0), metric, maximise, self.out(), self.executor(),
             halving, self.count("top", 5),
         )  # fmt: skip
+
+    def runs(self, axes: tuple[Axis, ...], samples: int, seeds: int) -> None:
+        """Refuses a sweep of more runs than can be planned."""
+        points = math.prod(len(axis.values) for axis in axes if axis.kind == "grid")
+        if any(axis.kind != "grid" for axis in axes):
+            points *= samples
+        if points * seeds > MOST_RUNS:
+            many = f"{points:,} settings with {seeds:,} seeds each are {points * seeds:,} runs"
+            raise UsageError(f"{self.file}: {many}; choose at most {MOST_RUNS:,} in all")
 
     def names(self, prefix: str, found: Mapping[str, Any], known: Any) -> None:
         for name in found:
@@ -193,7 +210,7 @@ class _Reader:
             raise self.wrong("driver", f"{found!r} is no driver{near}")
         return find_driver(found)
 
-    def base(self, driver: Driver, known: Mapping[str, Any]) -> Any:
+    def base(self, driver: Driver, known: Mapping[str, Place]) -> Any:
         presets = driver.presets
         preset = self.content.get("preset", next(iter(presets)))
         if not isinstance(preset, str) or preset not in presets:
@@ -205,13 +222,13 @@ class _Reader:
             base = self.put(base, field, value, known, f"fixed.{name}")
         return base
 
-    def put(self, base: Any, field: str, value: Any, known: Mapping[str, Any], where: str) -> Any:
+    def put(self, base: Any, field: str, value: Any, known: Mapping[str, Place], where: str) -> Any:
         try:
-            return changed(base, {field: fit(value, known[field])})
+            return changed(base, {field: fit(value, known[field].hint)})
         except ValueError as error:
             raise self.wrong(where, f"{value!r}: {error}") from error
 
-    def field(self, where: str, name: object, known: Mapping[str, Any]) -> str:
+    def field(self, where: str, name: object, known: Mapping[str, Place]) -> str:
         try:
             field = find(name, known)
         except ValueError as error:
@@ -220,7 +237,7 @@ class _Reader:
             raise self.wrong(f"{where}.{name}", f"the sweep sets it: use {OWN[field]} of the sweep")
         return field
 
-    def axes(self, known: Mapping[str, Any]) -> tuple[Axis, ...]:
+    def axes(self, known: Mapping[str, Place]) -> tuple[Axis, ...]:
         space, fixed = self.mapping("space"), self.mapping("fixed")
         axes: list[Axis] = []
         for name, found in space.items():
@@ -230,7 +247,7 @@ class _Reader:
             if field in {axis.field for axis in axes}:
                 raise self.wrong(f"space.{name}", "it is there twice, once with - and once with _")
             try:
-                axes.append(read_axis(field, found, known[field]))
+                axes.append(read_axis(field, found, known[field].hint, known[field].range))
             except ValueError as error:
                 raise self.wrong(f"space.{name}", error) from error
         return tuple(axes)
@@ -244,25 +261,33 @@ class _Reader:
         return found
 
     def count(
-        self, name: str, default: int, least: int = 1, of: Any = None, prefix: str = ""
+        self,
+        name: str,
+        default: int,
+        least: int = 1,
+        of: Any = None,
+        prefix: str = "",
+        most: int = MOST_COUNT,
     ) -> int:
         found = (self.content if of is None else of).get(name, default)
-        if not isinstance(found, int) or isinstance(found, bool) or found < least:
-            right = f"choose a whole number of at least {least}"
-            raise self.wrong(prefix + name, f"{found!r}: {right}")
-        return found
+        right = Range(least, most, whole=True)
+        number = isinstance(found, int) and not isinstance(found, bool)
+        if problem := right.problem(found) if number else f"choose {right.words}":
+            raise self.wrong(prefix + name, f"{found!r}: {problem}")
+        return int(found)
 
     def seeds(self) -> tuple[int, ...]:
         found = self.content.get("seeds", 1)
         if isinstance(found, list):
-            fine = [
-                isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**31 for x in found
-            ]
+            fine = [type(x) is int and 0 <= x <= SEED for x in found]
             if not found or not all(fine) or len(set(found)) < len(found):
                 right = "choose different whole numbers from 0, or how many seeds from 0 on"
                 raise self.wrong("seeds", f"{found!r}: {right}")
             return tuple(found)
-        return tuple(range(self.count("seeds", 1)))
+        many = self.count("seeds", 1)
+        if many > MOST_RUNS:
+            raise self.wrong("seeds", f"{many}: choose at most {MOST_RUNS}")
+        return tuple(range(many))
 
     def metric(self, driver: Driver) -> tuple[str, bool]:
         found = self.content.get("metric", {})
@@ -288,7 +313,7 @@ class _Reader:
 
     def out(self) -> Path:
         found = self.content.get("out", f"runs/{self.file.stem}")
-        if not isinstance(found, str) or not found:
+        if not isinstance(found, str) or not found or not is_text(found):
             raise self.wrong("out", f"{found!r}: choose a folder")
         return Path(found)
 

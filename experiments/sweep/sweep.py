@@ -9,6 +9,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from experiments.run.errors import RUN_ME_AGAIN, Interrupted, InUse, UsageError
+from experiments.run.fields import check_ranges, count
 from experiments.run.folder import full_disk_in_one_sentence, held, write_whole
 from experiments.run.stopping import StopRequest, stop_requests
 from experiments.sweep.arrays import write_scripts
@@ -39,9 +40,9 @@ class SweepSettings:
     """Only print how far each run is."""
     resume: bool = False
     """Also try again what failed, from where it stands."""
-    index: int | None = None
+    index: int | None = count(None, least=0)
     """Train one job of the sweep in this process: a run, or several that are one program."""
-    rung: int | None = None
+    rung: int | None = count(None, least=0)
     """With --index and successive halving: the rung to train up to."""
 
 
@@ -52,6 +53,7 @@ def sweep(settings: SweepSettings, started: float) -> int:
         UsageError: for a file that cannot be right, or a folder that cannot be used.
         Interrupted: after SIGTERM or Ctrl-C, with everything saved.
     """
+    check_ranges(settings)
     if settings.index is None and settings.rung is not None:
         raise UsageError(f"--rung {settings.rung}: it goes with --index")
     if settings.status and (settings.index is not None or settings.resume):

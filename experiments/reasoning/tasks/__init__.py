@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.reasoning.tasks.files import jsonl
-from experiments.reasoning.tasks.gym import gym
+from experiments.reasoning.tasks.gym import check_name, gym
 from experiments.reasoning.tasks.home_made import HOME_MADE
 from experiments.reasoning.tasks.settings import check_settings
 from experiments.reasoning.tasks.task import Question, Task, checked, columns, split, with_fresh
 from experiments.run import own_code
+from experiments.run.errors import UsageError
+from experiments.run.paths import exists
 
-__all__ = ["Question", "Task", "columns", "files", "load", "split"]
+__all__ = ["Question", "Task", "check", "columns", "files", "load", "split"]
 
 
 def load(name: str, **settings: Any) -> Task:
@@ -41,14 +43,35 @@ def load(name: str, **settings: Any) -> Task:
         own = own_code.load(name, f"--task {name}")
         check_settings(own, settings, subject)
         return checked(own_code.call(own, f"--task {name}", **settings), f"--task {name}")
-    if name.endswith(".jsonl"):
-        make: Callable[..., Task] = functools.partial(jsonl, Path(name))
-    elif name in HOME_MADE:
-        make = HOME_MADE[name]
-    else:
-        make = functools.partial(gym, name)
+    make = _maker(name)
     check_settings(make, settings, subject)
     return with_fresh(make(**settings))
+
+
+def check(name: str, **settings: Any) -> None:
+    """Raises UsageError for what is wrong with a task as far as that is seen without making it.
+
+    Neither a user's code nor a package that takes time is imported.
+
+    Args:
+        name: as in :func:`load`.
+        **settings: as in :func:`load`.
+    """
+    if own_code.is_own(name):
+        own_code.check(name, f"--task {name}")
+        return
+    for file in files(name, settings):
+        if not exists(file, f"--task {name}"):
+            raise UsageError(f"--task {name}: there is no file {file}")
+    if not name.endswith(".jsonl") and name not in HOME_MADE:
+        check_name(name)
+    check_settings(_maker(name), settings, f"the task {name!r}")
+
+
+def _maker(name: str) -> Callable[..., Task]:
+    if name.endswith(".jsonl"):
+        return functools.partial(jsonl, Path(name))
+    return HOME_MADE[name] if name in HOME_MADE else functools.partial(gym, name)
 
 
 def files(name: str, settings: Mapping[str, Any]) -> list[Path]:

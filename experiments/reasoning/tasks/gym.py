@@ -1,9 +1,12 @@
 """Tasks of reasoning-gym, whose questions are made when they are asked for."""
 
 import functools
+import importlib.util
 import json
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.reasoning import rewards
@@ -26,6 +29,9 @@ RUN_ANSWERS = frozenset(
     {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion", "puzzle24", "composite"}
     | {"intermediate_integration", "polynomial_multiplication", "simple_integration"}
 )
+
+# How its source names a task.
+NAMED = re.compile(r'(?:DATASET_NAME *= *|register_dataset\(\s*)"(\w+)"')
 
 
 def gym(
@@ -115,6 +121,32 @@ class Generated(Sequence[Question]):
         )
 
 
+def check_name(name: str) -> None:
+    """Raises UsageError for a task that reasoning-gym does not have, or where it is not installed.
+
+    It is looked for in the source, as importing the package takes seconds.
+    """
+    spec = importlib.util.find_spec("reasoning_gym")
+    if spec is None or spec.origin is None:
+        raise _missing(name, "reasoning_gym")
+    files = Path(spec.origin).parent.rglob("*.py")
+    found = {one for file in files for one in NAMED.findall(file.read_text("utf-8"))}
+    if name not in found:
+        raise _unknown(name, found)
+
+
+def _missing(name: str, package: str | None) -> UsageError:
+    return UsageError(f"the task {name!r} needs the package {package!r}: pip install reasoning-gym")
+
+
+def _unknown(name: str, found: Iterable[str]) -> UsageError:
+    known = {*found, *HOME_MADE} - RUN_ANSWERS
+    return UsageError(
+        f"there is no task {name!r}; choose one of {', '.join(HOME_MADE)}, a task of reasoning-gym, "
+        f"or a file that ends with .jsonl{suggestion(name, known)}"
+    )
+
+
 def _made(
     name: str, settings: dict[str, Any], template: str, size: int, seed: int
 ) -> Callable[[int], tuple[str, Question | None]]:
@@ -123,15 +155,9 @@ def _made(
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ModuleNotFoundError as error:
-        raise UsageError(
-            f"the task {name!r} needs the package {error.name!r}: pip install reasoning-gym"
-        ) from error
+        raise _missing(name, error.name) from error
     if name not in DATASETS:
-        known = {*DATASETS, *HOME_MADE} - RUN_ANSWERS
-        raise UsageError(
-            f"there is no task {name!r}; choose one of {', '.join(HOME_MADE)}, a task of reasoning-gym, "
-            f"or a file that ends with .jsonl{suggestion(name, known)}"
-        )
+        raise _unknown(name, DATASETS)
     try:
         data = reasoning_gym.create_dataset(name, **settings, size=size, seed=seed)
     except (TypeError, ValueError, AssertionError) as error:

@@ -10,6 +10,9 @@ from experiments.run.errors import UsageError, suggestion
 # As it stands; a model that was trained on conversations needs its own form around it.
 TEMPLATE = "{question}\n"
 
+# Questions of a task that memory holds; no other setting has use for more.
+MOST = 10**7
+
 # What a setting may be, by the annotation of the argument.
 KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
@@ -34,12 +37,14 @@ def check_kind(place: str, value: Any, kind: Any) -> None:
 
 
 def check(template: str, **positive: int | None) -> None:
-    """Raises UsageError for a template without its place, or a number below 1."""
+    """Raises UsageError for a template without its place, or a number below 1 or that no memory holds."""
     if "{question}" not in template:
         raise UsageError(f"the template {template!r} has no {{question}} in it")
     for name, value in positive.items():
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}: choose a whole number of at least 1")
+        if value is not None and value > MOST:
+            raise UsageError(f"{name} is {value}: choose at most {MOST}")
 
 
 def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], subject: str) -> None:

@@ -5,14 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from experiments.optimizers.study import StudySettings
 from experiments.reasoning.config import PRESETS as REASONING
 from experiments.rl.config import PAPER_SEARCH_SPACE
 from experiments.rl.config import PRESETS as RL
-from experiments.run.drivers import find_driver
+from experiments.run import report
+from experiments.run.drivers import EvalSettings, ExportSettings, SampleSettings, find_driver
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed, differences, from_json, members, places, to_json
 from experiments.run.settings import RunSettings
 from experiments.supervised.config import PRESETS as SUPERVISED
+from experiments.sweep.spec import Executor
+from experiments.sweep.sweep import SweepSettings
 
 ALL = {**RL, **SUPERVISED}
 
@@ -95,6 +99,16 @@ def test_every_setting_says_what_it_may_be(name: str) -> None:
         assert config.preset == preset
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [EvalSettings, ExportSettings, SampleSettings, StudySettings, SweepSettings, Executor, report.Settings],
+)  # fmt: skip
+def test_every_number_of_the_other_commands_has_bounds(kind: type) -> None:
+    for flag, place in places(kind).items():
+        if {int, float} & set(members(place.hint)):
+            assert place.range is not None, f"{flag} has no bounds"
+
+
 def test_changed_goes_by_the_names_of_flags() -> None:
     config = changed(RL["cartpole"], {"ppo.steps": 8}, population=64, optimizer="sgd", width=4)
     assert (config.ppo.steps, config.evolution.population, config.width) == (8, 64, 4)
@@ -112,9 +126,10 @@ def test_changed_goes_by_the_names_of_flags() -> None:
             3,
             "--population 3: members come in opposite pairs, so choose an even number",
         ),
-        ("population", 2**31, "--population 2147483648: choose at most 2.14748e+09"),
+        ("population", 2**31, "--population 2147483648: choose at most 2147483647"),
         ("sigma", float("nan"), "--sigma nan: choose a positive number"),
         ("sigma", 1e10, r"--sigma 10000000000.0: choose at most 1e\+09"),
+        ("sigma", 1e-30, "--sigma 1e-30: choose at least 1e-18"),
         ("nodes.gamma", 1.5, "--nodes.gamma 1.5: choose a number from 0 to 1"),
         ("ppo.discount", 0.0, "--ppo.discount 0.0: choose a number above 0, up to 1"),
         ("ppo.entropy", -1.0, "--ppo.entropy -1.0: choose 0 or a positive number"),

@@ -1,0 +1,42 @@
+"""What names a model: a new one's family, a folder, or OWNER/NAME on the Hugging Face hub."""
+
+from pathlib import Path
+
+from experiments.models.config_json import read_json
+from experiments.run.errors import UsageError, suggestion
+from experiments.run.paths import exists
+
+
+def new_models() -> tuple[str, ...]:
+    """The families that have new models: each is a file of this folder.
+
+    Example:
+        >>> new_models()
+        ('rwkv7', 'transformer')
+    """
+    files = Path(__file__).parent.glob("*_family.py")
+    return tuple(sorted(file.name.removesuffix("_family.py") for file in files))
+
+
+def check_model(name: str) -> None:
+    """Raises UsageError for a name that is no model's, as far as that is seen without the hub."""
+    if name in new_models():
+        return
+    folder = Path(name)
+    if name and exists(folder, f"--model {name}") and folder.is_dir():
+        read_json(folder / "config.json")
+    elif not of_hub(name):
+        raise UsageError(
+            f"--model {name!r} is no folder, nor OWNER/NAME of the Hugging Face hub"
+            f"{suggestion(name, new_models())}"
+        )
+
+
+def of_hub(name: str) -> bool:
+    """Whether a name could be one of the Hugging Face hub.
+
+    Example:
+        >>> of_hub("Qwen/Qwen3-0.6B"), of_hub("qwen"), of_hub("../qwen")
+        (True, False, False)
+    """
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and name[-1] != "/"
