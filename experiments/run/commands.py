@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tyro.conf import Positional
 
-from experiments.run.drivers import find_driver, read_settings
+from experiments.run.drivers import check_run, find_driver, settings_to_read
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed, check_ranges, count, from_zero
 from experiments.run.folder import read_config
 from experiments.run.paths import check_writable
-from experiments.run.settings import SEED, RunSettings
+from experiments.run.settings import SEED
 
 if TYPE_CHECKING:
-    from experiments.run.driver import Driver
     from experiments.run.trainer import Carry, Trainer
 
 
@@ -100,28 +99,8 @@ def trainer_of(path: Path) -> "Trainer[Any]":
     Raises:
         UsageError: if the folder holds no run.
     """
-    driver, config = _to_read(path)
+    driver, config = settings_to_read(path)
     return driver.load()(config)
-
-
-def check_run(path: Path) -> None:
-    """Raises UsageError where a folder holds no run with a checkpoint; nothing heavy is imported."""
-    _to_read(path)
-    folder = path / "checkpoints"
-    if not folder.is_dir() or not any(one.name.isdecimal() for one in folder.iterdir()):
-        raise UsageError(f"{path} has no checkpoint yet")
-
-
-def _to_read(path: Path) -> tuple["Driver", RunSettings]:
-    """The driver of a run, and its settings as those of one that is read."""
-    driver, config = read_settings(path)
-    try:
-        # The folder may have been moved, and what is in it is to be read, not replaced.
-        config = changed(config.on_one_device(), run_dir=path, overwrite=False).settled()
-        config.check()
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
-    return driver, config
 
 
 def evaluate(settings: EvalSettings) -> str:

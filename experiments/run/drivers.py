@@ -5,7 +5,7 @@ from pathlib import Path
 
 from experiments.run.driver import Driver
 from experiments.run.errors import UsageError
-from experiments.run.fields import from_json
+from experiments.run.fields import changed, from_json
 from experiments.run.folder import read_config
 from experiments.run.settings import RunSettings
 
@@ -49,3 +49,23 @@ def read_settings(path: Path) -> tuple[Driver, RunSettings]:
         return driver, from_json(driver.config, content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
+
+
+def check_run(path: Path) -> None:
+    """Raises UsageError where a folder holds no run with a checkpoint; nothing heavy is imported."""
+    settings_to_read(path)
+    folder = path / "checkpoints"
+    if not folder.is_dir() or not any(one.name.isdecimal() for one in folder.iterdir()):
+        raise UsageError(f"{path} has no checkpoint yet")
+
+
+def settings_to_read(path: Path) -> tuple[Driver, RunSettings]:
+    """The driver of a run, and its settings as those of one that is read."""
+    driver, config = read_settings(path)
+    try:
+        # The folder may have been moved, and what is in it is to be read, not replaced.
+        config = changed(config.on_one_device(), run_dir=path, overwrite=False).settled()
+        config.check()
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return driver, config
