@@ -105,9 +105,10 @@ def _range(
         raise ValueError(f"{kind}: {list(values)!r}: {right}") from error
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"{kind}: {list(values)!r}: {right}")
-    for end in (low, high) if bounds is not None and kind == "uniform" else ():
-        if problem := bounds._replace(even=False).problem(end):
-            raise ValueError(f"{kind}: {list(values)!r}: {problem}")
+    if bounds is not None and kind == "uniform":
+        for end in (low, high):
+            if problem := bounds._replace(even=False).problem(end):
+                raise ValueError(f"{kind}: {list(values)!r}: {problem}")
     if kind == "log-uniform" and low <= 0:
         raise ValueError(f"{kind}: {list(values)!r}: a logarithm needs both above 0")
     return (low, high), of_whole
