@@ -19,9 +19,8 @@ from eggroll.plan import Dense, Frozen, Matrix, leaf_paths
 from experiments.models import families, parallel, quantised
 from experiments.models.family import Family
 from experiments.reasoning.config import PRESETS
-from experiments.reasoning.engine import Sampling, answer, generate, pack
+from experiments.reasoning.engine import Sampling, generate, pack
 from experiments.reasoning.start import save, start
-from experiments.reasoning.train import Course
 from experiments.run.devices import MODEL
 from experiments.run.errors import UsageError
 
@@ -206,27 +205,25 @@ def test_an_int8_model_is_close_and_planned(subject: Subject) -> None:
         family.plan((), None)(small, 1)
 
 
-def test_a_family_of_one_file_is_trained_saved_and_read(
+def test_a_family_of_one_file_is_begun_saved_and_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver by nothing but the name of a family that it has never heard of."""
     pytest.importorskip("tokenizers")
     monkeypatch.setitem(families.FAMILIES, toy_family.NAME, toy_family.FAMILY)
     config = dataclasses.replace(PRESETS["tiny"], model=toy_family.NAME, width=32, quantised=True)
-    course = Course(config)
-    begin, es = course.begin, course.method.es
-    state = course.first().training
-    rule, prompts = Sampling(max_new_tokens=3), pack([[1, 2], [3]])
-    written = answer(begin.model, es, state, prompts, rule, begin.tokenizer.eos)
-    assert written.tokens.shape == (config.population, 2, 3)
-    save(begin, jax.device_get(state.params), tmp_path, "float32")
+    begin = start(config)
+    params = begin.params(jnp.int32(0))
+    save(begin, params, tmp_path, "float32")
     again = start(dataclasses.replace(PRESETS["tiny"], model=str(tmp_path)))
     read = again.params(jnp.int32(0))
-    jax.tree.map(same_bits, read, toy_family.FAMILY.dequantise(state.params, "float32"))
+    jax.tree.map(same_bits, read, toy_family.FAMILY.dequantise(params, "float32"))
     assert again.tokenizer.encode("2+2") == begin.tokenizer.encode("2+2")
-    tokens = functools.partial(generate, prompts=prompts, key=jax.random.key(0), sampling=rule)
-    texts = [tokens(x.model, p, eos=256).tokens for x, p in ((begin, state.params), (again, read))]
-    assert texts[0].shape == texts[1].shape
+    read, text = jax.tree.map(jnp.asarray, read), [1, 2, 3]
+    rule, key = Sampling(max_new_tokens=1), jax.random.key(0)
+    written = generate(again.model, read, pack([text]), key, rule, again.tokenizer.eos)
+    likeliest = applied(toy_family.FAMILY, again.shape, read, jnp.array(text))[-1].argmax()
+    assert written.tokens.tolist() == [[[likeliest]]]
     with pytest.raises(UsageError, match="--width 33: it is divided among 2 heads"):
         start(dataclasses.replace(config, width=33))
 
