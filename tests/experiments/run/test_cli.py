@@ -54,7 +54,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["optimizers", "--b2", "2"], "--b2 2.0: choose a number from 0 to below 1"),
     (["optimizers", "--kappa", "hubert"], "--kappa hubert: there is no such function"),
     (["optimizers", "--optimizer", "optim.lion_k", "--kappa", "huber"], "it needs a number"),
-    (["optimizers", "--optimizer", "optim.galore", "--density", "0"], "choose at least 0.00781"),
+    (["optimizers", "--optimizer", "optim.galore", "--density", "0"], "needs a share above 0"),
     (["optimizers", "--optimizer", "lion", "--also-split", "lm_head"], "has no such setting"),
     (["reasoning", "--start", "nope"], "--start: nope is not a run folder"),
     (["reasoning", "--preset", "tiny", "--model", "nope"], "--model 'nope' is no folder"),
