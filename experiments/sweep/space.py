@@ -105,8 +105,10 @@ def _range(
         raise ValueError(f"{kind}: {list(values)!r}: {right}") from error
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"{kind}: {list(values)!r}: {right}")
-    for end in (low, high) if bounds is not None and kind == "uniform" else ():
-        if problem := bounds._replace(even=False).problem(end):
+    if bounds is not None and kind == "uniform":
+        # That members come in pairs is checked of what is drawn.
+        problems = (bounds._replace(even=False).problem(end) for end in (low, high))
+        if problem := next(filter(None, problems), None):
             raise ValueError(f"{kind}: {list(values)!r}: {problem}")
     if kind == "log-uniform" and low <= 0:
         raise ValueError(f"{kind}: {list(values)!r}: a logarithm needs both above 0")

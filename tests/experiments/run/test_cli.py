@@ -57,7 +57,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["optimizers", "--optimizer", "optim.galore", "--density", "0"], "needs a share above 0"),
     (["optimizers", "--optimizer", "lion", "--also-split", "lm_head"], "has no such setting"),
     (["reasoning", "--start", "nope"], "--start: nope is not a run folder"),
-    (["reasoning", "--preset", "tiny", "--model", "nope"], "--model 'nope' is no folder"),
+    (["reasoning", "--preset", "tiny", "--model", "nope"], "--model nope is no folder"),
     (["reasoning", "--preset", "tiny", "--task", "nope"], "there is no task 'nope'"),
     (["reasoning", "--preset", "tiny", "--task", "nope.py:make"], "there is no file"),
     (["reasoning", "--preset", "tiny", "--task", "nope.jsonl"], "there is no file nope.jsonl"),
