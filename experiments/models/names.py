@@ -27,7 +27,7 @@ def check_model(name: str) -> None:
         read_json(folder / "config.json")
     elif not of_hub(name):
         raise UsageError(
-            f"--model {name!r} is no folder, nor OWNER/NAME of the Hugging Face hub"
+            f"--model {name} is no folder, nor OWNER/NAME of the Hugging Face hub"
             f"{suggestion(name, new_models())}"
         )
 

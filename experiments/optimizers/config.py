@@ -60,7 +60,7 @@ class Optimizer:
     """As `momentum`: decay of Adam's second moment."""
     density: float | None = within(None)
     """As `momentum`: share of linear weights that has a state, by FRUGAL in every matrix; by GaLore the rank
-    over the width, by BAdam the layers over the depth."""
+    over the width, by BAdam the layers over the depth, one at least of either."""
     gap: int | None = count(None)
     """As `momentum`: updates from one choice of that share to the next."""
     projector: Projector | None = None
@@ -98,12 +98,9 @@ class Optimizer:
                 raise UsageError(f"{flag(field)} {value}: {self.name} has no such setting")
             # GaLore counts dimensions, and BAdam blocks: layers.
             whole = {"rank": width, "active": depth}.get(name)
-            if whole is not None and not round(value * whole):
-                raise UsageError(
-                    f"{flag(field)} {value}: {self.name} takes that share of {whole}, and it is none of "
-                    f"them; choose at least {1 / whole:.3g}"
-                )
-            found[name] = value if whole is None else round(value * whole)
+            if whole is not None and not value:
+                raise UsageError(f"{flag(field)} {value}: {self.name} needs a share above 0")
+            found[name] = value if whole is None else max(round(value * whole), 1)
         if "weight_decay" in takes:
             found["weight_decay"] = self.weight_decay
         elif self.weight_decay:

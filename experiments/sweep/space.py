@@ -106,6 +106,7 @@ def _range(
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"{kind}: {list(values)!r}: {right}")
     if bounds is not None and kind == "uniform":
+        # That members come in pairs is checked of what is drawn.
         for end in (low, high):
             if problem := bounds._replace(even=False).problem(end):
                 raise ValueError(f"{kind}: {list(values)!r}: {problem}")

@@ -37,18 +37,16 @@ def check_kind(place: str, value: Any, kind: Any) -> None:
 
 
 def check(template: str, **positive: int | None) -> None:
-    """Raises UsageError for a template without its place, or a number below 1 or that no memory holds."""
+    """Raises UsageError for a template without its place, or a number below 1."""
     if "{question}" not in template:
         raise UsageError(f"the template {template!r} has no {{question}} in it")
     for name, value in positive.items():
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}: choose a whole number of at least 1")
-        if value is not None and value > MOST:
-            raise UsageError(f"{name} is {value}: choose at most {MOST}")
 
 
 def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], subject: str) -> None:
-    """Raises UsageError for the first setting that a function does not take, or that it lacks.
+    """Raises UsageError for the first setting that a function does not take, or lacks, or that is too large.
 
     Args:
         make: makes a task.
@@ -60,6 +58,9 @@ def check_settings(make: Callable[..., Any], settings: Mapping[str, Any], subjec
     for setting, value in settings.items():
         if setting in known:
             check_kind(f"{subject}: {setting}", value, known[setting].annotation)
+            # A seed is no number of things.
+            if isinstance(value, int) and value > MOST and setting != "seed":
+                raise UsageError(f"{subject}: {setting} is {value}: choose at most {MOST}")
         elif not others:
             raise UsageError(f"{subject} has no setting {setting!r}{suggestion(setting, known)}")
     for name, one in known.items():

@@ -1,6 +1,7 @@
 """Optimizers are found by name, in optax and in optim; a wrong name gets its neighbours."""
 
 import inspect
+from pathlib import Path
 from types import ModuleType
 
 import jax
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 import optim
+from experiments.optimizers.methods import STUDIES, config_of, methods_of
 from experiments.run.drivers import find_driver
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed
@@ -77,6 +79,8 @@ def works(name: str, rate: object) -> bool:
     return True
 
 
+# optax deprecates some; they work.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Specifying a key:UserWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_an_optimizer_is_refused_where_no_driver_could_use_it(name: str) -> None:
     for rate in (0.1, decayed(0.1, 0.5)):
@@ -128,7 +132,7 @@ def test_a_rate_that_falls_is_refused_where_the_optimizer_has_one_rate() -> None
         ({"optimizer": "adam", "momentum": 0.9}, "--momentum 0.9: adam has no such setting"),
         ({"optimizer": "optim.frugal", "scale": 0.5}, "--scale 0.5: optim.frugal has no such"),
         ({"optimizer": "sgd", "weight_decay": 0.1}, "--weight-decay 0.1: sgd has no weight decay"),
-        ({"optimizer": "optim.badam", "density": 0.1}, "--density 0.1: optim.badam takes that share of 4"),
+        ({"optimizer": "optim.badam", "density": 0.0}, "--density 0.0: optim.badam needs a share above 0"),
         ({"kappa": "l3"}, "--kappa l3: there is no such function"),
         ({"optimizer": "optim.lion_k", "kappa": "l2:3"}, "must be none; leave it out"),
         ({"optimizer": "optim.lion_k", "kappa": "huber:nan"}, "must be a positive number"),
@@ -140,6 +144,12 @@ def test_a_setting_that_the_optimizer_does_not_have_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=words):
         changed(find_driver("optimizers").presets["lm"], settings).check()
+
+
+def test_every_method_of_the_study_is_right() -> None:
+    for base in STUDIES.values():
+        for name in methods_of(base):
+            config_of(base, name, 0.01, 0, Path("study")).check()
 
 
 @pytest.mark.parametrize(("density", "given"), [(0.0, 0.0), (1.0, 1.0)])
