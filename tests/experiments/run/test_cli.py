@@ -151,7 +151,10 @@ def test_what_is_no_text_is_refused(word: str, capsys: pytest.CaptureFixture[str
         (["rl", "--sigma-decay", "1.5"], "--sigma-decay 1.5: choose a number above 0, up to 1"),
         (["rl", "--checkpoint-seconds", "-1"], "--checkpoint-seconds -1.0: choose 0 or a positive"),
         (["rl", "--optimizer", "optim.lyon"], "optim has no such optimizer"),
-        (["rl", "--env", "gymnasium:CartPole-v1", "--seeds", "2"], "--seeds 1"),
+        (
+            ["rl", "--env", "gymnasium:CartPole-v1", "--seeds", "2"],
+            "--seeds 2: --env gymnasium:CartPole-v1 is stepped by worker processes",
+        ),
         (["rl", "--preset", "cartpol"], "no such preset; did you mean 'cartpole'"),
         (
             ["rl", "--preset=xyz"],
