@@ -77,7 +77,7 @@ def test_kinds_of_spaces_are_trained(name: str, changes: dict[str, Any]) -> None
     before = task.start()
     after, row = task.generation(task.start())
     assert int(row["environment_steps"]) >= 4
-    assert float(after.statistics.seen) == int(row["environment_steps"])
+    assert float(after.own.statistics.seen) == int(row["environment_steps"])
     assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
     assert np.isfinite(task.measure(after)["held_out_return"])
     leaves = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before, after))

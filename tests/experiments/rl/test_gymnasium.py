@@ -78,12 +78,12 @@ def test_workers_step_as_gymnasium_does() -> None:
 def test_a_generation_is_a_function_of_the_state(outside: Outside) -> None:
     first, row = outside.generation(outside.start())
     second, again = outside.generation(outside.start())
-    np.testing.assert_array_equal(first.es.params["policy"]["Dense_0"]["kernel"], second.es.params["policy"]["Dense_0"]["kernel"])  # fmt: skip
+    np.testing.assert_array_equal(first.learner.params["policy"]["Dense_0"]["kernel"], second.learner.params["policy"]["Dense_0"]["kernel"])  # fmt: skip
     assert row["environment_steps"] == again["environment_steps"]
     # CartPole gives a reward of one a step.
     assert row["environment_steps"] == pytest.approx(12 * float(row["fitness_mean"]))
-    assert float(first.statistics.seen) == row["environment_steps"]
-    assert np.abs(first.statistics.mean).max() > 0
+    assert float(first.own.statistics.seen) == row["environment_steps"]
+    assert np.abs(first.own.statistics.mean).max() > 0
 
 
 @pytest.mark.slow
@@ -172,8 +172,8 @@ def test_other_kinds_of_spaces_are_trained(name: str, observations: int) -> None
     after, row = found.generation(found.start())
     assert found._workers is not None
     assert len(found._workers.processes) == 2
-    assert after.statistics.mean.shape == (observations,)
-    assert float(after.statistics.seen) == row["environment_steps"] > 2
+    assert after.own.statistics.mean.shape == (observations,)
+    assert float(after.own.statistics.seen) == row["environment_steps"] > 2
     if name == "gymnasium:Pendulum-v1":
         assert row["environment_steps"] == 400
         assert -4000 < float(row["fitness_mean"]) < 0
