@@ -126,7 +126,8 @@ class Evolution:
             values = self._score(self.es.placed(state), state, *solutions)
             row = {"prompt_tokens": 0, "generated_tokens": 0}
         state, told = self._update(self.es.placed(state), state, values)
-        return state, row | told
+        # Identical pairs are those of answers, not of scores.
+        return state, told | row
 
     def _updated(
         self, es: eggroll.EvolutionStrategy, state: Any, values: Array

@@ -45,7 +45,7 @@ def sums(
         prompt = template.replace("{question}", f"{a}+{b}=")
         return f"{min(a, b)}+{max(a, b)}", Question(prompt, str(a + b), trace=_added(a, b))
 
-    train, others, fresh = split_by_text(map(question, drawn), held_out)
+    train, others, fresh = split_by_text(map(question, drawn), held_out, shuffled=True)
     longest = _added(count - 1, count - 1)
     return Task(
         name="sums",
@@ -120,7 +120,7 @@ def countdown_easy(
             trace = "\n".join([*steps, expression])
             prompt = template.replace("{question}", text)
             found.setdefault(text, Question(prompt, expression, known, trace))
-    train, others, fresh = split_by_text(found.items(), held_out)
+    train, others, fresh = split_by_text(found.items(), held_out, shuffled=True)
     return Task(
         name="countdown-easy",
         train=_solved(train, solved),

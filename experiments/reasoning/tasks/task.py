@@ -98,9 +98,15 @@ def split(
 
 
 def split_by_text(
-    questions: Iterable[tuple[str, Question]], held_out: float
+    questions: Iterable[tuple[str, Question]], held_out: float, shuffled: bool = False
 ) -> tuple[list[Question], list[Question], list[Question]]:
-    """:func:`split` by the hash of the text beside each question; those of one text stay together."""
+    """:func:`split` by the hash of the text beside each question; those of one text stay together.
+
+    Args:
+        questions: with their texts.
+        held_out: as there.
+        shuffled: whether they are in an order of chance: the last third of those held out is fresh then.
+    """
     if not 0 < held_out < 1:
         raise UsageError(f"held_out is {held_out}: choose a share between 0 and 1")
     train: list[Question] = []
@@ -115,17 +121,22 @@ def split_by_text(
             f"of {len(train) + len(others)} questions, {len(others)} are held out: "
             "choose another share, or give more of them"
         )
-    return train, *apart(others)
+    return train, *apart(others, shuffled)
 
 
-def apart(held_out: Iterable[tuple[str, Question]]) -> tuple[list[Question], list[Question]]:
-    """Held-out questions in two: those to measure with, and fresh ones, a third by the hash of each text.
+def apart(
+    held_out: Iterable[tuple[str, Question]], shuffled: bool = False
+) -> tuple[list[Question], list[Question]]:
+    """Held-out questions in two: those to measure with, and fresh ones, a third of the texts.
 
-    Fewer than three texts have none that is fresh.
+    These are the last ones of an order of chance, else chosen by the hash of each text. Fewer than three
+    texts have none that is fresh.
     """
     pairs = list(held_out)
-    order = sorted({text for text, _ in pairs}, key=lambda text: _hashed(f"fresh {text}"))
-    chosen = set(order[: len(order) // FRESH])
+    order = list(dict.fromkeys(text for text, _ in pairs))
+    if not shuffled:
+        order.sort(key=lambda text: _hashed(f"fresh {text}"), reverse=True)
+    chosen = set(order[len(order) - len(order) // FRESH :])
     measured = [question for text, question in pairs if text not in chosen]
     return measured, [question for text, question in pairs if text in chosen]
 
