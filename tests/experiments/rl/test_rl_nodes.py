@@ -89,7 +89,7 @@ def test_rows_are_those_of_weight_noise(whole: Path) -> None:
     for row in rows:
         # In CartPole every step gives a reward of one.
         assert row["environment_steps"] - before == pytest.approx(
-            row["fitness_mean"] * SMALL.population
+            row["fitness_mean"] * SMALL.evolution.population
         )
         before = row["environment_steps"]
         assert row["fitness_worst"] < row["fitness_mean"] < row["fitness_best"] <= 60
