@@ -16,7 +16,7 @@ from experiments.rl.statistics import Statistics, merge, nothing_seen
 from experiments.rl.stretches import count, play
 from experiments.run.devices import ONE, Layout
 from experiments.run.errors import UsageError
-from experiments.run.learners import row_of, strategy
+from experiments.run.learners import Rates, row_of, strategy
 from experiments.run.trainer import Carry
 
 SHAPINGS = {
@@ -35,8 +35,10 @@ class Seen(NamedTuple):
     statistics: Statistics
 
 
-def make_strategy(config: Config, layout: Layout = ONE) -> eggroll.EvolutionStrategy:
-    """The evolution strategy that the settings describe."""
+def make_strategy(
+    config: Config, layout: Layout = ONE, rates: Rates | None = None
+) -> eggroll.EvolutionStrategy:
+    """The evolution strategy that the settings describe, at other rates than theirs if any are given."""
     how: dict[str, Any] = {"shaping": SHAPINGS[config.shaping]()}
     if config.perturb != "weights":
         on_outputs = eggroll.Nodes(sigma=config.nodes.scale)
@@ -47,7 +49,7 @@ def make_strategy(config: Config, layout: Layout = ONE) -> eggroll.EvolutionStra
                 {f"policy/{name}/*": on_outputs for name in layers_of(config)}
             ),
         }
-    return strategy(config.evolution, config.optimizer, layout, **how)
+    return strategy(config.evolution, config.optimizer, layout, rates, **how)
 
 
 def layers_of(config: Config) -> list[str]:
@@ -75,9 +77,10 @@ def make_generation(
     policy: Policy,
     task: Environment[Any],
     layout: Layout = ONE,
+    rates: Rates | None = None,
 ) -> Callable[[Carry], tuple[Carry, dict[str, Array]]]:
     """carry -> (next carry, metric row)."""
-    es = make_strategy(config, layout)
+    es = make_strategy(config, layout, rates)
 
     def fitness(
         params: PyTree, key: Key[Array, ""], statistics: Statistics

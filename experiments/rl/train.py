@@ -22,6 +22,7 @@ from experiments.rl.config import Config
 from experiments.rl.environments import Environment, OutsideEnvironment
 from experiments.run.axes import ENVIRONMENT_STEPS
 from experiments.run.devices import ONE, Layout, layout_of
+from experiments.run.learners import Rates
 from experiments.run.plots import Curve
 from experiments.run.program import Program, ProgramTrainer
 from experiments.run.seeds import average, each, many
@@ -66,11 +67,11 @@ class JaxPolicy(ProgramTrainer[Config], Films):
             config, f"--algorithm {config.algorithm} has no population to divide" if ppo else None
         )
 
-    def program(self, config: Config, layout: Layout = ONE) -> Program:
+    def program(self, config: Config, layout: Layout = ONE, rates: Rates | None = None) -> Program:
         """One run: episodes and an update, by either algorithm."""
         environment, policy = self.environment, self.policy
         method: Any = ppo if config.algorithm == "ppo" else evolution
-        sharing = {} if config.algorithm == "ppo" else {"layout": layout}
+        sharing = {} if config.algorithm == "ppo" else {"layout": layout, "rates": rates}
 
         def returns(carry: Carry, keys: Key[Array, "episodes"]) -> Float[Array, ""]:
             return played.play(config, policy, environment, carry, keys).mean()

@@ -22,7 +22,7 @@ from experiments.run.errors import UsageError, suggestion
 
 Settings = TypeVar("Settings")
 # Whole numbers fit 32 bits, and no setting that is a length, a rate or a weight has use for more than this.
-MOST_COUNT, MOST_NUMBER = 2**31 - 1, 1e9
+MOST_COUNT, MOST_NUMBER = 2**31 - 1, 1e38
 # Positive numbers, and their squares, are above 0 in float32.
 LEAST_NUMBER = 1e-18
 

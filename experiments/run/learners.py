@@ -13,25 +13,60 @@ from experiments.run.optimizers import decayed, make_optimizer
 from experiments.run.settings import Evolution, Optimizer
 from experiments.run.sizes import sizes
 
+Number = float | int | Array
+
+
+class Rates(NamedTuple):
+    """The numbers that may be arrays in a program: runs that differ in them alone need one program.
+
+    A decay of 1 stays the Python number: without a schedule the optimizer has another state.
+    """
+
+    sigma: Number
+    sigma_decay: Number
+    learning_rate: Number
+    learning_rate_decay: Number
+
+
+def rates_of(evolution: Evolution, optimizer: Optimizer) -> Rates:
+    """The rates that settings name."""
+    return Rates(
+        evolution.sigma,
+        evolution.sigma_decay,
+        optimizer.learning_rate,
+        optimizer.learning_rate_decay,
+    )
+
 
 def strategy(
-    evolution: Evolution, optimizer: Optimizer, layout: Layout = ONE, /, **own: Any
+    evolution: Evolution,
+    optimizer: Optimizer,
+    layout: Layout = ONE,
+    rates: Rates | None = None,
+    /,
+    **own: Any,
 ) -> eggroll.EvolutionStrategy:
     """The evolution strategy that settings describe.
 
     Args:
         evolution: the group of settings.
-        optimizer: the group of settings; its rates may be traced, as those of `evolution`.
+        optimizer: the group of settings.
         layout: the devices.
+        rates: in place of those of the settings; they may be traced.
         **own: what the problem decides: plan, credit, shaping, rows, ...; takes precedence.
 
     Raises:
         UsageError: for an optimizer that there is not.
     """
+    rates = rates or rates_of(evolution, optimizer)
+    sigma: Any = decayed(rates.sigma, rates.sigma_decay)
+    if not (callable(sigma) or isinstance(sigma, int | float)):
+        # A strategy takes a number that it can look at, or a schedule.
+        sigma = lambda _: rates.sigma
     settings: dict[str, Any] = dict(
-        optimizer=optimizer_of(optimizer),
+        optimizer=optimizer_of(optimizer, rates),
         population=evolution.population,
-        sigma=sigma_of(evolution),
+        sigma=sigma,
         rank=evolution.rank,
         chunk=evolution.chunk,
         on_dense="error",
@@ -41,20 +76,14 @@ def strategy(
     return eggroll.EvolutionStrategy(**{**settings, **own})
 
 
-def optimizer_of(optimizer: Optimizer) -> optax.GradientTransformation:
-    """The optimizer that settings name, at their learning rate with its decay.
+def optimizer_of(optimizer: Optimizer, rates: Rates | None = None) -> optax.GradientTransformation:
+    """The optimizer that settings name, at their learning rate with its decay, or at that of `rates`.
 
     Raises:
         UsageError: for an optimizer that there is not.
     """
-    rate = decayed(optimizer.learning_rate, optimizer.learning_rate_decay)
-    return make_optimizer(optimizer.name, rate)
-
-
-def sigma_of(evolution: Evolution) -> Any:
-    """Sigma as an evolution strategy takes it: a number, or a schedule where it decays or is traced."""
-    sigma = decayed(evolution.sigma, evolution.sigma_decay)
-    return sigma if callable(sigma) or isinstance(sigma, int | float) else lambda _: sigma
+    rate = optimizer if rates is None else rates
+    return make_optimizer(optimizer.name, decayed(rate.learning_rate, rate.learning_rate_decay))
 
 
 def row_of(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from experiments.run.devices import ONE, Layout, layout_of
+from experiments.run.learners import Rates
 from experiments.run.seeds import many
 from experiments.run.trainer import Carry, Config, Trainer
 
@@ -54,12 +55,13 @@ class ProgramTrainer(Trainer[Config]):
         self.sharding = self.layout.everywhere
 
     @abstractmethod
-    def program(self, config: Config, layout: Layout = ONE) -> Program:
+    def program(self, config: Config, layout: Layout = ONE, rates: Rates | None = None) -> Program:
         """The functions of a run with one seed.
 
         Args:
-            config: settings whose numbers (:func:`~experiments.run.settings.shared_numbers`) may be traced.
+            config: the settings.
             layout: the devices.
+            rates: in place of those of the settings; they may be traced.
         """
 
     def start(self) -> Carry:

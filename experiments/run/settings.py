@@ -103,7 +103,7 @@ class RunSettings:
     """Stop after this many generations where `generations` is not given."""
     evaluate_every: int = count(1)
     """Generations from one held-out measurement to the next."""
-    target: float | None = within(None, -1e9, 1e9)
+    target: float | None = within(None, -1e38, 1e38)
     """Value of the held-out figure at which training stops early, once fresh data confirm it."""
     patience: int | None = count(None)
     """Stop after so many held-out measurements without a better one than before, unless `generations` says

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from experiments.run.driver import Driver
 from experiments.run.errors import RunError, UsageError
-from experiments.run.fields import changed, value_at
+from experiments.run.fields import value_at
 from experiments.run.folder import open_run_folder
+from experiments.run.learners import Rates
 from experiments.run.loop import Record, interrupted
 from experiments.run.program import ProgramTrainer
 from experiments.run.progress import Progress
@@ -177,6 +178,7 @@ class _Programs:
             for name, place in numbers.items()
             if value_at(first, place) != 1 or not name.endswith("_decay")
         }
+        fixed = dict.fromkeys(set(Rates._fields) - traced.keys(), 1.0)
         self._seeds = jnp.array([c.seed for c in configs], jnp.int32)
         self._traced = traced
 
@@ -184,7 +186,8 @@ class _Programs:
             """`use(program, seed, *state)` of all runs."""
 
             def one(seed: Any, rates: Mapping[str, Any], *state: Any) -> Any:
-                return use(trainer.program(changed(first, rates)), seed, *state)
+                own = Rates(**{**fixed, **rates})
+                return use(trainer.program(first, rates=own), seed, *state)
 
             return jax.vmap(one)
 

@@ -18,7 +18,7 @@ import eggroll
 from experiments.models.mlp import MLP
 from experiments.run.axes import UPDATES
 from experiments.run.devices import ONE, Layout
-from experiments.run.learners import Backprop, Trained, optimizer_of, row_of, strategy
+from experiments.run.learners import Backprop, Rates, Trained, optimizer_of, row_of, strategy
 from experiments.run.plots import Curve
 from experiments.run.program import Program, ProgramTrainer
 from experiments.run.seeds import average, each
@@ -46,7 +46,7 @@ class Classifier(ProgramTrainer[Config]):
         why = f"--algorithm {config.algorithm} has no population to divide" if backprop else None
         super().__init__(config, alone=why)
 
-    def program(self, config: Config, layout: Layout = ONE) -> Program:
+    def program(self, config: Config, layout: Layout = ONE, rates: Rates | None = None) -> Program:
         """One run: a batch, a score of every member or a gradient, a step."""
         data, model, nodes = self.data, self.model, config.perturb == "nodes"
         x, y = jnp.asarray(data.x), jnp.asarray(data.y)
@@ -56,8 +56,9 @@ class Classifier(ProgramTrainer[Config]):
         of_nodes: dict[str, Any] = dict(
             perturb="nodes", credit=eggroll.credit.own(), rows=size, factor_memory=2**28
         )
-        es = strategy(config.evolution, config.optimizer, layout, **(of_nodes if nodes else {}))
-        backprop = Backprop(optimizer_of(config.optimizer))
+        own = of_nodes if nodes else {}
+        es = strategy(config.evolution, config.optimizer, layout, rates, **own)
+        backprop = Backprop(optimizer_of(config.optimizer, rates))
 
         def start(seed: Int[Array, ""]) -> Carry:
             init_key, search_key = jax.random.split(jax.random.key(seed))

@@ -273,4 +273,6 @@ def test_an_error_that_nothing_can_catch_is_told_but_for_that_of_a_loop_that_has
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_doctor_has_a_help(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", flag]) == 0
-    assert capsys.readouterr().out.startswith("usage: eggroll doctor [RUN ...]\n")
+    assert capsys.readouterr().out.startswith(
+        "usage: eggroll doctor\n       eggroll doctor RUN [RUN ...]\n"
+    )

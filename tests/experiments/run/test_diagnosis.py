@@ -199,7 +199,7 @@ def test_answers_that_are_cut(seven: Any, tmp_path: Path) -> None:
 def test_updates_that_are_lost_in_bfloat16(seven: Any, tmp_path: Path) -> None:
     model, at = tmp_path / "model", tmp_path / "run"
     assert main(["export", str(seven.start), "--to", str(model)]) == 0
-    config = dataclasses.replace(seven, start=None, model=str(model), dtype="bfloat16")
+    config = changed(seven, start=None, model=str(model), dtype="bfloat16")
     found = first(answer(config, at, reward=f"{REWARDS}:letters", sigma=0.1, learning_rate=1e-7))
     assert (found.name, found.flag) == ("updates lost", "--learning-rate")
     assert "bfloat16" in found.sentence and 1e-6 < found.better < 1e-2
