@@ -330,7 +330,7 @@ def test_a_run_that_could_not_go_on_tells_the_cause_too(
     def train(config: Any, started: float) -> None:
         raise RunError("no member had a usable score")
 
-    monkeypatch.setattr(supervised, "train", train)
+    monkeypatch.setattr("experiments.run.train.train", train)
     assert main(["supervised", "--preset", "digits", "--run-dir", str(digits["jumps"])]) == 1
     told = capsys.readouterr().err
     assert "no member had a usable score\nWhy, most likely (rate too large): " in told

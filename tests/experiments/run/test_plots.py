@@ -193,16 +193,6 @@ def test_the_mean_of_seeds_is_of_those_that_are_finite(drawn: Any) -> None:
     assert lines(axes)["model, held out"][:, 1].tolist() == [2, 5, 8]
 
 
-def test_the_old_way_of_calling_draws_the_same(drawn: Any) -> None:
-    rows = [{**row, "held_out_return": row["score"]} for row in rows_of([1.0, 2.0])]
-    axes = drawn(
-        rows, title="Learned", measure="return", final=(2, 3.0), target=2.0, who="mean policy"
-    ).axes[0]
-    assert lines(axes)["mean policy, held out"][:, 1].tolist() == [1, 2, 3]
-    assert axes.get_ylabel() == "return"
-    assert axes.collections  # the population
-
-
 def test_positions_need_what_they_count() -> None:
     rows = rows_of([1.0, 2.0])
     with pytest.raises(UsageError, match="do not count 'bytes_read'; choose another --x"):

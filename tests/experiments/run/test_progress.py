@@ -6,11 +6,12 @@ import os
 import pty
 import re
 import struct
+import subprocess
 import sys
 import termios
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from experiments.run import progress
 from experiments.run.progress import Progress, State, line, rates
@@ -140,12 +141,14 @@ def test_a_terminal_shows_the_line(width: int) -> None:
 
 def screen(program: str, width: int) -> str:
     """What a program writes on a terminal of so many columns."""
-    process, terminal = pty.fork()
-    if process == 0:  # pragma: no cover - another process
-        # Not the environment of the tests: readline sets COLUMNS there, past os.environ.
-        environment = {"TERM": "xterm", "PYTHONPATH": str(Path(__file__).parents[3])}
-        fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-        os.execve(sys.executable, [sys.executable, "-c", program], environment)
+    terminal, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    # Not the environment of the tests: readline sets COLUMNS there, past os.environ.
+    environment = {"TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdin=inner, stdout=inner, stderr=inner
+    )
+    os.close(inner)
     written = b""
     while True:
         try:
@@ -156,5 +159,5 @@ def screen(program: str, width: int) -> str:
             break
         written += data
     os.close(terminal)
-    assert os.waitpid(process, 0)[1] == 0, written.decode()
+    assert process.wait() == 0, written.decode()
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.decode())
