@@ -11,9 +11,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # At the lowest optimisation and by XLA's older emitters, which compile a third faster, since the tests
 # compile more than they run. Flags that are given count; `make soak` has the emitters that users have.
-# A program is compiled as one piece: on two cores with a process each, pieces side by side only cost.
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-flags += " --xla_cpu_parallel_codegen_split_count=1"
 if version("jax") < "0.11":  # later versions have no older emitters, and stop at the flag
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"

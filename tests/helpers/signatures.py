@@ -11,7 +11,7 @@ def checked(fn: Callable) -> Callable:
     """As ``beartype``, for the functions that jaxtyping has checked: they hold a signature alone.
 
     jaxtyping makes two of them whenever a function is defined: for a function inside another, at each
-    call of the other. Making the checks anew each time was a tenth of all tracing.
+    call of the other. Making the checks anew each time was 8% of the tracing of a step, in a profile.
     """
     if fn.__defaults__ or fn.__kwdefaults__:
         return beartype(fn)

@@ -44,6 +44,8 @@ def is_as(x: jax.Array, like: jax.Array) -> bool:
 
 @pytest.mark.parametrize("name", list(SOLVERS))
 def test_on_a_mesh_whose_axes_the_compiler_assigns(name: str) -> None:
+    if name == "frugal-columns" and jax.__version_info__ >= (0, 11):
+        pytest.skip("XLA of JAX 0.11 aborts where it divides a gather of columns over two axes")
     one, two = meshes(AxisType.Auto)
     solver = SOLVERS[name]
     for mesh, matrix in ((one, P(None, "x")), (two, P("x", "y"))):
