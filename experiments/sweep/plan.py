@@ -79,8 +79,6 @@ def run_id(spec: Spec, config: Any) -> str:
 def _check(spec: Spec, config: Any, values: Mapping[str, Any]) -> None:
     try:
         config.check()
-        if spec.executor.kind == "processes":
-            config.check_places()
     except UsageError as error:
         point = ", ".join(f"{field} {value}" for field, value in values.items())
         where = f"at {point}: " if point else ""

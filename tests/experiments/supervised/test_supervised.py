@@ -187,7 +187,7 @@ def test_evaluation_is_the_measurement() -> None:
         (["--target", "1.5"], "--target 1.5: choose an accuracy"),
         (["--sigma-decay", "1.1"], "--sigma-decay 1.1: choose a number above 0, up to 1"),
         (["--optimizer", "adm"], "optax has no such optimizer; did you mean 'adam'"),
-        (["--data", "/nowhere"], "there is neither train-images"),
+        (["--data", "/nowhere"], "--data /nowhere: there is no such file or folder"),
         (["--perturb", "nodes", "--rank", "2"], "--rank 2: noise on nodes has no rank"),
         (["--preset", "digits-sgd", "--perturb", "nodes"], "--algorithm backprop has no noise"),
     ],

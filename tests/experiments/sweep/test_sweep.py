@@ -132,16 +132,13 @@ def test_failures_are_kept_apart_and_tried_again_when_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = tmp_path / "images"
-    file = write(
-        tmp_path, samples=None, space={"data": [str(images), None], "optimizer": ["adam", "adem"]}
-    )
+    file = write(tmp_path, samples=None, space={"data": [str(images), None], "depth": [1, 0]})
     found = records(file)
     for number in range(len(found.plan.jobs)):
         main(["sweep", str(file), "--index", str(number)])
-    assert states(file) == ["failed", "failed", "done", "failed"]
+    assert states(file) == ["failed", "failed", "done", "done"]
     errors = [one.error for one in standings(found)]
-    assert "there is neither train-images" in str(errors[0])
-    assert "optax has no such optimizer; did you mean 'adam'" in str(errors[3])
+    assert all("there is neither train-images" in str(error) for error in errors[:2])
     write_images(images)
     assert main(["sweep", str(file), "--index", "0"]) == 1  # it stays failed
     assert states(file)[0] == "failed"
@@ -149,7 +146,7 @@ def test_failures_are_kept_apart_and_tried_again_when_asked(
     assert states(file)[0] == "done"
     capsys.readouterr()
     assert main(["sweep", str(file), "--status"]) == 0
-    assert "2 done, 2 failed." in capsys.readouterr().out
+    assert "3 done, 1 failed." in capsys.readouterr().out
 
 
 def test_any_error_of_a_run_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
