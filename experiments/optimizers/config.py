@@ -28,7 +28,8 @@ ARGUMENTS = {
     "momentum": ("momentum",),
     "b2": ("b2",),
     "density": ("density", "rank", "active"),
-    "gap": ("update_gap", "update_proj_gap"),
+    # GaLore knows both, and the first as an old name.
+    "gap": ("update_proj_gap", "update_gap"),
     "projector": ("projector",),
     "scale": ("scale",),
     "kappa": ("kappa",),

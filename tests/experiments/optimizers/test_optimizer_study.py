@@ -221,7 +221,7 @@ def test_settings_reach_the_optimizer(
         (["--density", "0.5"], "--density 0.5: adamw has no such setting"),
         (["--optimizer", "sgd", "--weight-decay", "0.1"], "--weight-decay 0.1: sgd has no weight decay"),
         (["--optimizer", "optim.lion_k", "--kappa", "l3"], "--kappa l3: there is no such function; did you mean"),
-        (["--optimizer", "optim.lion_k", "--kappa", "huber:no"], "--kappa huber:no: could not convert"),
+        (["--optimizer", "optim.lion_k", "--kappa", "huber:no"], "--kappa huber:no: the number behind the colon must be a positive number"),
         (["--optimizer", "optim.lion_k", "--kappa", "huber"], "--kappa huber: "),
         (["--optimizer", "optim.frugal", "--also-split", "head"], "--also-split head: there is no such parameter; did you mean 'lm_head'"),
         (["--heads", "3"], "--heads 3: 16 units are not so many heads"),

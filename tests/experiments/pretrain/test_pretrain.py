@@ -317,7 +317,7 @@ def test_a_run_is_reported_evaluated_and_exported(
     assert main(["export", str(run), "--to", str(tmp_path / "params.safetensors")]) == 0
     tensors = load_file(tmp_path / "params.safetensors")
     assert {x.dtype for x in tensors.values()} == {np.dtype(np.int8)}
-    assert tensors["layers/w1"].shape == (1, 16, 64)
+    assert tensors["params/layers/w1"].shape == (1, 16, 64)
 
 
 def test_a_run_is_sampled(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
