@@ -85,6 +85,7 @@ def generate(
         >>> from experiments.reasoning.language_model import language_model
         >>> model = language_model(TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
         ...     num_hidden_layers=2, num_attention_heads=2))
+        >>> from experiments.reasoning.sequences import pack
         >>> params, rule = model.init(jax.random.key(0)), Sampling(max_new_tokens=5, temperature=1.0)
         >>> generate(model, params, pack([[1, 2], [3]]), jax.random.key(1), rule, 6, 4).tokens.shape
         (2, 4, 5)
@@ -132,6 +133,7 @@ def answer(
         >>> from experiments.reasoning.language_model import language_model
         >>> model = language_model(TransformerConfig(vocab_size=7, hidden_size=8, intermediate_size=12,
         ...     num_hidden_layers=2, num_attention_heads=2))
+        >>> from experiments.reasoning.sequences import pack
         >>> es = EvolutionStrategy(optimizer=optax.sgd(1.0), population=4, sigma=0.1, plan=model.plan)
         >>> state = es.init(model.init(jax.random.key(0)), jax.random.key(1))
         >>> answer(model, es, state, pack([[1, 2], [3]]), Sampling(max_new_tokens=5), eos=6).tokens.shape

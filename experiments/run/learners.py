@@ -88,8 +88,8 @@ def optimizer_of(optimizer: Optimizer, rates: Rates | None = None) -> optax.Grad
 
 def row_of(
     metrics: eggroll.Metrics, es: eggroll.EvolutionStrategy, state: eggroll.State
-) -> dict[str, Array]:
-    """An update as a row.
+) -> dict[str, Array | None]:
+    """An update as a row; None for what was not measured.
 
     Args:
         metrics: of the update; the generation is left out, which the loop counts.

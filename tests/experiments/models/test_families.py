@@ -19,7 +19,9 @@ from eggroll.plan import Dense, Frozen, Matrix, leaf_paths
 from experiments.models import families, parallel, quantised
 from experiments.models.family import Family
 from experiments.reasoning.config import PRESETS
-from experiments.reasoning.engine import Sampling, generate, pack
+from experiments.reasoning.engine import generate
+from experiments.reasoning.sampling import Sampling
+from experiments.reasoning.sequences import pack
 from experiments.reasoning.start import save, start
 from experiments.run.devices import MODEL
 from experiments.run.errors import UsageError

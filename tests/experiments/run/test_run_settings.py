@@ -10,7 +10,8 @@ from experiments.reasoning.config import PRESETS as REASONING
 from experiments.rl.config import PAPER_SEARCH_SPACE
 from experiments.rl.config import PRESETS as RL
 from experiments.run import report
-from experiments.run.drivers import EvalSettings, ExportSettings, SampleSettings, find_driver
+from experiments.run.commands import EvalSettings, ExportSettings, SampleSettings
+from experiments.run.drivers import find_driver
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed, differences, from_json, members, places, to_json
 from experiments.run.settings import RunSettings
