@@ -128,7 +128,7 @@ def test_a_population_agrees_with_built_members(monkeypatch):
     monkeypatch.setattr(interpreter, "step", step)
     count = 0
 
-    @hypothesis.settings(max_examples=40, phases=NO_SHRINKING)
+    @hypothesis.settings(max_examples=20, phases=NO_SHRINKING)
     @given(BATCHES, CONFIGURATIONS)
     def run(batch, configuration):
         nonlocal count
