@@ -53,14 +53,14 @@ class ByEvolution:
 
     def generation(
         self, carry: Carry, tokens: UInt8[Array, "streams tokens"]
-    ) -> tuple[Carry, dict[str, Array]]:
+    ) -> tuple[Carry, dict[str, Array | None]]:
         """Every member reads its stream's next bytes; members of a group read the same."""
         members = (carry.own, jnp.repeat(tokens, self._config.group, axis=0))
         state, hidden, row = self._update(carry.learner, members)
         row["weights_moved"] = moved(carry.learner.params, state.params)
         return Carry(state, hidden, carry.generation + 1, carry.seed), row
 
-    def _update(self, state: Any, members: Any) -> tuple[Any, PyTree, dict[str, Array]]:
+    def _update(self, state: Any, members: Any) -> tuple[Any, PyTree, dict[str, Array | None]]:
         """One update by what members read: the next state, their hidden states, and a row."""
         scores, hidden = self._es.evaluate(state, self._fitness, members=members)
         # Float scores are compared within the members of a stream; of integers only pairs are.

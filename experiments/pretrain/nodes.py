@@ -45,7 +45,7 @@ class ByNodeNoise(ByEvolution):
     def _make_fitness(self) -> Any:
         return make_fitness(self._model)
 
-    def _update(self, state: Any, members: Any) -> tuple[Any, PyTree, dict[str, Array]]:
+    def _update(self, state: Any, members: Any) -> tuple[Any, PyTree, dict[str, Array | None]]:
         """Two passes over the same bytes with the same noise: losses, then what they say of products."""
         (scores, (hidden, inputs)), grads = self._es.value_and_gradient(
             state, self._fitness, members=members

@@ -131,7 +131,7 @@ class Evolution:
 
     def _updated(
         self, es: eggroll.EvolutionStrategy, state: Any, values: Array
-    ) -> tuple[Any, dict[str, Array]]:
+    ) -> tuple[Any, dict[str, Array | None]]:
         new, metrics = es.update(state, values)
         changed = diagnostics.changed_weights(state.params, new.params, self._config.narrow_type)
         return new, row_of(metrics, es, state) | changed

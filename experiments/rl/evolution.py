@@ -78,7 +78,7 @@ def make_generation(
     task: Environment[Any],
     layout: Layout = ONE,
     rates: Rates | None = None,
-) -> Callable[[Carry], tuple[Carry, dict[str, Array]]]:
+) -> Callable[[Carry], tuple[Carry, dict[str, Array | None]]]:
     """carry -> (next carry, metric row)."""
     es = make_strategy(config, layout, rates)
 
@@ -109,7 +109,7 @@ def make_generation(
         return scores, (played.total.steps, played.total.seen)
 
     # In halves, because `es.step` gives back neither lengths nor observations.
-    def generation(carry: Carry) -> tuple[Carry, dict[str, Array]]:
+    def generation(carry: Carry) -> tuple[Carry, dict[str, Array | None]]:
         before = carry.own.statistics
         if config.perturb == "weights":
             scores, (steps, seen) = es.evaluate(carry.learner, fitness, before)

@@ -88,8 +88,8 @@ class Classifier(ProgramTrainer[Config]):
         def loss(params: PyTree, x: Array, y: Array) -> tuple[Float[Array, ""], None]:
             return cross_entropy(logits_of(model, params, x), y).mean(), None
 
-        def generation(carry: Carry) -> tuple[Carry, Mapping[str, Array]]:
-            row: dict[str, Array]
+        def generation(carry: Carry) -> tuple[Carry, Mapping[str, Array | None]]:
+            row: dict[str, Array | None]
             learner: eggroll.State | Trained
             if config.algorithm == "eggroll":
                 learner, metrics = es.step(carry.learner, fitness, *batch_of(carry))
