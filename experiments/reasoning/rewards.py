@@ -15,6 +15,9 @@ from typing import Any
 from experiments.reasoning.answers import LIMIT, NUMBER, extract, number, plain, tagged
 from experiments.reasoning.arithmetic import ExpressionError, evaluate, numbers_used
 from experiments.reasoning.reward_values import Reward, Weighted, weighted
+from experiments.reasoning.reward_values import RewardError as RewardError
+from experiments.reasoning.reward_values import Scores as Scores
+from experiments.reasoning.reward_values import call as call
 from experiments.run import own_code
 from experiments.run.errors import UsageError, suggestion
 from experiments.run.fields import MOST_NUMBER
