@@ -48,7 +48,32 @@ def make_trainer(config: Config) -> Trainer[Config]:
     return JaxPolicy(config, environment)
 
 
-class JaxPolicy(ProgramTrainer[Config], Films):
+class PolicyTrainer(Trainer[Config], Films):
+    """What the trainers of policies share: what a run taught, its files, and a film of an episode."""
+
+    measured = ("held_out_return",)
+    totals = ("environment_steps",)
+
+    def conclude(self, config: Config, outcome: Outcome) -> Conclusion:
+        return conclude(config, outcome)
+
+    def export(self, carry: Carry, to: Path | None) -> str:
+        """Writes the policy, and the statistics that it scales observations with."""
+        tree = {"params": carry.learner.params}
+        if self.config.normalise:
+            tree["statistics"] = carry.own.statistics._asdict()
+        return write_tensors(self.config, int(np.max(carry.generation)), tree, to)
+
+    def draws(self, config: Config) -> bool:
+        return config.render
+
+    def film(self, config: Config, carry: Carry, seed: int) -> str:
+        from experiments.rl.render import FILE, render
+
+        return render(config, carry, config.run_dir / FILE, seed)
+
+
+class JaxPolicy(ProgramTrainer[Config], PolicyTrainer):
     """Trains in an environment that is a part of the program.
 
     Args:
@@ -56,12 +81,9 @@ class JaxPolicy(ProgramTrainer[Config], Films):
         environment: that is trained in.
     """
 
-    measured = ("held_out_return",)
-    totals = ("environment_steps",)
-
     def __init__(self, config: Config, environment: Environment[Any]) -> None:
         self.environment, self.policy = environment, played.policy_of(config, environment)
-        self.files, self.draws = played.files_of(config), config.render
+        self.files = played.files_of(config)
         ppo = config.algorithm != "eggroll"
         super().__init__(
             config, f"--algorithm {config.algorithm} has no population to divide" if ppo else None
@@ -100,17 +122,8 @@ class JaxPolicy(ProgramTrainer[Config], Films):
         returns = returns.reshape(config.seeds, episodes)
         return {f"seed {config.seed + i}": row.tolist() for i, row in enumerate(returns)}
 
-    def conclude(self, config: Config, outcome: Outcome) -> Conclusion:
-        return conclude(config, outcome)
 
-    def export(self, carry: Carry, to: Path | None) -> str:
-        return export(self.config, carry, to)
-
-    def film(self, config: Config, carry: Carry, seed: int) -> str:
-        return film(config, carry, seed)
-
-
-class OutsidePolicy(Trainer[Config], Films):
+class OutsidePolicy(PolicyTrainer):
     """Trains in an environment that other processes step.
 
     Args:
@@ -118,15 +131,12 @@ class OutsidePolicy(Trainer[Config], Films):
         environment: that is trained in.
     """
 
-    measured = ("held_out_return",)
-    totals = ("environment_steps",)
-
     def __init__(self, config: Config, environment: OutsideEnvironment) -> None:
         from experiments.rl.outside import Outside
 
         super().__init__(config)
         layout_of(config.cluster, alone=f"--env {config.env} is stepped by this process")
-        self.files, self.draws = played.files_of(config), config.render
+        self.files = played.files_of(config)
         self.outside = Outside(config, environment)
 
     def start(self) -> Carry:
@@ -150,34 +160,6 @@ class OutsidePolicy(Trainer[Config], Films):
         """Returns of new episodes; they are those of no training run."""
         returns = self.outside.returns(carry, played.evaluated_starts(seed, episodes))
         return {f"seed {self.config.seed}": returns.tolist()}
-
-    def conclude(self, config: Config, outcome: Outcome) -> Conclusion:
-        return conclude(config, outcome)
-
-    def export(self, carry: Carry, to: Path | None) -> str:
-        return export(self.config, carry, to)
-
-    def film(self, config: Config, carry: Carry, seed: int) -> str:
-        return film(config, carry, seed)
-
-
-def export(config: Config, carry: Carry, to: Path | None) -> str:
-    """Writes the policy, and the statistics that it scales observations with."""
-    tree = {"params": carry.learner.params}
-    if config.normalise:
-        tree["statistics"] = carry.own.statistics._asdict()
-    return write_tensors(config, int(np.max(carry.generation)), tree, to)
-
-
-def film(config: Config, carry: Carry, seed: int) -> str:
-    """Writes an episode of the policy as episode.gif into the run folder; says what was written.
-
-    Raises:
-        NotDrawn: where the environment cannot be drawn.
-    """
-    from experiments.rl.render import FILE, render
-
-    return render(config, carry, config.run_dir / FILE, seed)
 
 
 def conclude(config: Config, outcome: Outcome) -> Conclusion:

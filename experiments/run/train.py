@@ -105,7 +105,7 @@ def finish(
     )
     write_json(folder / "result.json", result.to_json())
     # Of several processes none has the state by itself.
-    if isinstance(trainer, Films) and trainer.draws and not hosts.several():
+    if isinstance(trainer, Films) and trainer.draws(config) and not hosts.several():
         try:
             hosts.say(trainer.film(config, outcome.state, seed=0))
         except UsageError as why:

@@ -194,13 +194,11 @@ class LanguageTrainer(Trainer[Config]):
 
 
 class Films(ABC):
-    """A trainer whose episodes can be drawn.
+    """A trainer whose episodes can be drawn."""
 
-    Attributes:
-        draws: whether an episode is drawn at the end of a run.
-    """
-
-    draws: bool = True
+    @abstractmethod
+    def draws(self, config: Any) -> bool:
+        """Whether an episode is drawn at the end of a run with these settings."""
 
     @abstractmethod
     def film(self, config: Any, carry: Carry, seed: int) -> str:
