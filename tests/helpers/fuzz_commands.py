@@ -11,7 +11,6 @@
 The last three must be 0.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 from unittest import mock
 
-from fuzz_files import KINDS, Hang, limited
+from fuzz_files import KINDS, Hang, limited, main
 
 from experiments.optimizers import study
 from experiments.optimizers.study import StudySettings
@@ -435,16 +434,5 @@ def fuzz(count: int, seed: int, show: Callable[[str], None] = print) -> Counter[
     return counts
 
 
-def main() -> int:
-    """Prints the counts; the exit code is 0 where the last three are."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    counts = fuzz(args.count, args.seed)
-    print(", ".join(f"{kind} {counts[kind]}" for kind in KINDS))
-    return int(any(counts[kind] for kind in KINDS[2:]))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(fuzz, 500))

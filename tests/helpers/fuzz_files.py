@@ -372,10 +372,10 @@ def fuzz(count: int, seed: int, show: Callable[[str], None] = print) -> Counter[
     return counts
 
 
-def main() -> int:
-    """Prints the counts; the exit code is 0 where the last three are."""
+def main(fuzz: Callable[[int, int], Counter[str]], count: int) -> int:
+    """Runs a fuzzer by its command line and prints the counts; the exit code is 0 where the last three are."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--count", type=int, default=count)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     counts = fuzz(args.count, args.seed)
@@ -384,4 +384,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(fuzz, 1000))
