@@ -54,14 +54,16 @@ UNARY = (
     "checkpoint_name({a}, 'a')", "lax.cond({a}.sum() > 0.1739, lambda t: t, lambda t: 2 * t, {a})",
 )  # fmt: skip
 
-# Of one value with at least one axis, and an axis of it; of its shape.
+# Of one value with at least one axis, and an axis of it; of its shape. No derivative of a maximum:
+# JAX divides by the number of elements equal to it, which is 0 where XLA computes a matrix once for
+# the maximum and once more, rounded differently, for the comparison.
 ALONG = (
     "{a} - {a}.mean({i}, keepdims=True)", "{a} / ({a}.sum({i}, keepdims=True) ** 2 + 1.1)",
     "({a} - {a}.mean({i}, keepdims=True)) / ({a}.std({i}, keepdims=True) + 0.3)",
     "{a} / (jnp.linalg.norm({a}, axis={i}, keepdims=True) + 0.1)", "{a} * lax.rsqrt(({a} ** 2).sum({i}, keepdims=True) + 0.1)",
     "jax.nn.softmax({a}, {i})", "jax.nn.log_softmax({a}, {i})", "jax.nn.standardize({a}, {i}, epsilon=0.1)",
     "jnp.cumsum({a}, {i})", "jnp.cumprod(jnp.tanh({a}), {i})", "lax.cummax({a}, {i})", "lax.cumlogsumexp({a}, {i}, reverse=True)",
-    "jnp.sort({a}, {i})", "jnp.flip({a}, {i})", "jnp.roll({a}, 1, {i})", "{a} - {a}.max({i}, keepdims=True)",
+    "jnp.sort({a}, {i})", "jnp.flip({a}, {i})", "jnp.roll({a}, 1, {i})", "{a} - lax.stop_gradient({a}.max({i}, keepdims=True))",
     "lax.associative_scan(jnp.add, {a}, axis={i})", "{a} + jnp.expand_dims({a}.mean({i}), {i})",
     "{a} * {a}.sum({i}, keepdims=True)", "jnp.moveaxis(jax.vmap(lambda t: t * jnp.tanh(t.sum()), {i})({a}), 0, {i})",
     "jax.vmap(lambda t: lax.cond(t.sum() > 0.1739, lambda: t, lambda: -t), {i}, {i})({a})",
