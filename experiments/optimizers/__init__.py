@@ -10,6 +10,7 @@ DRIVER = Driver(
     presets=PRESETS,
     figure=Figure("held_out_loss", "fresh_loss", better="smaller", best=0.0, way=0.1),
     columns=(Column("held_out_loss", "held out", ".3f"), Column("loss", "loss", ".3f")),
-    results=("measured", "state_bytes"),
+    measured=("held_out_accuracy", "weight_norm"),
+    results=("state_bytes",),
     trainer="experiments.optimizers.train:OptimizerRun",
 )

@@ -185,6 +185,11 @@ class Config(RunSettings):
             raise UsageError(
                 f"--heads {self.heads}: {self.width} units are not so many heads of an even width"
             )
+        if self.task == "text" and self.target is not None and self.held_out_sequences < 2:
+            raise UsageError(
+                f"--held-out-sequences {self.held_out_sequences}: with --target one half of them "
+                "confirms it: choose at least 2"
+            )
         if self.task == "digits" and self.data is not None:
             raise UsageError(f"--data {self.data}: digits are scikit-learn's; leave it out")
 

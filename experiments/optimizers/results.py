@@ -73,8 +73,8 @@ def line(method: str, found: Found, step_seconds: float | None) -> Line:
     """The row of a method."""
 
     def mean(name: str) -> float | None:
-        values = [one["measured"].get(name) for one in found.results]
-        return None if None in values else statistics.fmean(values)
+        values = [one[name] for one in found.results if one.get(name) is not None]
+        return statistics.fmean(values) if len(values) == len(found.results) else None
 
     losses = [
         float("inf") if one["held_out_loss"] is None else one["held_out_loss"]

@@ -42,8 +42,9 @@ class OptimizerRun(Trainer[Config]):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         layout_of(config.cluster, alone="backpropagation here has no population to divide")
-        free: dict[str, Any] = {"run_dir": Path(), "seed": 0, "learning_rate": 1.0}
-        self._programs = programs(changed(config, free, generations=None, max_generations=1))
+        # What is an argument of the programs, or nothing to them: runs that differ in it share them.
+        shared: dict[str, Any] = {"run_dir": Path(), "seed": 0, "learning_rate": 1.0}
+        self._programs = programs(changed(config, shared, generations=None, max_generations=1))
         self.measured = self._programs.task.measured
 
     def start(self) -> Carry:
@@ -72,10 +73,8 @@ class OptimizerRun(Trainer[Config]):
             who="model",
             x=UPDATES,
             target=config.target,
-            larger_is_better=False,
         )
         results = {
-            "measured": outcome.after,
             "state_bytes": sum(x.nbytes for x in jax.tree.leaves(outcome.state.learner.optimizer)),
         }
         by = f"after {outcome.generations} updates by {config.optimizer.name}"

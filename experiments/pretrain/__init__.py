@@ -13,6 +13,7 @@ DRIVER = Driver(
         "held_out_bits_per_byte", "fresh_bits_per_byte", better="smaller", best=0.0, way=0.02
     ),
     columns=(Column("held_out_bits_per_byte", " bits/byte held out", ".3f"),),
+    measured=("held_out_integer_bits_per_byte",),
     results=("anchors", "tokens", "bytes_read"),
     trainer="experiments.pretrain.train:Pretraining",
 )

@@ -8,6 +8,7 @@ An update is the `generation` of a method: :mod:`~experiments.pretrain.evolution
 :mod:`~experiments.pretrain.backprop`.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from experiments.run.axes import BYTES_READ
 from experiments.run.devices import ONE, Layout, layout_of
 from experiments.run.folder import write_json
 from experiments.run.plots import Curve
+from experiments.run.seeds import average
 from experiments.run.trainer import Carry, Conclusion, LanguageTrainer, Outcome
 
 
@@ -124,7 +126,7 @@ class Pretraining(LanguageTrainer[Config]):
 
     def conclude(self, config: Config, outcome: Outcome) -> Conclusion:
         """The bits per byte, in words and beside those of n-grams."""
-        lesson = in_words(outcome.fresh["fresh_bits_per_byte"], self.known)
+        lesson = in_words(average(outcome.fresh["fresh_bits_per_byte"]), self.known)
         tokens = outcome.generations * config.tokens_an_update
         count = sum(leaf.size for leaf in jax.tree.leaves(outcome.state.learner.params))
         path = (
@@ -136,7 +138,6 @@ class Pretraining(LanguageTrainer[Config]):
             words="bits per byte of held-out text",
             who="model",
             target=config.target,
-            larger_is_better=False,
             x=BYTES_READ,
             marks=self.known._asdict(),
         )
@@ -168,7 +169,9 @@ def describe(text: Text, known: Anchors) -> str:
 
 
 def in_words(bits: float, known: Anchors) -> str:
-    """What was learned, by the anchors that it lies between."""
+    """What was learned, by the anchors that it lies between; NaN bits are those that are not finite."""
+    if math.isnan(bits):
+        return "Not learned: the bits per byte of held-out text are no longer finite"
     n_grams = {"unigram": known.unigram, "bigram": known.bigram, "trigram": known.trigram}
     below = [name for name, anchor in n_grams.items() if bits < anchor]
     if not below:

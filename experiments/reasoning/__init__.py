@@ -14,9 +14,7 @@ DRIVER = Driver(
         Column("reward_mean", "reward", ".3f"),
         Column("loss", "loss", ".3f"),
     ),
-    results=(
-        *("held_out_reward", "held_out_reward_before", "held_out_length", "held_out_length_before"),
-        *("prompt_tokens", "generated_tokens"),
-    ),
+    measured=("held_out_reward", "held_out_length"),
+    results=("prompt_tokens", "generated_tokens"),
     trainer="experiments.reasoning.train:Reasoning",
 )

@@ -190,15 +190,17 @@ def who(config: Config) -> str:
     return "mean policy" if config.algorithm == "eggroll" else "policy"
 
 
-def in_words(config: Config, scores: list[float]) -> str:
+def in_words(config: Config, scores: list[Any]) -> str:
     """The outcome as the beginning of a sentence, plain about a target that was missed.
 
     Args:
         config: the settings.
-        scores: the fresh return of every seed.
+        scores: the fresh return of every seed; None for one that is not finite.
     """
     name = config.env.removeprefix("gymnasium:")
     skill, measure = SKILLS.get(name, name), MEASURES.get(name, PLAIN_MEASURE)
+    if None in scores:
+        return f"Not learned {skill}: the return is no longer finite"
     good = sum(config.target is not None and score >= config.target for score in scores)
     if config.target is None:
         verdict = f"Trained on {name}"

@@ -8,23 +8,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.run.axes import SECONDS, Axis, positions
+from experiments.run.driver import Figure
 from experiments.run.drivers import FOLDERS, find_driver
 from experiments.run.errors import UsageError, suggestion
 from experiments.run.fields import Role, flat, places
 from experiments.run.folder import is_number, kind_of, read_config, read_result
 from experiments.run.metrics import Row, expect_names, read_metrics
 from experiments.run.plots import column
+from experiments.run.seeds import each
 
 # A label of settings that is longer gives way to the name of the folder.
 LONGEST_LABEL = 50
 # Settings that name a method; they tell runs apart before others do.
-METHODS = ("algorithm", "optimizer", "perturb", "model", "preset")
+METHODS = ("algorithm", "optimizer", "perturb", "model")
 
 
 class Run(NamedTuple):
     """One run as it was found. `x` and `seconds` [points], `y` [points, seeds].
 
-    `of` is the number of questions that the metric is a share of, if it is one and they are known.
+    `of` is the number of questions that the metric is a share of, if it is one and they are known;
+    `figure` is what the run is judged by, where the metric is that.
     """
 
     path: Path
@@ -34,6 +37,7 @@ class Run(NamedTuple):
     y: np.ndarray
     seconds: np.ndarray
     of: int | None = None
+    figure: Figure | None = None
 
 
 class Group(NamedTuple):
@@ -62,9 +66,12 @@ def read_run(path: Path, axis: Axis, y: str) -> Run:
     seconds = positions(rows, SECONDS, path / "metrics.jsonl")
     points = [i for i, row in enumerate(rows) if row[y] is not None]
     values = column([rows[i] for i in points], y) if points else np.zeros((0, 1))
-    if result is not None and result.get(y) is not None:
-        last = result.get("by_seed") or result[y]
-        if points and (len(last) if isinstance(last, list) else 1) != values.shape[1]:
+    figure = figure_of(config)
+    figure = figure if figure and figure.name == y else None
+    last = (result or {}).get("by_seed" if figure and values.shape[1] > 1 else y)
+    # Of several seeds result.json has the mean alone, but for the driver's figure.
+    if last is not None and (figure or values.shape[1] == 1):
+        if points and len(each(last)) != values.shape[1]:
             raise UsageError(
                 f"{path}/result.json and metrics.jsonl have {y} of other numbers of seeds"
             )
@@ -74,7 +81,13 @@ def read_run(path: Path, axis: Axis, y: str) -> Run:
             np.concatenate([values, final] if points else [final]),
         )
     of = questions_of(path, config, rows) if "accuracy" in y and "held_out" in y else None
-    return Run(path, config, result, at[points], values, seconds[points], of)
+    return Run(path, config, result, at[points], values, seconds[points], of, figure)
+
+
+def figure_of(config: Mapping[str, Any]) -> Figure | None:
+    """What a run is judged by, from its config.json; None for a driver that is not known."""
+    driver = config.get("driver")
+    return find_driver(driver).figure if isinstance(driver, str) and driver in FOLDERS else None
 
 
 def target_of(config: Mapping[str, Any]) -> Any:
@@ -179,7 +192,7 @@ def telling(essences: Sequence[Mapping[str, Any]]) -> list[str]:
 def essence(config: Mapping[str, Any], *, every: bool = False) -> dict[str, Any]:
     """The settings that decide a run, but for the seed, by the names of their flags; or every one."""
     driver, known = config.get("driver"), dict[str, tuple[str, Role]]()
-    if driver in FOLDERS:
+    if isinstance(driver, str) and driver in FOLDERS:
         at = places(find_driver(driver).config)
         known = {place.key: (name, place.role) for name, place in at.items()}
     found = {}

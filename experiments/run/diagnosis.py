@@ -63,12 +63,15 @@ def way(run: Run) -> float:
     values = known(np.append(run.figure(goal.name), mean(run.final.get(goal.name))))
     if len(values) < 2 or math.isnan(best):
         return math.nan
-    target = run.setting("target")
-    rises = best >= values[0]
-    if isinstance(target, int | float) and (values[-1] >= target) == rises:
+    target = number(run.setting("target"))
+    if goal.meets([float(values[-1])], None if math.isnan(target) else target):
         return 1.0
-    left = best - values[0]
-    return 1.0 if abs(left) < 0.02 * abs(best) else float((values[-1] - values[0]) / left)
+    sign = 1 if goal.better == "larger" else -1
+    left, still = sign * (best - values[0]), sign * (best - values[-1])
+    little = 0.02 * abs(best)
+    if left <= little:  # of what it had, something may be lost
+        return 1.0 if still <= little else 0.0
+    return float((left - still) / left)
 
 
 def trend(run: Run) -> float:

@@ -68,6 +68,7 @@ class Driver(NamedTuple):
         config: the class of its settings.
         presets: settings by name; the first is the default.
         figure: what its runs are judged by.
+        measured: names of the other figures that are measured with it, some of them in some settings only.
         columns: what the progress bar shows, the most important first.
         results: names in result.json beside those that all drivers have.
         trainer: what makes a trainer of settings, "module:name"; imported when it is needed.
@@ -81,12 +82,14 @@ class Driver(NamedTuple):
     columns: tuple[Column, ...]
     results: tuple[str, ...]
     trainer: str
+    measured: tuple[str, ...] = ()
 
     @property
     def result_names(self) -> tuple[str, ...]:
         """The names in result.json."""
         figure = self.figure
-        own = (figure.name, f"{figure.name}_before", figure.fresh, *self.results)
+        measured = (figure.name, *self.measured)
+        own = (*measured, *(f"{name}_before" for name in measured), figure.fresh, *self.results)
         return (*own, "learned", "by_seed", "parameters", "generations", "sentence", "timing")
 
     def load(self) -> "Callable[[Any], Trainer[Any]]":

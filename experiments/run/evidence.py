@@ -1,13 +1,13 @@
 """A run as `eggroll doctor RUN` reads it: its settings, the figures of its rows, and findings about them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from experiments.run.fields import flag
+from experiments.run.fields import flag, flat
 from experiments.run.metrics import Row
 
 Rows = Float[np.ndarray, "rows"]
@@ -127,20 +127,6 @@ class Run:
         now, word = self.setting(setting), flag(self.key(setting))
         advice = f"try {word} {shown(better)} instead of {shown(now)}"
         return Finding(name, f"{seen}; {advice}.", word, now, better)
-
-
-def flat(config: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Settings by their full names.
-
-    Example:
-        >>> dict(flat({"seed": 0, "ppo": {"clip": 0.2}}))
-        {'seed': 0, 'ppo.clip': 0.2}
-    """
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def number(value: object) -> float:

@@ -248,11 +248,12 @@ def changed(
     """
     known = places(type(settings))
     for name, value in {**(values or {}), **more}.items():
-        # A whole group goes by the name of its field.
-        path: tuple[str, ...] = (name,) if dataclasses.is_dataclass(value) else ()
-        if name in known:
-            path = known[name].path
-        elif not path:
+        if dataclasses.is_dataclass(value):  # A whole group goes by the name of its field.
+            groups = {field.name: (field.name,) for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+            path: tuple[str, ...] | None = groups.get(name)
+        else:
+            path = known[name].path if name in known else None
+        if path is None:
             raise UsageError(f"{name!r} is no setting{suggestion(name, known)}")
         settings = _put(settings, path, value)
     return settings
@@ -404,7 +405,12 @@ def _in_words(hint: Any) -> str:
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of config.json by their names, "outer.inner"."""
+    """The values of config.json by their names, "outer.inner".
+
+    Example:
+        >>> dict(flat({"seed": 0, "ppo": {"clip": 0.2}}))
+        {'seed': 0, 'ppo.clip': 0.2}
+    """
     for name, value in content.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")

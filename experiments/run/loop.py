@@ -3,7 +3,7 @@
 The order of a generation g, from the state before it:
 
 1. every `evaluate_every` generations the state is measured (held-out); a target that is reached, and
-   confirmed on data that decided nothing before, ends the run;
+   confirmed on data that decided nothing before, ends the run; so does the end of its patience;
 2. the generation is run: state g becomes state g + 1;
 3. row g is appended to metrics.jsonl;
 4. now and then, and at the end, the rows are synced and then state g + 1 is saved as checkpoint g + 1.
@@ -21,6 +21,7 @@ else decides the future, so that a run killed anywhere and continued gives the b
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ from experiments.run.driver import Column, Driver
 from experiments.run.errors import Interrupted, RunError
 from experiments.run.loggers import loggers
 from experiments.run.metrics import MetricsFile, Row, expect_names, plain
-from experiments.run.progress import Progress, rates
+from experiments.run.progress import Progress, speeds
 from experiments.run.samples import Samples
 from experiments.run.seeds import average, each
 from experiments.run.settings import RunSettings
@@ -44,8 +45,8 @@ from experiments.run.trainer import Carry, Outcome, Trainer
 
 # So many generations in a row without a usable score say that something is broken.
 HOPELESS = 10
-# What totals are called where it is told how many of them a second took.
-RATES = {
+# What totals are called where it is told how many of them came in a second.
+SPEEDS = {
     "environment_steps": "steps",
     "generated_tokens": "written tokens",
     "prompt_tokens": "prompt tokens",
@@ -143,8 +144,15 @@ class Record:
         if patience is None:
             return False
         sign = 1 if figure.better == "larger" else -1
-        values = [row[figure.name] for row in self._metrics.rows] + [value]
-        found = [sign * average(one) for one in values if one is not None]
+        every = self.settings.evaluate_every
+        rows = [
+            row
+            for row in self._metrics.rows
+            if row["generation"] % every == 0 or row[figure.name] is not None
+        ]
+        values = [row[figure.name] for row in rows] + [value]
+        # What was measured and is null is not finite: no better than any.
+        found = [-math.inf if math.isnan(x := average(one)) else sign * x for one in values]
         before, recent = found[:-patience], found[-patience:]
         return bool(before) and max(recent) <= max(before)
 
@@ -153,8 +161,8 @@ class Record:
         row = {"generation": self.generation, **plain(found)}
         for name in self.trainer.totals:
             row[name] = self._totals[name] = _add(self._totals.get(name, 0), row[name])
-        counts = {RATES.get(name, name): plain(found[name]) for name in self.trainer.totals}
-        self._rates = rates(counts, time.perf_counter() - began)
+        counts = {SPEEDS.get(name, name): plain(found[name]) for name in self.trainer.totals}
+        self._speeds = speeds(counts, time.perf_counter() - began)
         row.update(self._measured or dict.fromkeys(self.trainer.measured))
         times = {"seconds": time.perf_counter() - began, "since_start": self.watch.total()}
         row["timing"] = {**times, **timing, **row.get("timing", {})}
@@ -168,7 +176,7 @@ class Record:
     def told(self) -> str:
         """The newest row in a few words, the most important first."""
         words = in_words(self.driver.columns, {**self._row, **self._latest})
-        return ", ".join(filter(None, [words, *self._rates]))
+        return ", ".join(filter(None, [words, *self._speeds]))
 
     @property
     def save_due(self) -> bool:

@@ -48,7 +48,6 @@ class Curve:
         words: the figure and its unit, for the axis.
         who: what is trained, such as "mean policy", "policy", "classifier" or "model".
         target: a value to reach, if any.
-        larger_is_better: whether the figure is to rise.
         x: what it is drawn over.
         population: draw `fitness_mean`, `fitness_std`, `fitness_worst` and `fitness_best` of the rows too;
             they must be figures of the same kind.
@@ -68,7 +67,6 @@ class Curve:
     words: str
     who: str = "model"
     target: float | int | None = None
-    larger_is_better: bool = True
     x: Axis = GENERATIONS
     population: bool = False
     training: tuple[str, str] | None = None

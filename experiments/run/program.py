@@ -33,7 +33,7 @@ class ProgramTrainer(Trainer[Config]):
     """A trainer that is a :class:`Program`; `config.seeds` of them are one.
 
     Args:
-        config: the settings.
+        config: the settings, which have `seeds` and the group `evolution`.
         alone: why a run has one device, if it has.
     """
 

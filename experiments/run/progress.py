@@ -143,13 +143,13 @@ def part(done: int, total: int, what: str) -> None:
         _active[-1].part(done, total, what)
 
 
-def rates(
+def speeds(
     counts: Mapping[str, float | int | Sequence[float | int] | None], seconds: float
 ) -> list[str]:
     """How many of each a second took, in words; nothing is said of what did not happen.
 
     Example:
-        >>> rates({"steps": 120_000, "written tokens": 0, "prompt tokens": [300, 300]}, 2.0)
+        >>> speeds({"steps": 120_000, "written tokens": 0, "prompt tokens": [300, 300]}, 2.0)
         ['60,000 steps/s', '300 prompt tokens/s']
     """
     told = []

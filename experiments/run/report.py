@@ -33,6 +33,7 @@ from experiments.run.compared import (
     Group,
     Run,
     essence,
+    figure_of,
     group,
     on_grid,
     read_run,
@@ -75,10 +76,6 @@ class Settings:
     """What the runs are called, in their order; by default what tells their settings apart."""
 
 
-# Metrics with these words in their names are to fall.
-FALLING = ("loss", "bits", "perplexity", "error")
-
-
 def report(settings: Settings) -> list[Path]:
     """Write report.png and report.html; returns their paths.
 
@@ -108,8 +105,10 @@ def report(settings: Settings) -> list[Path]:
 
 
 def held_out_name(path: Path) -> str:
-    """The first metric of a run whose name begins with held_out."""
-    read_config(path)  # says so where this is no run
+    """What a run is judged by; of an unknown driver, the first metric whose name begins with held_out."""
+    figure = figure_of(read_config(path))
+    if figure:
+        return figure.name
     rows = read_metrics(path / "metrics.jsonl")
     names = [name for name in (rows[0] if rows else {}) if name.startswith("held_out")]
     if not names:
@@ -221,8 +220,9 @@ def band(one: Group) -> _Band | None:
 
 
 def target_of_group(one: Group) -> float | None:
-    """The target of a group's runs."""
-    target = target_of(one.runs[0].config) if one.runs else None
+    """The target of a group's runs, if it is one of the metric that is drawn."""
+    judged = bool(one.runs) and one.runs[0].figure is not None
+    target = target_of(one.runs[0].config) if judged else None
     return None if target is None else float(target)
 
 
@@ -230,7 +230,7 @@ def reached_at(
     at: Float[np.ndarray, "points"],
     values: Float[np.ndarray, "points"],
     target: float,
-    falling: bool = False,
+    better: Literal["larger", "smaller"] = "larger",
 ) -> float | None:
     """Where a curve is at its target for the first time, among its measurements; None for nowhere.
 
@@ -238,22 +238,22 @@ def reached_at(
         >>> reached_at(np.array([0.0, 10.0, 20.0]), np.array([1.0, 5.0, 4.0]), 4.5)
         10.0
     """
-    good = values <= target if falling else values >= target
+    good = values >= target if better == "larger" else values <= target
     return float(at[int(good.argmax())]) if good.any() else None
 
 
-def to_the_target(one: Group, axis: Axis, y: str) -> str:
+def to_the_target(one: Group, axis: Axis) -> str:
     """When a group's seeds reached the target, on the axis and in seconds, in words."""
     target = target_of_group(one)
     if target is None:
         return ""
-    falling = any(word in y for word in FALLING)
     found = [
         (
-            reached_at(run.x, values, target, falling),
-            reached_at(run.seconds, values, target, falling),
+            reached_at(run.x, values, target, run.figure.better),
+            reached_at(run.seconds, values, target, run.figure.better),
         )
         for run in one.runs
+        if run.figure
         for values in run.y.T
     ]
     there = [(x, seconds) for x, seconds in found if x is not None and seconds is not None]
@@ -286,7 +286,7 @@ def page_of(groups: Sequence[Group], axis: Axis, y: str, picture: Picture) -> st
             row += [f"{number(edges[0][0])} to {number(edges[1][0])}" if edges else ""]
         if len(groups) > 1:
             row += [number(float(on_grid(np.array([common]), one.x, mean_of(one.y))[0]))]
-        row += [to_the_target(one, axis, y)] if aimed else []
+        row += [to_the_target(one, axis)] if aimed else []
         rows.append([*row, f"{max((run.x[-1] for run in one.runs if len(run.x)), default=0):,.0f}"])
     details = [
         Details(run.path, sentence(run), {**essence(run.config), "seed": run.config.get("seed")})

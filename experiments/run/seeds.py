@@ -1,5 +1,6 @@
 """Several training seeds in one program: every array has a leading axis, every figure is a list."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,5 +24,10 @@ def each(value: Any) -> list[Any]:
 
 
 def average(value: Any) -> float:
-    """The mean over the seeds of a figure of a row."""
-    return float(np.mean(each(value)))
+    """The mean over the seeds of a figure of a row; NaN where that of one is not finite, which is None.
+
+    Example:
+        >>> average([1.0, 2.0]), average([1.0, None])
+        (1.5, nan)
+    """
+    return float(np.mean([math.nan if one is None else one for one in each(value)]))

@@ -105,7 +105,7 @@ class RunSettings:
     """Generations from one held-out measurement to the next."""
     target: float | None = within(None, -1e38, 1e38)
     """Value of the held-out figure at which training stops early, once fresh data confirm it."""
-    patience: int | None = count(None)
+    patience: int | None = count(None, role=Role.FREE)
     """Stop after so many held-out measurements without a better one than before, unless `generations` says
     how long to train."""
     checkpoint_seconds: float = from_zero(30.0, role=Role.FREE)
@@ -167,7 +167,9 @@ def program_of(settings: RunSettings) -> str | None:
     kind = type(settings)
     content = dict(flat(to_json(settings)))
     numbers = {place.key for place in places(kind).values() if place.number}
-    own = {k: v for k, v in content.items() if k not in numbers | free_keys(kind)}
+    # What changes rounding or memory is of the one program.
+    free = free_keys(kind, same_bits=True)
+    own = {k: v for k, v in content.items() if k not in numbers | free}
     own |= {f"{k} is 1": content[k] == 1 for k in numbers if k.endswith("_decay")}
     return repr(sorted(own.items(), key=lambda item: item[0]))
 

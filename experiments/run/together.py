@@ -95,7 +95,7 @@ def _loop(
         del record.state  # their memory is the next generation's
     alive = dict(records)
     with stop_requests(begun=False) as stop, Progress(max(c.limit for c in configs)) as progress:
-        progress.update(0, "compiling")
+        progress.update(min(r.generation for r in alive.values()), "compiling")
         while True:
             began = time.perf_counter()
             measured: Any = None

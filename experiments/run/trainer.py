@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
         generations: done, in all processes that worked on the run.
         before: what was measured before training.
         after: what was measured of the last state.
-        fresh: the same of data that decided nothing, by other names.
+        fresh: the same of data that decided nothing, by other names; None, as all figures, where not finite.
         learned: whether the target was reached on fresh data, by all seeds; None without a target.
         rows: all metric rows.
     """

@@ -81,11 +81,11 @@ class Records:
             )
         if result["generations"] >= (limit or run.config.limit):
             return True
-        # It ended early, at its target; unless it was cut short by a limit that has been raised.
+        # It ended early, at its target or out of patience; unless a limit that cut it short has been raised.
         then = read_config(run.config.run_dir)
         return run.config.generations is None and all(
             then.get(name) == getattr(run.config, name)
-            for name in ("generations", "max_generations")
+            for name in ("generations", "max_generations", "patience")
         )
 
     def value(self, run: Run) -> float | None:

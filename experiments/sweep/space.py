@@ -26,13 +26,13 @@ class Axis(NamedTuple):
         field: its dotted name.
         kind: "grid" takes every value; the others are drawn from.
         values: of a grid or a choice; the two ends of a range.
-        whole: whether a range is of whole numbers, both ends included.
+        unit: of a range: 1 for whole numbers and 2 for even ones, both ends included; 0 for any number.
     """
 
     field: str
     kind: str
     values: tuple[Any, ...]
-    whole: bool = False
+    unit: int = 0
 
     def draw(self, seed: int, number: int) -> Any:
         """The value of sample `number`.
@@ -46,14 +46,16 @@ class Axis(NamedTuple):
         u = int.from_bytes(digest[:8], "big") / 2**64
         if self.kind == "choice":
             return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
-        low, high = self.values
+        low, high, unit = *self.values, self.unit
+        if unit:
+            low, high = math.ceil(low / unit), math.floor(high / unit)
         # A whole number has the stretch from half before it to half behind it.
-        a, b = (low - 0.5, high + 0.5) if self.whole else (low, high)
+        a, b = (low - 0.5, high + 0.5) if unit else (low, high)
         x = a + u * (b - a)
         if self.kind == "log-uniform":
             x = math.exp(math.log(a) + u * (math.log(b) - math.log(a)))
-        x = round(x) if self.whole else float(f"{x:.{DIGITS}g}")
-        return min(max(x, low), high)
+        x = round(x) if unit else float(f"{x:.{DIGITS}g}")
+        return min(max(x, low), high) * (unit or 1)
 
 
 def read_axis(field: str, found: Any, hint: Any, bounds: Range | None = None) -> Axis:
@@ -94,7 +96,7 @@ def read_axis(field: str, found: Any, hint: Any, bounds: Range | None = None) ->
 
 def _range(
     kind: str, values: Sequence[Any], hint: Any, bounds: Range | None
-) -> tuple[tuple[Any, Any], bool]:
+) -> tuple[tuple[Any, Any], int]:
     of_whole = whole(hint)
     if of_whole is None:
         raise ValueError(f"{kind}: this setting has no numbers: choose grid or choice")
@@ -105,14 +107,15 @@ def _range(
         raise ValueError(f"{kind}: {list(values)!r}: {right}") from error
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"{kind}: {list(values)!r}: {right}")
-    if bounds is not None and kind == "uniform":
-        # That members come in pairs is checked of what is drawn.
+    if kind == "log-uniform" and low <= 0:
+        raise ValueError(f"{kind}: {list(values)!r}: a logarithm needs both above 0")
+    if bounds is not None:
+        # Even numbers are drawn between any two.
         for end in (low, high):
             if problem := bounds._replace(even=False).problem(end):
                 raise ValueError(f"{kind}: {list(values)!r}: {problem}")
-    if kind == "log-uniform" and low <= 0:
-        raise ValueError(f"{kind}: {list(values)!r}: a logarithm needs both above 0")
-    return (low, high), of_whole
+    unit = 2 if bounds is not None and bounds.even else int(of_whole)
+    return (low, high), unit
 
 
 def points(axes: Sequence[Axis], samples: int, seed: int) -> Iterator[dict[str, Any]]:

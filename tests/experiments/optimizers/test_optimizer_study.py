@@ -121,9 +121,9 @@ def test_matrices_of_layers_may_take_smaller_steps() -> None:
 def test_digits_are_learned_by_weights_without_scale(tmp_path: Path) -> None:
     config = changed(STUDIES["digits"], run_dir=tmp_path, width=32, generations=100)
     result = train(config)
-    assert result["measured"]["held_out_accuracy"] > 0.9
+    assert result["held_out_accuracy"] > 0.9
     # Steps at right angles only add to the norm.
-    assert result["measured"]["weight_norm"] > 1.01
+    assert result["weight_norm"] > 1.01
     trainer = OptimizerRun(config)
     found = trainer.evaluate(trainer.start(), 1, 0)
     assert set(found) == {"held out loss", "held out accuracy", "weight norm"}
@@ -224,6 +224,7 @@ def test_settings_reach_the_optimizer(
         (["--optimizer", "optim.lion_k", "--kappa", "huber:no"], "--kappa huber:no: the number behind the colon must be a positive number"),
         (["--optimizer", "optim.lion_k", "--kappa", "huber"], "--kappa huber: "),
         (["--optimizer", "optim.frugal", "--also-split", "head"], "--also-split head: there is no such parameter; did you mean 'lm_head'"),
+        (["--target", "2", "--held-out-sequences", "1"], "--held-out-sequences 1: with --target one half"),
         (["--heads", "3"], "--heads 3: 16 units are not so many heads"),
         (["--warmup", "1.5"], "--warmup 1.5: choose a number from 0 to 1"),
         (["--depth", "0"], "--depth 0: choose a whole number from 1 to 1000"),
@@ -332,7 +333,7 @@ def test_the_table_is_what_the_runs_came_to(tmp_path: Path) -> None:
 
 
 def fake(loss: float | None, **others: Any) -> dict[str, Any]:
-    return dict(held_out_loss=loss, measured={"held_out_loss": loss}, state_bytes=80, parameters=10, generations=30, **others)  # fmt: skip
+    return dict(held_out_loss=loss, state_bytes=80, parameters=10, generations=30, **others)  # fmt: skip
 
 
 def test_a_study_stops_between_runs_and_goes_on(
@@ -377,7 +378,7 @@ def test_a_study_stops_between_runs_and_goes_on(
 
 def test_a_table_of_digits_has_their_columns() -> None:
     measured = {"held_out_accuracy": 0.5, "weight_norm": 2.0}
-    one = line("adamp", Found(0.1, {}, [{**fake(1.0), "measured": measured}]), 0.5)
+    one = line("adamp", Found(0.1, {}, [{**fake(1.0), **measured}]), 0.5)
     assert "| adamp | 0.1 | 1.000 | | 50.00% | 2.00 | 80 | 8.00 | 500.0 ms |" in table([one])
 
 

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,12 +14,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from experiments.rl.config import PRESETS
+from experiments.run import driver
 from experiments.run.axes import AXES, ENVIRONMENT_STEPS, GENERATIONS, SECONDS
 from experiments.run.cli import main
 from experiments.run.compared import Group, Run, group, read_run
 from experiments.run.fields import changed
+from experiments.run.folder import read_result
 from experiments.run.metrics import read_metrics
-from experiments.run.report import draw, page_of
+from experiments.run.report import draw, page_of, target_of_group, to_the_target
 from experiments.run.samples import add_sample
 from experiments.run.train import train
 
@@ -95,6 +97,22 @@ def test_several_seeds_of_one_run_are_a_band(runs: Path) -> None:
     assert (np.diff(one.x) > 0).all()
 
 
+def test_only_the_figure_that_a_run_is_judged_by_has_its_target_and_its_end_by_seed(
+    runs: Path, tmp_path: Path
+) -> None:
+    target = float(read_result(runs / "seeds")["by_seed"][0]) + 1e6  # type: ignore[index]
+    folder = shutil.copytree(runs / "seeds", tmp_path / "seeds")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "target": target}))
+    (judged,) = group([read_run(folder, GENERATIONS, "held_out_return")])
+    assert judged.y[-1].tolist() == read_result(folder)["by_seed"]  # type: ignore[index]
+    assert to_the_target(judged, GENERATIONS) == "not reached"
+    (other,) = group([read_run(folder, GENERATIONS, "fitness_mean")])
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert other.y.tolist() == [row["fitness_mean"] for row in rows]
+    assert (target_of_group(other), to_the_target(other, GENERATIONS)) == (None, "")
+
+
 @pytest.mark.parametrize("x", ["generation", "environment_steps", "seconds"])
 def test_report_writes_a_picture_and_a_page(
     runs: Path, x: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -158,12 +176,17 @@ def test_what_can_be_pointed_at_is_what_the_rows_say(runs: Path, tmp_path: Path)
 
 
 def made(
-    y: list[float], config: dict[str, Any], of: int | None = None, x: list[float] | None = None
+    y: list[float],
+    config: dict[str, Any],
+    of: int | None = None,
+    x: list[float] | None = None,
+    better: Literal["larger", "smaller"] = "larger",
 ) -> Group:
     """A group of one run, measured every 100 environment steps, which take a second each time."""
+    judged = driver.Figure("held_out", "fresh", better)
     at = 100 * np.arange(len(y), dtype=float) if x is None else np.array(x)
     values = np.array(y, float)[:, None]
-    run = Run(Path(config["label"]), config, None, at, values, at / 100, of)
+    run = Run(Path(config["label"]), config, None, at, values, at / 100, of, judged)
     return Group(config["label"], [run], at, values)
 
 
@@ -187,7 +210,8 @@ def test_the_table_tells_when_the_target_was_reached() -> None:
     # Both at the end of the shorter one.
     assert (first["at 200 environment steps"], second["at 200 environment steps"]) == ("4", "2")
     # What is to fall is at its target below it.
-    (loss,) = cells([made([5.0, 4.6, 4.4], {"label": "loss", "target": 4.5})], "held_out_loss")
+    falling = made([5.0, 4.6, 4.4], {"label": "loss", "target": 4.5}, better="smaller")
+    (loss,) = cells([falling], "held_out_loss")
     assert loss["first at the target, mean"] == "200 environment steps, 2.0 s"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from places import HELPERS
 
@@ -17,8 +18,9 @@ from experiments.pretrain.config import PRESETS as PRETRAIN
 from experiments.rl.config import PRESETS as RL
 from experiments.run import doctor
 from experiments.run.cli import main
-from experiments.run.diagnosis import Finding, diagnose
+from experiments.run.diagnosis import Finding, diagnose, learned
 from experiments.run.errors import RunError
+from experiments.run.evidence import Run
 from experiments.run.fields import changed
 from experiments.run.train import train, train_many
 from experiments.supervised.config import PRESETS as SUPERVISED
@@ -289,6 +291,23 @@ def test_a_return_that_all_members_have_needs_more_noise() -> None:
 def test_the_best_possible_score_is_no_failure() -> None:
     row = {"held_out_return": 500.0, "fitness_std": 0.0, "fitness_mean": 500.0}
     assert names("rl", {"target": 500.0}, [row] * 12) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "fine"),
+    [
+        ([30.0, 108.0], True),  # above the target from its beginning
+        ([30.0, 25.0], True),
+        ([30.0, 5.0], False),
+        ([20.0, 5.0], False),
+        ([0.0, 9.0], True),
+        ([0.0, 1.0], False),
+        ([0.0, -9.0], False),
+    ],
+)
+def test_the_way_to_a_target_is_that_of_the_figure(values: list[float], fine: bool) -> None:
+    rows = [HEALTHY | {"held_out_return": value} for value in np.linspace(*values, 30)]
+    assert learned(Run("rl", SETTINGS | {"target": 20.0}, rows)) == fine
 
 
 # ---------------------------------------------------------------- the command

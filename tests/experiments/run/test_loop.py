@@ -139,6 +139,42 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
     )
 
 
+class Sinking(Toy):
+    """A figure that is better in generation 2 than it will ever be; `bad` is what it then is."""
+
+    bad: float | list[float] = -1.0
+
+    def measure(self, carry: Carry) -> dict[str, Any]:
+        first = (
+            float(carry.generation)
+            if isinstance(self.bad, float)
+            else [float(carry.generation)] * 2
+        )
+        return {"held_out": first if carry.generation <= 2 else self.bad}
+
+
+@pytest.mark.parametrize("bad", [-1.0, 2.0, float("nan"), [9.0, float("nan")]])
+def test_patience_counts_measurements_also_those_that_are_not_finite(
+    tmp_path: Path, bad: float | list[float]
+) -> None:
+    toy = Sinking(Settings(run_dir=tmp_path, max_generations=60, patience=3))
+    toy.bad = bad
+    # Generation 2 is the best; 3, 4 and 5 are no better.
+    assert go(toy.config, toy).generations == 5
+
+
+@pytest.mark.parametrize("at", [2, 3, 4, 5])
+def test_patience_goes_on_where_a_run_stood_and_may_be_more(tmp_path: Path, at: int) -> None:
+    def generations(**changes: Any) -> int:
+        settings = Settings(run_dir=tmp_path, max_generations=60, evaluate_every=2, **changes)
+        return go(settings, Sinking(settings)).generations
+
+    assert generations(generations=at) == at
+    # The best is of generation 2; 4, 6 and 8 are no better.
+    assert generations(patience=3) == 8
+    assert generations(patience=4) == 10
+
+
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 1000.0])
 @pytest.mark.parametrize("at", [0, 1, 4, 6])
 def test_a_run_that_fails_anywhere_is_continued_to_the_same_end(

@@ -14,7 +14,7 @@ import pytest
 from places import ROOT
 
 from experiments.run import progress
-from experiments.run.progress import Progress, State, line, rates
+from experiments.run.progress import Progress, State, line, speeds
 
 FIGURES = ("45.1% of held-out questions right", "reward 0.382", "1,234 written tokens/s")
 
@@ -111,8 +111,8 @@ def test_a_file_gets_nothing_of_a_run_of_seconds() -> None:
 
 def test_a_rate_of_nothing_is_not_told() -> None:
     counts = {"written tokens": 0, "prompt tokens": None, "steps": [0, 0], "bytes": 3}
-    assert rates(counts, 2.0) == ["1.5 bytes/s"]
-    assert rates({"steps": 3}, 0.0) == []
+    assert speeds(counts, 2.0) == ["1.5 bytes/s"]
+    assert speeds({"steps": 3}, 0.0) == []
 
 
 SHOWN = """

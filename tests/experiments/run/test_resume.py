@@ -31,6 +31,7 @@ COMMANDS = {
     "gymnasium": "rl --preset gymnasium-cartpole --population 8 --width 8".split(),
     "pretrain": ["pretrain", "--preset", "tiny", "--sample-every", "3", "--data", report.__file__],
     "optimizers": "optimizers --preset tiny --optimizer optim.frugal --density 0.5 --gap 3".split(),
+    "reasoning": "reasoning --preset tiny --population 8 --prompts 2 --held-out-questions 8".split(),
 }
 ENVIRONMENT = {
     **os.environ,
@@ -73,7 +74,9 @@ def final(folder: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray], di
     result = json.loads((folder / "result.json").read_text())
     del result["timing"], result["sentence"]  # it ends with the seconds
     untimed = [{**row, "timing": None} for row in read_metrics(folder / "metrics.jsonl")]
-    return untimed, load_file(folder / "params.safetensors"), result
+    names = ("params.safetensors", "exported/model.safetensors")
+    (params,) = (folder / name for name in names if (folder / name).exists())
+    return untimed, load_file(params), result
 
 
 def assert_same(folder: Path, whole: Path) -> None:

@@ -14,7 +14,7 @@ from experiments.run.commands import EvalSettings, ExportSettings, SampleSetting
 from experiments.run.drivers import find_driver
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed, differences, from_json, members, places, to_json
-from experiments.run.settings import RunSettings
+from experiments.run.settings import Optimizer, RunSettings
 from experiments.supervised.config import PRESETS as SUPERVISED
 from experiments.sweep.spec import Executor
 from experiments.sweep.sweep import SweepSettings
@@ -117,6 +117,16 @@ def test_changed_goes_by_the_names_of_flags() -> None:
     assert config.optimizer.learning_rate == RL["cartpole"].optimizer.learning_rate
     with pytest.raises(UsageError, match="'populaton' is no setting; did you mean 'population'"):
         changed(config, populaton=2)
+
+
+def test_changed_takes_whole_groups_by_the_names_of_their_fields() -> None:
+    # "optimizer" is a flag as well, of a field in the group.
+    group = Optimizer(name="sgd", learning_rate=0.5)
+    config = changed(RL["cartpole"], optimizer=group)
+    assert config.optimizer == group
+    config.check()
+    with pytest.raises(UsageError, match="'optimiser' is no setting; did you mean 'optimizer'"):
+        changed(config, optimiser=group)
 
 
 @pytest.mark.parametrize(

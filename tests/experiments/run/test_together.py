@@ -180,4 +180,6 @@ def test_other_shapes_are_refused(tmp_path: Path) -> None:
 )
 def test_which_runs_may_be_together(config: Any, may: bool) -> None:
     assert (config.together is not None) == may
-    assert config.together == changed(config, seed=3, sigma=0.5, generations=9).together
+    assert config.together == changed(config, seed=3, sigma=0.5, generations=9, patience=2).together
+    for other in ({"width": 16}, {"evaluate_every": 7}, {"sigma_decay": 0.5}, {"chunk": 2}):
+        assert (config.together != changed(config, other).together) == may, other

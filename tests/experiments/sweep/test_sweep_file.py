@@ -46,7 +46,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     axes = {axis.field: axis for axis in spec.axes}
     assert axes["learning_rate"].values == (0.001, 0.1)
     assert axes["rank"].values == (1, 2, "full")
-    assert [axes[name].whole for name in ("sigma", "ppo.epochs")] == [False, True]
+    assert [axes[name].unit for name in ("sigma", "ppo.epochs")] == [0, 1]
     assert (spec.seeds, spec.samples, spec.out) == ((7, 3), 4, Path("somewhere"))
     assert (spec.metric, spec.maximise) == ("held_out_return", True)
     assert (spec.executor.kind, spec.executor.at_once, spec.executor.together) == (
@@ -117,6 +117,7 @@ def test_what_is_not_said_is_sensible(tmp_path: Path) -> None:
         ("at_once: 3", "at_once: 1000000000000", "executor.at_once: 1000000000000: choose at most"),
         ("first: 2", "first: 1000000000000", "halving.first: 1000000000000: choose at most"),
         ("[1, 9]", "[1, 1.0e+300]", "space.ppo.epochs: uniform: [1, 1e+300]: choose at most 2147483647"),
+        ("uniform: [0.02, 0.3]", "log-uniform: [0.02, 1.0e+39]", "space.sigma: log-uniform: [0.02, 1e+39]: choose at most 1e+38"),
         ("[0.02, 0.3]", "[-1.0e+308, 1.0e+308]", "space.sigma: uniform: [-1e+308, 1e+308]: choose a positive number"),
         ("preset: pendulum", "preset: 2020-13-45", "is not YAML that can be used: month must be in 1..12"),
         ("out: somewhere", 'out: "a\\0b"', "choose a folder"),

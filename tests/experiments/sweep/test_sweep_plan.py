@@ -14,7 +14,7 @@ from experiments.sweep.spec import read_spec
 AXES = (
     Axis("sigma", "log-uniform", (1e-3, 0.5)),
     Axis("rank", "grid", (1, "full")),
-    Axis("batch", "uniform", (2, 9), whole=True),
+    Axis("batch", "uniform", (2, 9), unit=1),
     Axis("optimizer", "choice", ("adam", "sgd", "lion")),
 )
 
@@ -52,7 +52,9 @@ def test_draws_are_spread_as_they_should_be() -> None:
     for low in (1e-4, 1e-3, 1e-2, 1e-1):
         assert abs(sum(low <= x < 10 * low for x in decades) / 3000 - 0.25) < 0.03
     for kind in ("uniform", "log-uniform"):
-        whole = [Axis("x", kind, (1, 4), whole=True).draw(1, n) for n in numbers]
+        even = {Axis("x", kind, (3, 9), unit=2).draw(1, n) for n in numbers}
+        assert even == {4, 6, 8}
+        whole = [Axis("x", kind, (1, 4), unit=1).draw(1, n) for n in numbers]
         assert set(whole) == {1, 2, 3, 4}
         assert all(isinstance(x, int) for x in whole)
     shares = [whole.count(x) / 3000 for x in (1, 4)]
