@@ -148,7 +148,27 @@ def call(function: Callable[..., Any], subject: str, *args: Any, **settings: Any
     except (Exception, SystemExit) as error:
         code = getattr(function, "__code__", None)
         file = code.co_filename if code is not None else ""
-        raise UsageError(f"{subject}: {_told(error, file)}") from error
+        raise UsageError(f"{subject}: {told(error, file)}") from error
+
+
+def told(error: BaseException, file: str) -> str:
+    """An error of a user's code in words, with the line that it comes from.
+
+    Args:
+        error: that was raised.
+        file: of the user's code; the last of its lines on the way to the error is named.
+
+    Example:
+        >>> told(ValueError("no such size"), "my_file.py")
+        'my_file.py raised ValueError: no such size'
+    """
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        what = f"{type(error).__name__}: {error.msg}"
+        return f"{error.filename}, line {error.lineno} raised {what}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    place = f"{file}, line {lines[-1]}" if lines else file or "it"
+    return f"{place} raised {what}"
 
 
 def file_of(place: str) -> Path | None:
@@ -210,7 +230,7 @@ def _compiled(source: Source, subject: str) -> CodeType:
         return compile(source.content, str(source.path), "exec")
     # A NUL in the file is a ValueError before Python 3.12.
     except (SyntaxError, ValueError) as error:
-        raise UsageError(f"{subject}: {_told(error, str(source.path))}") from error
+        raise UsageError(f"{subject}: {told(error, str(source.path))}") from error
 
 
 def _run(source: Source, subject: str) -> ModuleType:
@@ -226,7 +246,7 @@ def _run(source: Source, subject: str) -> ModuleType:
         exec(code, vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UsageError(f"{subject}: {_told(error, str(source.path))}") from error
+        raise UsageError(f"{subject}: {told(error, str(source.path))}") from error
     _LOADED[name] = source
     return module
 
@@ -239,9 +259,9 @@ def _import(name: str, subject: str) -> ModuleType:
             raise UsageError(
                 f"{subject}: there is no module {error.name!r}; a file is named as my_file.py:NAME"
             ) from error
-        raise UsageError(f"{subject}: {_told(error, _origin(name))}") from error
+        raise UsageError(f"{subject}: {told(error, _origin(name))}") from error
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{subject}: {_told(error, _origin(name))}") from error
+        raise UsageError(f"{subject}: {told(error, _origin(name))}") from error
 
 
 def _origin(name: str) -> str:
@@ -251,17 +271,6 @@ def _origin(name: str) -> str:
     except (ImportError, ValueError):
         return ""
     return (spec.origin or "") if spec is not None else ""
-
-
-def _told(error: BaseException, file: str) -> str:
-    """An error with the line of the user's file that it comes from: the last one on the way to it."""
-    what = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
-    if isinstance(error, SyntaxError) and error.filename is not None:
-        what = f"{type(error).__name__}: {error.msg}"
-        return f"{error.filename}, line {error.lineno} raised {what}"
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
-    place = f"{file}, line {lines[-1]}" if lines else file or "it"
-    return f"{place} raised {what}"
 
 
 def _shown(value: object) -> str:
