@@ -39,12 +39,12 @@ class Start(NamedTuple):
     folder: Path | None = None
 
 
-def start(config: Config, task: Task | None = None) -> Start:
+def start(config: Config, task: Callable[[], Task] | None = None) -> Start:
     """The model that the settings name.
 
     Args:
         config: the settings.
-        task: what byte pairs are learned from, unless the run folder has them; None where it does.
+        task: gives what byte pairs are learned from, where the run has none yet; may be None elsewhere.
 
     Raises:
         UsageError: for a folder or a run that cannot be read, or settings that it does not take.
@@ -81,7 +81,7 @@ def in_floats(shape: ModelConfig, params: PyTree, dtype: DTypeLike) -> PyTree:
     return families.of(shape).dequantise(params, dtype)
 
 
-def _new(config: Config, task: Task | None) -> Start:
+def _new(config: Config, task: Callable[[], Task] | None) -> Start:
     """A model of random parameters that reads bytes or byte pairs."""
     tokenizer = tokens.bytes_tokenizer() if config.tokenizer == "bytes" else _pairs(config, task)
     try:
@@ -98,19 +98,22 @@ def _new(config: Config, task: Task | None) -> Start:
 ENOUGH = 2000
 
 
-def _pairs(config: Config, task: Task | None) -> tokens.Tokenizer:
-    """The byte pairs of the run folder, or of the task where the run has not begun."""
+def _pairs(config: Config, task: Callable[[], Task] | None) -> tokens.Tokenizer:
+    """The byte pairs of the run folder, or of the task where the run has no state that was trained on some."""
     folder = config.run_dir / "tokenizer"
     # The file that is written last.
     if (folder / "tokenizer_config.json").exists() and not config.overwrite:
         return tokens.from_folder(folder)
-    if task is None:
+    if any((config.run_dir / "checkpoints").glob("[0-9]*")) and not config.overwrite:
         raise UsageError(
-            f"{config.run_dir} has lost its folder tokenizer, without which it is not read"
+            f"{config.run_dir} has checkpoints but no folder tokenizer, which --tokenizer bpe needs there: put "
+            "it back, choose another --run-dir, or replace the run with --overwrite"
         )
-    order = np.random.default_rng(config.seed).permutation(len(task.train))[:ENOUGH]
-    text = lambda question: question.prompt + (task.trace(question) or question.answer)
-    return tokens.train_bpe((text(task.train[int(i)]) for i in order), config.vocabulary)
+    assert task is not None
+    train = task().train
+    order = np.random.default_rng(config.seed).permutation(len(train))[:ENOUGH]
+    text = lambda question: question.prompt + (question.trace or question.answer)
+    return tokens.train_bpe((text(train[int(i)]) for i in order), config.vocabulary)
 
 
 def keep_tokenizer(config: Config, base: Start) -> None:

@@ -23,7 +23,7 @@ from experiments.reasoning import diagnostics, rewards, scores, tasks
 from experiments.reasoning.answers import extract
 from experiments.reasoning.backprop import GroupPolicy, Supervised
 from experiments.reasoning.config import Config
-from experiments.reasoning.engine import Share, generate
+from experiments.reasoning.engine import generate
 from experiments.reasoning.evolution import Evolution
 from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.fitting import fit
@@ -65,14 +65,13 @@ class Reasoning(LanguageTrainer[Config]):
     measured = ("held_out_accuracy", "held_out_reward", "held_out_length")
     totals = ("prompt_tokens", "generated_tokens")
 
-    def __init__(self, config: Config, share: Share = part) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._share = share
         evolves = config.algorithm == "eggroll"
         alone = None if evolves else f"--algorithm {config.algorithm} has no population to divide"
         population = config.evolution.population
         self.layout = layout_of(config.cluster, population, alone, config.tensor_parallel)
-        self.base = start(config, self.task if config.tokenizer == "bpe" else None)
+        self.base = start(config, lambda: self.task)
         self.questions = Questions(config, self.base, lambda: self.task)
         self.examiner = Examiner(config.rewards, self.questions)
         self.resources.callback(self.examiner.close)

@@ -1,6 +1,7 @@
 """`eggroll reasoning`: every algorithm runs, goes on where it stopped, and learns."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from experiments.models import hugging_face, tokens
 from experiments.reasoning import tasks
 from experiments.reasoning.config import PRESETS, Config
 from experiments.reasoning.evolution import Evolution, anchored, objective
-from experiments.reasoning.start import start
+from experiments.reasoning.start import keep_tokenizer, start
 from experiments.reasoning.train import Reasoning, in_words
 from experiments.run.cli import main
 from experiments.run.commands import trainer_of
@@ -170,8 +171,29 @@ def test_byte_pairs_are_learned_once_and_stay_with_the_run(
     assert tokens.from_folder(moved / "tokenizer").vocab_size == 270
     assert trainer_of(moved).config.overwrite is False
     (moved / "tokenizer" / "tokenizer_config.json").unlink()
-    assert main(["sample", str(tmp_path / "next"), "--prompt", "1"]) == 2
-    assert f"{moved} has lost its folder tokenizer" in capsys.readouterr().err
+    for command in ("sample", "eval"):
+        assert main([command, str(tmp_path / "next")]) == 2
+        assert f"{moved} has checkpoints but no folder tokenizer" in capsys.readouterr().err
+
+
+def test_a_run_that_lost_its_byte_pairs_is_not_continued_with_others(tmp_path: Path) -> None:
+    config = settings(tmp_path, tokenizer="bpe", vocabulary=262)
+    asked = []
+
+    def task() -> tasks.Task:
+        asked.append(True)
+        return tasks.load("sums", digits=1)
+
+    keep_tokenizer(config, start(config, task))
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    # A run that is there is read without its questions.
+    assert start(config, task).tokenizer.vocab_size == 262
+    assert len(asked) == 1
+    shutil.rmtree(tmp_path / "tokenizer")
+    with pytest.raises(UsageError, match="has checkpoints but no folder tokenizer.* --overwrite"):
+        start(config, task)
+    assert len(asked) == 1
+    assert start(changed(config, overwrite=True), task).tokenizer.vocab_size == 262
 
 
 def test_another_seed_learns_from_other_questions(tmp_path: Path) -> None:
@@ -179,7 +201,7 @@ def test_another_seed_learns_from_other_questions(tmp_path: Path) -> None:
     learned = []
     for seed in (0, 0, 1):
         config = settings(tmp_path, tokenizer="bpe", vocabulary=300, seed=seed)
-        learned.append(start(config, task).tokenizer.model.to_str())
+        learned.append(start(config, lambda: task).tokenizer.model.to_str())
     assert learned[0] == learned[1] != learned[2]
 
 
