@@ -1,6 +1,7 @@
 """Questions of a task as a model reads them, and what it wrote as text."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -38,12 +39,16 @@ class Questions:
     @property
     def measured(self) -> Sequence[Question]:
         """The held-out questions that are measured on all along a run."""
-        return self.task.held_out[: self._config.held_out_questions]
+        return self._first(self.task.held_out)
 
     @property
     def fresh(self) -> Sequence[Question]:
         """The questions that are measured on once a run is over."""
-        return self.task.fresh[: self._config.held_out_questions]
+        return self._first(self.task.fresh)
+
+    def _first(self, questions: Sequence[Question]) -> Sequence[Question]:
+        """As many as are measured on; a sequence that makes its questions may give them one by one alone."""
+        return list(itertools.islice(questions, self._config.held_out_questions))
 
     @functools.cached_property
     def trained(self) -> Sequence[Question]:

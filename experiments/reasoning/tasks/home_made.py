@@ -33,7 +33,7 @@ def sums(
     Example:
         >>> task = sums(digits=2)
         >>> one = next(q for q in task.train if q.prompt == "47+85=")
-        >>> one.answer, task.trace(one)
+        >>> one.answer, one.trace
         ('132', '7+5=12\\n4+8+1=13\\n132')
     """
     check(template, digits=digits, size=size, solved=solved)
@@ -102,7 +102,7 @@ def countdown_easy(
     Example:
         >>> task = countdown_easy(size=1000)
         >>> one = task.train[0]
-        >>> one.prompt, one.answer, task.trace(one)
+        >>> one.prompt, one.answer, one.trace
         ('3,4,6,9=14:', '6-4+9+3', '6-4=2\\n2+9=11\\n11+3=14\\n6-4+9+3')
     """
     check(template, size=size, solved=solved)

@@ -1,6 +1,7 @@
 """A task: questions to train on, held-out ones, fresh ones, and the reward of what is answered."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -59,10 +60,6 @@ class Task:
     fresh: Sequence[Question] = ()
     reward: Reward = exact
     max_new_tokens: int = 256
-
-    def trace(self, question: Question) -> str | None:
-        """A right completion with its steps, to begin with supervised; None where there is none."""
-        return question.trace
 
 
 def columns(questions: Sequence[Question]) -> dict[str, list[Any]]:
@@ -185,9 +182,9 @@ def checked(task: object, subject: str) -> Task:
             )
         if kind != "fresh" and not questions:
             raise UsageError(f"{subject}: the task's {kind} must have one question at least")
-        # A sequence of another kind may make its questions when they are asked for.
-        listed = isinstance(questions, list | tuple)
-        for i, question in enumerate(questions if listed else questions[:1]):
+        # A sequence of another kind may make its questions when they are asked for, one by one.
+        looked_at = None if isinstance(questions, list | tuple) else 1
+        for i, question in enumerate(itertools.islice(questions, looked_at)):
             _check_question(question, f"{subject}: question {i} of {kind}")
             before = seen.setdefault(plain(question.prompt), kind)
             if before != kind:

@@ -1,13 +1,21 @@
 """A task of one's own, in a file: made, checked, rewarded in processes, and mistakes in one sentence."""
 
+import operator
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiments.reasoning.config import PRESETS
 from experiments.reasoning.pool import RewardPool
+from experiments.reasoning.questions import Questions
+from experiments.reasoning.start import start
 from experiments.reasoning.tasks import Question, Task, files, load, split
+from experiments.reasoning.tasks.task import checked
 from experiments.run.errors import UsageError
+from experiments.run.fields import changed
 
 OWN = """
 import functools
@@ -103,6 +111,34 @@ def test_a_third_of_held_out_questions_is_fresh_where_none_are_given(tmp_path: P
     task = load(f"{tmp_path}/own.py:make")
     assert (len(task.held_out), len(task.fresh)) == (4, 2)
     assert sorted([*task.held_out, *task.fresh]) == sorted(RIGHT["held_out"])
+
+
+class Made(Sequence[Question]):
+    """Questions that are made one by one, when they are asked for."""
+
+    def __init__(self, begin: int, end: int) -> None:
+        self.numbers, self.made = range(begin, end), 0
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.made += 1
+        return Question(f"{self.numbers[operator.index(index)]}+0=", "0")
+
+
+def test_questions_that_are_made_when_they_are_asked_for_are_a_task(tmp_path: Path) -> None:
+    task = Task(name="own", train=Made(0, 9), held_out=Made(9, 15), fresh=Made(15, 18))
+    assert checked(task, "--task own") == task
+    train: Any = task.train
+    assert train.made < len(train)
+    config = changed(PRESETS["tiny"], held_out_questions=2)
+    asked = Questions(config, start(config), lambda: task)
+    assert [one.prompt for one in asked.measured] == ["9+0=", "10+0="]
+    assert [one.prompt for one in asked.fresh] == ["15+0=", "16+0="]
+    wrong = replace(task, train=Made(9, 12))
+    with pytest.raises(UsageError, match="the question '9.0=' is in train and in held_out"):
+        checked(wrong, "--task own")
 
 
 def test_questions_are_divided_by_their_prompts_alone() -> None:

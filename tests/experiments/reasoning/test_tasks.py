@@ -34,7 +34,7 @@ def test_a_home_made_task_is_whole(name: str) -> None:
     everything = everything_of(task)
     assert task.train and task.held_out and task.fresh
     assert task.name == name and len({q.prompt for q in everything}) == len(everything)
-    solutions = [str(task.trace(q)) for q in everything]
+    solutions = [str(q.trace) for q in everything]
     # With its end, for a model that reads bytes.
     assert max(len(text.encode()) for text in solutions) < task.max_new_tokens
     assert set(score(task, everything, solutions)) == {1.0}
@@ -51,12 +51,12 @@ def test_sums_are_all_there_and_right() -> None:
     everything = everything[::20]
     for question in everything:
         assert int(question.answer) == evaluate(question.prompt.rstrip("="))
-        trace = task.trace(question)
+        trace = question.trace
         assert trace is not None
         for line in trace.split("\n")[:-1]:
             left, right = line.split("=")
             assert evaluate(left) == int(right)
-    assert set(score(task, everything, [str(task.trace(q)) for q in everything])) == {1.0}
+    assert set(score(task, everything, [str(q.trace) for q in everything])) == {1.0}
     assert set(score(task, everything, [f"{int(q.answer) + 1}" for q in everything])) == {0.0}
     # Nor is the other order of what is held out trained on.
     pairs = lambda questions: {frozenset(q.prompt[:-1].split("+")) for q in questions}
@@ -77,15 +77,13 @@ def test_countdown_questions_have_the_answers_they_say() -> None:
     assert len({q.prompt for q in everything}) == len(everything) == 500
     assert task == countdown_easy(size=500, seed=3)
     assert {len(q.columns["numbers"]) for q in everything} == {3, 4}
-    assert set("".join(q.prompt + str(task.trace(q)) for q in everything)) <= set(
-        "0123456789,=:+-*()\n"
-    )
+    assert set("".join(q.prompt + str(q.trace) for q in everything)) <= set("0123456789,=:+-*()\n")
     for question in everything:
-        for line in str(task.trace(question)).split("\n")[:-1]:
+        for line in str(question.trace).split("\n")[:-1]:
             left, right = line.split("=")
             assert evaluate(left) == int(right)
             assert 0 <= int(right)
-    for completions in ([q.answer for q in everything], [str(task.trace(q)) for q in everything]):
+    for completions in ([q.answer for q in everything], [str(q.trace) for q in everything]):
         assert set(score(task, everything, completions)) == {1.0}
     assert not {q.prompt for q in task.train} & {q.prompt for q in task.held_out}
 
@@ -140,9 +138,9 @@ def test_a_file_in_the_form_of_gsm8k(tmp_path: Path) -> None:
     assert 5 < len(task.held_out) + len(task.fresh) < 40
     one = next(q for q in everything if q.prompt == "7 and 7?\n")
     assert one.answer == "14"
-    assert task.trace(one) == "It is 7+7.\n#### 14"
+    assert one.trace == "It is 7+7.\n#### 14"
     assert columns([one]) == {}
-    assert set(score(task, everything, [str(task.trace(q)) for q in everything])) == {1.0}
+    assert set(score(task, everything, [str(q.trace) for q in everything])) == {1.0}
 
 
 def test_what_is_held_out_depends_on_the_text_alone(tmp_path: Path) -> None:
@@ -182,8 +180,8 @@ def test_a_file_is_read_as_the_settings_of_a_command_say(
     assert sorted(q.prompt for q in [*task.held_out, *task.fresh]) == ["q0\n", "q1\n", "q2\n"]
     assert len(task.fresh) == 1
     assert [q.answer for q in task.train] == list("345678")
-    assert task.trace(task.train[0]) == "It is 3, I think.\n#### 3"
-    traces = [str(task.trace(q)) for q in task.train]
+    assert task.train[0].trace == "It is 3, I think.\n#### 3"
+    traces = [str(q.trace) for q in task.train]
     assert score(task, list(task.train), traces) == [2.0] * 6
     assert score(task, list(task.train[:1]), ["<answer>3</answer>"]) == [3.0]
     with pytest.raises(UsageError, match="train.jsonl, line 1 has no 'b' but 'q', 'a', 'how'"):
@@ -242,8 +240,8 @@ def test_presets_of_reasoning_gym_know_their_answers(name: str) -> None:
     assert set(score(task, everything, [q.answer for q in everything])) == {1.0}
     wrong = score(task, everything, ["none"] * len(everything))
     assert max(wrong) < 0.1
-    if task.trace(everything[0]) is not None:
-        assert set(score(task, everything, [str(task.trace(q)) for q in everything])) == {1.0}
+    if everything[0].trace is not None:
+        assert set(score(task, everything, [str(q.trace) for q in everything])) == {1.0}
 
 
 def test_held_out_questions_are_the_same_for_every_seed_and_never_trained_on() -> None:
