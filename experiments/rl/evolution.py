@@ -64,18 +64,20 @@ def keys(seed: Int[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""], Key[Arra
     return init, search, held_out
 
 
-def start(config: Config, policy: Policy, task: Environment[Any], seed: Int[Array, ""]) -> Carry:
+def start(
+    config: Config, policy: Policy, environment: Environment[Any], seed: Int[Array, ""]
+) -> Carry:
     """The state before generation 0."""
     init_key, search_key, _ = keys(seed)
     state = make_strategy(config).init(policy.init(init_key), search_key)
-    seen = Seen(nothing_seen(task.observations))
+    seen = Seen(nothing_seen(environment.observations))
     return Carry(state, seen, jnp.int32(0), jnp.asarray(seed, jnp.int32))
 
 
 def make_generation(
     config: Config,
     policy: Policy,
-    task: Environment[Any],
+    environment: Environment[Any],
     layout: Layout = ONE,
     rates: Rates | None = None,
 ) -> Callable[[Carry], tuple[Carry, dict[str, Array | None]]]:
@@ -87,11 +89,17 @@ def make_generation(
     ) -> tuple[Float[Array, ""], Any]:
         keys = key[None] if config.episodes == 1 else jax.random.split(key, config.episodes)
         played = run_episodes(
-            task, policy, params, statistics, keys, config.deterministic, watch=config.normalise
+            environment,
+            policy,
+            params,
+            statistics,
+            keys,
+            config.deterministic,
+            watch=config.normalise,
         )
         return played.score / config.episodes, (played.steps, played.seen)
 
-    limit = task.time_limit or 0
+    limit = environment.time_limit or 0
     if config.perturb != "weights" and not limit and config.nodes.steps is None:
         raise UsageError(f"--env {config.env}: it has no time limit, so choose --nodes.steps")
     stretches = count(limit, config.episodes, config.nodes.hold, config.nodes.steps)
@@ -100,7 +108,7 @@ def make_generation(
         params: PyTree, key: Key[Array, ""], statistics: Statistics, plain: PyTree
     ) -> tuple[Float[Array, "stretches"], Any]:
         played = play(
-            task, policy, layers_of(config), params, plain, statistics,
+            environment, policy, layers_of(config), params, plain, statistics,
             jax.random.split(key, config.episodes), stretches, config.nodes.hold,
             config.deterministic, watch=config.normalise,
         )  # fmt: skip

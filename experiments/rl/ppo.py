@@ -65,18 +65,22 @@ def learner_of(config: Config) -> Backprop:
     return Backprop(optax.chain(clip, make_optimizer(config.optimizer.name, rate)))
 
 
-def start(config: Config, policy: Policy, task: Environment[Any], seed: Int[Array, ""]) -> Carry:
+def start(
+    config: Config, policy: Policy, environment: Environment[Any], seed: Int[Array, ""]
+) -> Carry:
     """The state before the first round."""
     init_key, reset_key, _ = keys(seed)
     policy_key, value_key = jax.random.split(init_key)
     params = explorative(policy.init(policy_key), config.depth)
-    params["value"] = value_model(config).init(value_key, jnp.zeros(task.observations))["params"]
-    observation, env_state = jax.vmap(lambda key: begin(task, key))(
+    params["value"] = value_model(config).init(value_key, jnp.zeros(environment.observations))[
+        "params"
+    ]
+    observation, env_state = jax.vmap(lambda key: begin(environment, key))(
         jax.random.split(reset_key, config.ppo.environments)
     )
     playing = Playing(
-        nothing_seen(task.observations),
-        jax.vmap(task.encode)(observation),
+        nothing_seen(environment.observations),
+        jax.vmap(environment.encode)(observation),
         env_state,
         jnp.zeros(config.ppo.environments),
     )
@@ -126,10 +130,10 @@ def advantages(
 
 
 def make_generation(
-    config: Config, policy: Policy, task: Environment[Any]
+    config: Config, policy: Policy, environment: Environment[Any]
 ) -> Callable[[Carry], tuple[Carry, dict[str, Array]]]:
     """carry -> (next carry, metric row)."""
-    return Round(config, policy, task).generation
+    return Round(config, policy, environment).generation
 
 
 class Step(NamedTuple):
@@ -160,11 +164,16 @@ class Round:
     Args:
         config: the settings.
         policy: that is trained.
-        task: the environment.
+        environment: that is played in.
     """
 
-    def __init__(self, config: Config, policy: Policy, task: Environment[Any]) -> None:
-        self.config, self.ppo, self.policy, self.task = config, config.ppo, policy, task
+    def __init__(self, config: Config, policy: Policy, environment: Environment[Any]) -> None:
+        self.config, self.ppo, self.policy, self.environment = (
+            config,
+            config.ppo,
+            policy,
+            environment,
+        )
         self.model, self.learner = value_model(config), learner_of(config)
 
     def value(self, params: PyTree, statistics: Statistics, observation: Array) -> Array:
@@ -177,7 +186,7 @@ class Round:
         """One step of every environment."""
         act_key, env_key = jax.random.split(key)
         seen, statistics = own.observation, own.statistics
-        task, ppo = self.task, self.ppo
+        environment, ppo = self.environment, self.ppo
 
         def act(observation: Array, key: Array) -> tuple[Array, Array]:
             d = self.policy.distribution(params, statistics, observation)
@@ -186,16 +195,16 @@ class Round:
 
         split = lambda key: jax.random.split(key, ppo.environments)
         action, log_prob = jax.vmap(act)(seen, split(act_key))
-        after = jax.vmap(functools.partial(step_or_restart, task))(
+        after = jax.vmap(functools.partial(step_or_restart, environment))(
             split(env_key), own.env_state, jax.vmap(self.policy.to_env)(action)
         )
-        last = jax.vmap(task.encode)(after.last)
+        last = jax.vmap(environment.encode)(after.last)
         over, cut = after.terminated | after.cut, after.cut & ~after.terminated
         score = own.score + after.reward
         # What would have followed a cut episode is worth what the value function says.
         beyond = ppo.discount * cut * self.value(params, statistics, last)
         own = own._replace(
-            observation=jax.vmap(task.encode)(after.observation),
+            observation=jax.vmap(environment.encode)(after.observation),
             env_state=after.running,
             score=jnp.where(over, 0.0, score),
         )

@@ -31,26 +31,26 @@ def test_there_are_25() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_environment_can_be_played(name: str) -> None:
-    task, policy = parts(changed(SMALL, env=name))
-    assert isinstance(task, Gymnax)
-    space = task.env.action_space(task.params)
+    environment, policy = parts(changed(SMALL, env=name))
+    assert isinstance(environment, Gymnax)
+    space = environment.env.action_space(environment.params)
 
     @jax.jit
     def play(key: Any) -> Any:
         params = policy.init(key)
-        first, state = task.reset(key)
+        first, state = environment.reset(key)
 
         def step(carry: Any, key: Any) -> Any:
             state, encoded = carry
-            action = policy.act(params, nothing_seen(task.observations), encoded, key)
-            seen, state, reward, _ = task.step(key, state, action)
+            action = policy.act(params, nothing_seen(environment.observations), encoded, key)
+            seen, state, reward, _ = environment.step(key, state, action)
             allowed = jnp.asarray(space.contains(action)).all()
-            return (state, task.encode(seen)), (encoded, jnp.float32(reward), allowed)
+            return (state, environment.encode(seen)), (encoded, jnp.float32(reward), allowed)
 
-        return jax.lax.scan(step, (state, task.encode(first)), jax.random.split(key, 4))[1]
+        return jax.lax.scan(step, (state, environment.encode(first)), jax.random.split(key, 4))[1]
 
     seen, rewards, allowed = play(jax.random.key(0))
-    assert seen.shape == (4, task.observations)
+    assert seen.shape == (4, environment.observations)
     assert seen.dtype == jnp.float32
     assert np.isfinite(seen).all()
     assert np.isfinite(rewards).all()
@@ -73,13 +73,13 @@ def test_kinds_of_spaces_are_trained(name: str, changes: dict[str, Any]) -> None
     anneal = changes.pop("ppo_anneal", False)
     ppo = PPO(environments=2, steps=4, epochs=1, minibatches=2, anneal=anneal)
     config = changed(SMALL, env=name, ppo=ppo, **changes)
-    task = make_trainer(config)
-    before = task.start()
-    after, row = task.generation(task.start())
+    trainer = make_trainer(config)
+    before = trainer.start()
+    after, row = trainer.generation(trainer.start())
     assert int(row["environment_steps"]) >= 4
     assert float(after.own.statistics.seen) == int(row["environment_steps"])
     assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
-    assert np.isfinite(task.measure(after)["held_out_return"])
+    assert np.isfinite(trainer.measure(after)["held_out_return"])
     leaves = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before, after))
     assert any(leaves)
 

@@ -54,8 +54,8 @@ def test_a_gymnasium_environment_is_learned(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ppo_trains_in_it_and_episodes_start_anew() -> None:
     ppo = PPO(environments=2, steps=25, epochs=1, minibatches=2)
-    task = make_trainer(changed(SMALL, algorithm="ppo", ppo=ppo))
-    carry, row = task.generation(task.start())
+    trainer = make_trainer(changed(SMALL, algorithm="ppo", ppo=ppo))
+    carry, row = trainer.generation(trainer.start())
     assert int(row["episodes"]) == 2  # 25 steps of two environments, episodes of 20
     assert carry.own.env_state.steps.tolist() == [5, 5]
 

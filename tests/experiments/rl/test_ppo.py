@@ -1,4 +1,4 @@
-"""PPO against plain loops in float64, and on a task that it must learn."""
+"""PPO against plain loops in float64, and in an environment that it must learn."""
 
 from pathlib import Path
 
@@ -87,16 +87,16 @@ CONFIG = changed(
 
 
 def test_the_first_policy_has_nearly_equal_chances() -> None:
-    task, policy = parts(CONFIG)
-    carry = ppo.start(CONFIG, policy, task, jnp.int32(0))
+    environment, policy = parts(CONFIG)
+    carry = ppo.start(CONFIG, policy, environment, jnp.int32(0))
     d = policy.distribution(carry.learner.params, carry.own.statistics, jnp.ones(4))
     np.testing.assert_allclose(d.entropy, np.log(2), rtol=1e-3)
 
 
 def test_a_generation_counts_steps_and_episodes() -> None:
-    task, policy = parts(CONFIG)
-    carry = ppo.start(CONFIG, policy, task, jnp.int32(0))
-    generation = jax.jit(ppo.make_generation(CONFIG, policy, task))
+    environment, policy = parts(CONFIG)
+    carry = ppo.start(CONFIG, policy, environment, jnp.int32(0))
+    generation = jax.jit(ppo.make_generation(CONFIG, policy, environment))
     returns, episodes = 0.0, 0
     for g in range(6):
         carry, row = generation(carry)

@@ -41,8 +41,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     return folder, train(changed(SMALL, run_dir=folder))
 
 
-def linear_policy(task: Environment[Any]) -> tuple[Policy, Any]:
-    policy = make_policy(task.observations, task.actions, depth=0)
+def linear_policy(environment: Environment[Any]) -> tuple[Policy, Any]:
+    policy = make_policy(environment.observations, environment.actions, depth=0)
     return policy, policy.init(jax.random.key(4))
 
 
@@ -50,7 +50,7 @@ def linear_policy(task: Environment[Any]) -> tuple[Policy, Any]:
 
 
 def loop_over_steps(
-    task: Environment[Any],
+    environment: Environment[Any],
     policy: Policy,
     params: Any,
     seen: Statistics,
@@ -58,17 +58,17 @@ def loop_over_steps(
     deterministic: bool,
 ) -> tuple[float, int, list[Any]]:
     """The same episode, step by step in Python."""
-    act, step = jax.jit(policy.act), jax.jit(task.step)
+    act, step = jax.jit(policy.act), jax.jit(environment.step)
     reset_key, episode_key = jax.random.split(key)
-    observation, state = task.reset(reset_key)
+    observation, state = environment.reset(reset_key)
     score, steps, over, observations = 0.0, 0, False, []
     while not over:
         policy_key, env_key = jax.random.split(jax.random.fold_in(episode_key, steps))
-        observations.append(task.encode(observation))
+        observations.append(environment.encode(observation))
         action = act(params, seen, observations[-1], None if deterministic else policy_key)
         observation, state, reward, terminated = step(env_key, state, action)
         score, steps = score + float(reward), steps + 1
-        over = bool(terminated) or bool(task.is_cut(state, jnp.int32(steps)))
+        over = bool(terminated) or bool(environment.is_cut(state, jnp.int32(steps)))
     return score, steps, observations
 
 
@@ -77,24 +77,26 @@ def loop_over_steps(
     [("CartPole-v1", True), ("CartPole-v1", False), ("UmbrellaChain-bsuite", False)],
 )
 def test_episode_equals_a_loop_over_steps(name: str, deterministic: bool) -> None:
-    task = make_jax_environment(name)
-    policy, params = linear_policy(task)
-    before = merge(nothing_seen(task.observations), no_sums(task.observations))
+    environment = make_jax_environment(name)
+    policy, params = linear_policy(environment)
+    before = merge(nothing_seen(environment.observations), no_sums(environment.observations))
 
     @jax.jit
     def together(keys: Any) -> Any:
-        play = lambda key: run_episode(task, policy, params, before, key, deterministic, watch=True)
+        play = lambda key: run_episode(
+            environment, policy, params, before, key, deterministic, watch=True
+        )
         return jax.vmap(play)(keys)
 
     found = together(KEYS)
-    right = [loop_over_steps(task, policy, params, before, k, deterministic) for k in KEYS]
+    right = [loop_over_steps(environment, policy, params, before, k, deterministic) for k in KEYS]
     # One loop for all: an episode that is over stays as it is while the others go on.
     assert found.steps.tolist() == [steps for _, steps, _ in right]
     np.testing.assert_allclose(found.score, [score for score, _, _ in right], atol=1e-5)
     if name == "CartPole-v1":
         assert len(set(found.steps.tolist())) > 1
     # Statistics are of live steps alone, the first observation among them, the last one not.
-    sums = no_sums(task.observations)
+    sums = no_sums(environment.observations)
     for observation in (o for _, _, observations in right for o in observations):
         sums = add(sums, before, observation)
     merged, expected = merge(before, found.seen), merge(before, sums)
@@ -152,8 +154,8 @@ def test_episodes_one_after_the_other_are_the_episodes_alone(cartpole: Gymnax) -
 
 def test_several_episodes_are_averaged() -> None:
     config = changed(SMALL, population=8, episodes=3, normalise=True)
-    task = make_trainer(config)
-    carry, row = task.generation(task.start())
+    trainer = make_trainer(config)
+    carry, row = trainer.generation(trainer.start())
     # In CartPole every step gives a reward of one.
     assert int(row["environment_steps"]) == round(float(row["fitness_mean"]) * 8 * 3)
     assert float(carry.own.statistics.seen) == int(row["environment_steps"])
@@ -182,11 +184,11 @@ def test_seeds_in_one_program_are_the_runs_one_by_one() -> None:
 
 def test_held_out_episodes_are_the_same_every_time() -> None:
     config = changed(SMALL, env="Pendulum-v1", population=4, width=4)
-    task = make_trainer(config)
-    first, again = (float(task.measure(task.start())["held_out_return"]) for _ in range(2))
+    trainer = make_trainer(config)
+    first, again = (float(trainer.measure(trainer.start())["held_out_return"]) for _ in range(2))
     assert first == again
-    other = task.start()._replace(seed=jax.numpy.int32(9))
-    assert float(task.measure(other)["held_out_return"]) != first
+    other = trainer.start()._replace(seed=jax.numpy.int32(9))
+    assert float(trainer.measure(other)["held_out_return"]) != first
 
 
 # ---------------------------------------------------------------- a run

@@ -36,14 +36,14 @@ SMALL = changed(
 
 @pytest.mark.parametrize(("hold", "episodes"), [(1, 1), (4, 2)])
 def test_stretches_without_noise_are_the_episodes(hold: int, episodes: int) -> None:
-    task, policy = parts(SMALL)
+    environment, policy = parts(SMALL)
     params = policy.init(jax.random.key(1))
     seen, keys = nothing_seen(4), jax.random.split(jax.random.key(2), episodes)
     layers = evolution.layers_of(SMALL)
     found = jax.jit(
-        lambda: play(task, policy, layers, params, params, seen, keys, 200, hold, watch=True)
+        lambda: play(environment, policy, layers, params, params, seen, keys, 200, hold, watch=True)
     )()
-    right = jax.jit(lambda: run_episodes(task, policy, params, seen, keys, watch=True))()
+    right = jax.jit(lambda: run_episodes(environment, policy, params, seen, keys, watch=True))()
     assert int(found.total.steps) == int(right.steps)
     assert float(found.rewards.sum()) == float(right.score) == float(found.total.score)
     assert int((found.rewards > 0).sum()) == -(-int(right.steps) // hold)
@@ -52,17 +52,17 @@ def test_stretches_without_noise_are_the_episodes(hold: int, episodes: int) -> N
 
 
 def test_the_gradient_points_uphill() -> None:
-    """Of a task whose reward is the action, with credit of own rewards alone."""
+    """Of an environment whose reward is the action, with credit of own rewards alone."""
     config = changed(
         SMALL, env="Pendulum-v1", perturb="mixed", sigma=0.1, optimizer="sgd",
         nodes=Nodes(gamma=0.0, hold=2, steps=8, scale=2.0),
     )  # fmt: skip
-    task, policy = parts(config)
+    environment, policy = parts(config)
 
-    upward = copy.copy(task)
+    upward = copy.copy(environment)
 
     def step(key: Any, state: Any, action: Any) -> Any:
-        observation, state, _, over = task.step(key, state, action)
+        observation, state, _, over = environment.step(key, state, action)
         return observation, state, action.sum(), over
 
     upward.step = step  # type: ignore[method-assign]
