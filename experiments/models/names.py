@@ -6,15 +6,17 @@ from experiments.models.config_json import read_json
 from experiments.run.errors import UsageError, suggestion
 from experiments.run.paths import exists
 
+FOLDER = Path(__file__).parent
+
 
 def new_models() -> tuple[str, ...]:
-    """The families that have new models: each is a file of this folder.
+    """The families that have new models: each is a file `NAME_family.py`, which is not imported here.
 
     Example:
         >>> new_models()
         ('rwkv7', 'transformer')
     """
-    files = Path(__file__).parent.glob("*_family.py")
+    files = FOLDER.glob("*_family.py")
     return tuple(sorted(file.name.removesuffix("_family.py") for file in files))
 
 

@@ -99,15 +99,15 @@ ENOUGH = 2000
 
 
 def _pairs(config: Config, task: Callable[[], Task] | None) -> tokens.Tokenizer:
-    """The byte pairs of the run folder, or of the task where the run has no state that was trained on some."""
+    """The byte pairs of the run folder, or of the task where no checkpoint was trained on others."""
     folder = config.run_dir / "tokenizer"
     # The file that is written last.
     if (folder / "tokenizer_config.json").exists() and not config.overwrite:
         return tokens.from_folder(folder)
     if any((config.run_dir / "checkpoints").glob("[0-9]*")) and not config.overwrite:
         raise UsageError(
-            f"{config.run_dir} has checkpoints but no folder tokenizer, which --tokenizer bpe needs there: put "
-            "it back, choose another --run-dir, or replace the run with --overwrite"
+            f"{config.run_dir} has checkpoints but no folder tokenizer, which --tokenizer bpe needs: put it "
+            "back, choose another --run-dir, or replace the run with --overwrite"
         )
     assert task is not None
     train = task().train

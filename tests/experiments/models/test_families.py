@@ -12,11 +12,11 @@ import optax
 import pytest
 import toy_family
 from jax.sharding import AxisType
-from places import ROOT
+from places import HELPERS, ROOT
 
 import eggroll
 from eggroll.plan import Dense, Frozen, Matrix, leaf_paths
-from experiments.models import families, parallel, quantised
+from experiments.models import families, names, parallel, quantised
 from experiments.models.family import Family
 from experiments.reasoning.config import PRESETS
 from experiments.reasoning.engine import generate
@@ -213,7 +213,10 @@ def test_a_family_of_one_file_is_begun_saved_and_read(
     """The driver by nothing but the name of a family that it has never heard of."""
     pytest.importorskip("tokenizers")
     monkeypatch.setitem(families.FAMILIES, toy_family.NAME, toy_family.FAMILY)
+    monkeypatch.setattr(names, "FOLDER", HELPERS)
     config = dataclasses.replace(PRESETS["tiny"], model=toy_family.NAME, width=32, quantised=True)
+    config.check()
+    config.check_places()
     begin = start(config)
     params = begin.params(jnp.int32(0))
     save(begin, params, tmp_path, "float32")
@@ -230,13 +233,17 @@ def test_a_family_of_one_file_is_begun_saved_and_read(
         start(dataclasses.replace(config, width=33))
 
 
+def test_the_command_line_knows_every_family_by_the_name_of_its_file() -> None:
+    assert list(names.new_models()) == sorted(families.FAMILIES)
+
+
 def test_no_two_families_are_taken_for_each_other() -> None:
-    for names in (
+    for unique in (
         [family.name for family in EVERY],
         [family.config for family in EVERY],
         [name for family in EVERY for name in (*family.architectures, *family.model_types)],
     ):
-        assert len(set(names)) == len(names)
+        assert len(set(unique)) == len(unique)
     assert all(family.architectures or family.model_types for family in EVERY)
 
 
