@@ -138,16 +138,28 @@ def parameters(plan: Plan, params: PyTree) -> None:
 
 def members(given: Any, population: int, axes: int) -> Array:
     """Indices of members as an int32 array with ``axes`` axes; traced indices are not checked."""
+    return _indices("member", given, population, population, axes)
+
+
+def pairs(given: Any, population: int) -> Array:
+    """Numbers of pairs as an int32 array; traced numbers are not checked."""
+    found = _indices("pair", given, population // 2, population, axes=1)
+    if not found.shape[0]:
+        raise ValueError("pairs is empty: must have at least one number")
+    return found
+
+
+def _indices(what: str, given: Any, count: int, population: int, axes: int) -> Array:
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given)):
         return jnp.asarray(given, jnp.int32)
     ids = np.asarray(given)
     if ids.ndim != axes or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         right = "a list of integers" if axes else "an integer"
-        raise ValueError(f"member {given!r}: must be {right} from 0 to {population - 1}")
-    wrong = ids[(ids < 0) | (ids >= population)].tolist()
+        raise ValueError(f"{what} {given!r}: must be {right} from 0 to {count - 1}")
+    wrong = ids[(ids < 0) | (ids >= count)].tolist()
     if wrong:
         raise ValueError(
-            f"member {wrong[0]}: must be from 0 to {population - 1} in a population of {population}"
+            f"{what} {wrong[0]}: must be from 0 to {count - 1} in a population of {population}"
         )
     return jax.device_put(ids.astype(np.int32))
 

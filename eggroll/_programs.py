@@ -51,9 +51,16 @@ def _program(*static: int) -> Callable[[Callable[..., Any]], _Program]:
 
 
 @_program(0, 2)
-def map(settings: Settings, state: State, fn: Function, args: tuple, members: PyTree) -> PyTree:
+def map(
+    settings: Settings,
+    state: State,
+    fn: Function,
+    args: tuple,
+    members: PyTree,
+    pairs: Int[Array, "some"] | None = None,
+) -> PyTree:
     g = begin(settings, state)
-    return map_members(g, state.params, Task(fn, args, members), None)
+    return map_members(g, state.params, Task(fn, args, members), None, some=pairs)
 
 
 @_program(0, 2)

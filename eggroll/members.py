@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Num, PyTree, UInt32
+from jaxtyping import Array, Int, Num, PyTree, UInt32
 
 from eggroll import _compat as compat
 from eggroll import estimator
@@ -68,8 +68,9 @@ def map_members(
     task: Task,
     draws: Draws | None,
     context: Context | None = None,
+    some: Int[Array, "some"] | None = None,
 ) -> PyTree:
-    """Maps the function of a task over all members.
+    """Maps the function of a task over all members, or over those of some pairs.
 
     Args:
       g: the generation.
@@ -77,12 +78,14 @@ def map_members(
       task: what is mapped.
       draws: the noise of all pairs, or None to draw it a chunk at a time.
       context: from :func:`reporter`; made here by default.
+      some: numbers of the pairs; all by default. The data of members are then those of these pairs.
 
     Returns:
-      The outputs of the function, each leaf with a leading axis [population].
+      The outputs of the function, each leaf with a leading axis [population], or [2 * some].
     """
-    member_data(task.members, g.settings.population)
-    by_pair = _by_pair(g, task)
+    count = g.pairs if some is None else some.shape[0]
+    member_data(task.members, 2 * count)
+    by_pair = _by_pair(task.members, count)
     context = context or reporter(g)
 
     def of_pair(params: PyTree, pair: Array, drawn: Draws, own: PyTree) -> PyTree:
@@ -101,13 +104,13 @@ def map_members(
 
     always = g.number >= 0
     return map_pairs(
-        of_chunk, g.pairs, (draws, by_pair), g.settings.schedule, g.settings.mesh, always
+        of_chunk, g.pairs, (draws, by_pair), g.settings.schedule, g.settings.mesh, always, some
     )
 
 
-def _by_pair(g: Generation, task: Task) -> PyTree:
+def _by_pair(members: PyTree, pairs: int) -> PyTree:
     """The data of members, leaves ``[pairs, 2, ...]``."""
-    return jax.tree.map(lambda x: x.reshape(g.pairs, 2, *x.shape[1:]), task.members)
+    return jax.tree.map(lambda x: x.reshape(pairs, 2, *x.shape[1:]), members)
 
 
 def _both_members(g: Generation, of_member: Callable[..., PyTree], own: PyTree, out: Any) -> PyTree:
@@ -204,7 +207,7 @@ def node_sums(
     totals = sum_pairs(
         sums,
         g.pairs,
-        (draws, _by_pair(g, task)),
+        (draws, _by_pair(task.members, g.pairs)),
         credit,
         g.settings.schedule,
         g.settings.mesh,
@@ -254,7 +257,7 @@ def keep(
     of_out: list[Any] = []
 
     def both(*leaves: Array) -> list[Array]:
-        data = draws, _by_pair(g, task)
+        data = draws, _by_pair(task.members, g.pairs)
         out = map_and_sum(
             functools.partial(_both_passes, g, context, params, task),
             g.pairs,

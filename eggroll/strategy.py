@@ -233,14 +233,44 @@ class EvolutionStrategy(Settings):
         checks.fitness(self._seen, fitness)
         return programs.evaluate(self.placed(state), state, fitness, args, members)
 
-    def map(self, state: State, fn: Function, *args: PyTree, members: PyTree = None) -> PyTree:
+    def map(
+        self,
+        state: State,
+        fn: Function,
+        *args: PyTree,
+        members: PyTree = None,
+        pairs: Sequence[int] | Int[Array, "some"] | None = None,
+    ) -> PyTree:
         """Maps any function ``fn(params, key, [member,] *args)`` over the perturbed parameters.
 
+        Args:
+          state: as in :meth:`step`.
+          fn: the function.
+          *args: trees of arrays that every member receives.
+          members: a tree with the data of each member that is run, as in :meth:`step`.
+          pairs: numbers of the pairs to run, from 0 to population / 2 - 1; may be traced. Members 2p and
+            2p + 1 are pair p. All by default. A population whose outputs do not fit into memory at
+            once is run some pairs at a time.
+
         Returns:
-          The outputs of ``fn``, each leaf with a leading axis [population].
+          The outputs of ``fn``, each leaf with a leading axis [population], or [2 * some].
+
+        Raises:
+          ValueError: ``pairs`` is not a list of integers in range, or ``members`` has a wrong shape.
+
+        Example:
+          >>> import optax
+          >>> es = EvolutionStrategy(optimizer=optax.sgd(0.1), population=6, sigma=0.1)
+          >>> state = es.init(jnp.ones(3), 0)
+          >>> everything = es.map(state, lambda params, key: params.sum())
+          >>> last = es.map(state, lambda params, key: params.sum(), pairs=[2])
+          >>> last.tolist() == everything[4:].tolist()
+          True
         """
         checks.fitness(self._seen, fn)
-        return programs.map(self.placed(state), state, fn, args, members)
+        if pairs is not None:
+            pairs = checks.pairs(pairs, self.population)
+        return programs.map(self.placed(state), state, fn, args, members, pairs)
 
     def update(
         self,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
 from eggroll.population.placement import AXIS, devices
 from eggroll.population.schedule import FAST, Schedule, share
@@ -152,42 +152,51 @@ def map_pairs(
     schedule: Schedule = FAST,
     mesh: Mesh | None = None,
     always: Bool[Array, ""] | bool = True,
+    some: Int[Array, "some"] | None = None,
 ) -> PyTree:
-    """Maps ``fn`` over all pairs, a chunk at a time.
+    """Maps ``fn`` over all pairs, or over some, a chunk at a time.
 
     Args:
       fn: ``fn(pairs [n], data [n, ...])`` returns a tree of leaves ``[n, 2, ...]``, the two members
         of each pair.
       pairs: number of pairs.
-      data: a tree with the data of each pair, leaves ``[pairs, ...]``.
-      schedule: determines the chunks.
+      data: a tree with the data of each pair that is mapped, leaves ``[pairs, ...]`` or ``[some, ...]``.
+      schedule: determines the chunks, by the number of all pairs.
       mesh: divides pairs over its axis "population".
       always: a true value, as for :func:`~eggroll.population.schedule.isolated`.
+      some: numbers of the pairs to map over; all by default.
 
     Returns:
-      The same tree with leaves ``[2 * pairs, ...]``: members 2p and 2p + 1 are pair p.
+      The same tree with leaves ``[2 * pairs, ...]``: members 2p and 2p + 1 are pair p. Of some pairs,
+      leaves ``[2 * some, ...]`` in their order.
 
     Example:
       >>> fn = lambda pairs, data: jnp.stack([pairs, -pairs], 1) * data[:, None]
       >>> map_pairs(fn, 3, jnp.array([1, 10, 100]), Schedule.fast(chunk=2)).tolist()
       [0, 0, 10, -10, 200, -200]
+      >>> map_pairs(fn, 3, jnp.array([5]), some=jnp.array([2])).tolist()
+      [10, -10]
     """
     at_once = schedule.pairs_at_once(pairs, mesh)
+    count = pairs if some is None else some.shape[0]
+    if not schedule.is_reproducible:
+        at_once = min(at_once, share(count, mesh))
 
     def of_chunk(chunk: tuple[Array, PyTree]) -> PyTree:
         return schedule.isolate(fn, jnp.asarray(always), *chunk)
 
-    def on_device(ids: Array, valid: Array, data: PyTree) -> PyTree:
-        share = ids.shape[0]
-        if at_once == share:
+    def on_device(ids: Array, valid: Array, given: tuple[Array | None, PyTree]) -> PyTree:
+        numbers, data = given
+        ids, own = ids if numbers is None else numbers, ids.shape[0]
+        if at_once == own:
             return of_chunk((ids, data))
         out = lax.map(of_chunk, by_chunk((ids, data), at_once))
-        joined = lambda x: x.reshape(x.shape[0] * at_once, *x.shape[2:])[:share]
+        joined = lambda x: x.reshape(x.shape[0] * at_once, *x.shape[2:])[:own]
         return jax.tree.map(joined, out)
 
     block = at_once if schedule.is_reproducible else 1
-    out = split_pairs(on_device, pairs, data, mesh, jax.P(AXIS), block)
-    return _by_member(out, pairs)
+    out = split_pairs(on_device, count, (some, data), mesh, jax.P(AXIS), block)
+    return _by_member(out, count)
 
 
 def map_and_sum(

@@ -282,6 +282,33 @@ def test_deterministic_is_the_same_bits_on_any_number_of_devices(devices, change
     chex.assert_trees_all_equal(trained(devices, **changes), trained(0, **changes))
 
 
+def outputs(params, key, own, x):
+    return jnp.tanh(x @ params["up"]) + own, jax.random.uniform(key)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("devices", [0, 3])
+def test_some_pairs_are_those_of_all(devices, deterministic):
+    """Whatever is run beside them; padding, order, and a pair that comes twice included."""
+    es = make(
+        population=14,
+        chunk=4,
+        deterministic=deterministic,
+        mesh=mesh(devices) if devices else None,
+    )
+    state, x = es.init(wide_and_narrow(), 0), jnp.asarray(X[:, :48])
+    own = jnp.arange(14.0)
+    whole = jax.device_get(es.map(state, outputs, x, members=own))
+    for pairs in ([0, 1, 2, 3], [6, 2, 2], [5]):
+        members = np.array([m for pair in pairs for m in (2 * pair, 2 * pair + 1)])
+        some = jax.device_get(es.map(state, outputs, x, members=own[members], pairs=pairs))
+        wanted = jax.tree.map(lambda leaf: leaf[members], whole)  # noqa: B023
+        if deterministic:
+            chex.assert_trees_all_equal(some, wanted)
+        else:
+            chex.assert_trees_all_close(some, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize("devices", [3, 8])
 def test_deterministic_whatever_is_exchanged(devices):
     expected = trained(0, population=50, chunk=8)

@@ -151,6 +151,17 @@ def test_step_is_evaluate_then_update_is_gradient_then_apply():
 # ---------------------------------------------------------------- what must change nothing
 
 
+def test_numbers_of_pairs_that_there_are_not_are_named():
+    es = make(population=8)
+    state = es.init(make_params(), 0)
+    for pairs, told in (
+        ([4], "pair 4: must be from 0 to 3 in a population of 8"),
+        ([], "pairs is empty: must have at least one number"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            es.map(state, lambda params, key: jnp.zeros(()), pairs=pairs)
+
+
 def test_chunks_change_nothing():
     outcomes = []
     for chunk in (None, 10):
