@@ -55,7 +55,7 @@ def play(
 
 def files_of(config: Config) -> tuple[Path, ...]:
     """The file that an environment of one's own is in: with other content a run does not go on."""
-    found = own_code.file_of(config.env) if own.is_own(config.env) else None
+    found = own_code.file_of(config.env) if own.in_file(config.env) else None
     return () if found is None else (found,)
 
 

@@ -5,9 +5,8 @@ import functools
 import importlib.util
 from pathlib import Path
 
-from experiments.rl.libraries import LIBRARIES, own
+from experiments.rl.libraries import named, own, unknown
 from experiments.run import own_code
-from experiments.run.errors import UsageError, suggestion
 
 
 def check(name: str) -> None:
@@ -20,26 +19,15 @@ def check(name: str) -> None:
         Traceback (most recent call last):
         experiments.run.errors.UsageError: gymnax has no environment 'Pendulum'; did you mean ...
     """
-    library, colon, inner = name.partition(":")
-    if own.is_own(name):
+    if own.in_file(name):
         own_code.check(name, f"--env {name}")
-    elif library == "gymnasium":
-        _check_outside(inner)
-    elif colon and library not in LIBRARIES:
-        raise UsageError(
-            f"--env {name}: expected one of {', '.join(LIBRARIES)} or FILE.py before the colon, "
-            f"got {library!r}{suggestion(library, LIBRARIES)}"
-        )
-    elif gymnax_names() and name.removeprefix("gymnax:") not in gymnax_names():
-        raise unknown(name, gymnax_names())
-
-
-def unknown(name: str, known: tuple[str, ...]) -> UsageError:
-    """The error for a name that gymnax does not have."""
-    return UsageError(
-        f"gymnax has no environment {name!r}{suggestion(name, known)}; "
-        "eggroll rl --list-envs names them"
-    )
+        return
+    library, inner = named(name)
+    # Other libraries say so themselves, when they make an environment.
+    if library == "gymnasium":
+        _check_gymnasium(inner)
+    elif library == "gymnax" and gymnax_names() and inner not in gymnax_names():
+        raise unknown("gymnax", inner, gymnax_names())
 
 
 @functools.cache
@@ -61,15 +49,11 @@ def gymnax_names() -> tuple[str, ...]:
     return tuple(found)
 
 
-def _check_outside(name: str) -> None:
+def _check_gymnasium(name: str) -> None:
     """Raises UsageError where Gymnasium has no such environment, unless another package may add it."""
     if "/" in name or ":" in name or importlib.util.find_spec("gymnasium") is None:
         return
     import gymnasium
 
     if name not in gymnasium.registry:
-        known = [one for one in gymnasium.registry if "/" not in one]
-        raise UsageError(
-            f"Gymnasium has no environment {name!r}{suggestion(name, known)}; "
-            "eggroll rl --list-envs names them"
-        )
+        raise unknown("Gymnasium", name, [one for one in gymnasium.registry if "/" not in one])

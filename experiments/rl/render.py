@@ -180,7 +180,7 @@ def _outside_pictures(
 ) -> Iterator[Frame]:
     """The pictures of an episode of an outside environment, which is played in this process."""
     name, settings = environment.name, dict(environment.settings)
-    if not own.is_own(name) or own.takes(name, "render_mode"):
+    if not own.in_file(name) or own.takes(name, "render_mode"):
         settings["render_mode"] = "rgb_array"
     made = libraries.adapt(libraries.make(name, settings))
     act = jax.jit(policy.act)

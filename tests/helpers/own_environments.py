@@ -92,3 +92,10 @@ def step_fails() -> Any:
 
 def float_picture() -> Any:
     return with_changes(draw=lambda state: np.zeros((4, 4, 3)))
+
+
+def of_positions(render_mode: str | None = None, /) -> PointMass:
+    return PointMass()
+
+
+without_signature = dict  # as for some of what is written in C

@@ -14,7 +14,7 @@ start fast.
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.rl.libraries import own
@@ -66,10 +66,46 @@ def is_outside(name: str) -> bool | None:
         >>> is_outside("CartPole-v1"), is_outside("gymnasium:CartPole-v1"), is_outside("mine.py:make")
         (False, True, None)
     """
-    if own.is_own(name):
+    if own.in_file(name):
         return None
     library = _split(name)[0]
     return library in LIBRARIES and LIBRARIES[library].outside
+
+
+def named(name: str) -> tuple[str, str]:
+    """The library of an environment, and the environment's name there.
+
+    Args:
+        name: ``NAME`` (gymnax) or ``LIBRARY:NAME``.
+
+    Raises:
+        UsageError: where there is no such library.
+
+    Example:
+        >>> named("CartPole-v1"), named("gymnasium:CartPole-v1")
+        (('gymnax', 'CartPole-v1'), ('gymnasium', 'CartPole-v1'))
+    """
+    library, inner = _split(name)
+    if library not in LIBRARIES:
+        raise UsageError(
+            f"--env {name}: expected one of {', '.join(LIBRARIES)} or FILE.py before the colon, "
+            f"got {library!r}{suggestion(library, LIBRARIES)}"
+        )
+    return library, inner
+
+
+def unknown(library: str, name: str, known: Iterable[str]) -> UsageError:
+    """The error for a name that a library does not have.
+
+    Args:
+        library: as its authors write it.
+        name: without the library.
+        known: the names that it has.
+    """
+    return UsageError(
+        f"{library} has no environment {name!r}{suggestion(name, known)}; "
+        "eggroll rl --list-envs names them"
+    )
 
 
 def make(name: str, settings: Settings) -> Any:
@@ -82,14 +118,9 @@ def make(name: str, settings: Settings) -> Any:
     Raises:
         UsageError: where there is no such library, environment, file or function, or it cannot be made.
     """
-    if own.is_own(name):
+    if own.in_file(name):
         return own.make(name, settings)
-    library, inner = _split(name)
-    if library not in LIBRARIES:
-        raise UsageError(
-            f"--env {name}: expected one of {', '.join(LIBRARIES)} or FILE.py before the colon, "
-            f"got {library!r}{suggestion(library, LIBRARIES)}"
-        )
+    library, inner = named(name)
     return _module(library).make(inner, settings)
 
 

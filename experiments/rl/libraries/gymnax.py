@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from experiments.rl import drawings
 from experiments.rl.environments import Continuous, Discrete, Environment
-from experiments.run.errors import UsageError, suggestion
+from experiments.rl.libraries import unknown
+from experiments.run.errors import UsageError
 
 
 class Gymnax(Environment[Any]):
@@ -78,10 +79,7 @@ def make(name: str, settings: Mapping[str, Any]) -> Gymnax:
         7
     """
     if name not in gymnax.registered_envs:
-        raise UsageError(
-            f"gymnax has no environment {name!r}{suggestion(name, gymnax.registered_envs)}; "
-            "eggroll rl --list-envs names them"
-        )
+        raise unknown("gymnax", name, gymnax.registered_envs)
     fields = {field.name for field in dataclasses.fields(gymnax.make(name)[1])} if settings else ()
     try:
         env, params = gymnax.make(name, **{k: v for k, v in settings.items() if k not in fields})

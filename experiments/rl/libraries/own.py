@@ -8,12 +8,12 @@ from experiments.run import own_code
 from experiments.run.errors import UsageError
 
 
-def is_own(name: str) -> bool:
-    """Whether a name is that of a function in a file.
+def in_file(name: str) -> bool:
+    """Whether a name is that of a function in a file; what stands before other colons is a library.
 
     Example:
-        >>> is_own("mine.py:make"), is_own("gymnasium:CartPole-v1")
-        (True, False)
+        >>> in_file("mine.py:make"), in_file("mine.py"), in_file("gymnasium:CartPole-v1")
+        (True, True, False)
     """
     return name.rpartition(":")[0].endswith(".py") or name.endswith(".py")
 
@@ -38,5 +38,31 @@ def make(name: str, settings: Mapping[str, Any]) -> Any:
 
 
 def takes(name: str, setting: str) -> bool:
-    """Whether the function has an argument of this name."""
-    return setting in inspect.signature(own_code.load(name, f"--env {name}")).parameters
+    """Whether the function has a keyword argument of this name, or any; one without a signature has none."""
+    function = own_code.load(name, f"--env {name}")
+    try:
+        inspect.signature(function).bind_partial(**{setting: None})
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def told(name: str, what: str, error: BaseException) -> str:
+    """An error in an environment in words; with the line of the user's file, where there is one.
+
+    Args:
+        name: of the environment, as `--env` says it.
+        what: raised it, such as "step".
+        error: that was raised. JAX's have a first line, and then advice.
+
+    Example:
+        >>> told("CartPole-v1", "step", ValueError("no such action"))
+        'step raised ValueError: no such action'
+        >>> told("/mine.py:make", "step", ValueError("no such action"))
+        'step: /mine.py raised ValueError: no such action'
+    """
+    file = own_code.file_of(name) if in_file(name) else None
+    words = own_code.told(error, what if file is None else str(file.absolute()))
+    advice = " ".join(str(error).strip().partition("\n")[2].split())
+    words = words.removesuffix(advice).rstrip() if advice else words
+    return words if file is None else f"{what}: {words}"

@@ -11,7 +11,7 @@ import own_environments
 import own_gymnasium
 import pytest
 
-from experiments.rl import libraries
+from experiments.rl import libraries, names
 from experiments.rl.config import PPO, PRESETS
 from experiments.rl.environments import (
     Continuous,
@@ -169,11 +169,44 @@ def test_a_library_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(
         libraries.LIBRARIES, "fake_library", libraries.Library("fake_library", False)
     )
+    names.check("fake_library:falling")
     assert libraries.is_outside("fake_library:falling") is False
     assert "fake_library:falling" in libraries.names()
     found = make_jax_environment("fake_library:falling")
     observation, state = found.reset(jax.random.key(0))
     assert found.step(jax.random.key(0), state, jnp.int32(1))[0] == observation - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("CartPole-v2", "gymnax has no environment 'CartPole-v2'; did you mean 'CartPole-v1'"),
+        (
+            "gymnax:CartPole-v2",
+            "gymnax has no environment 'CartPole-v2'; did you mean 'CartPole-v1'",
+        ),
+        ("gymnasium:CartPole-v9", "Gymnasium has no environment 'CartPole-v9'; did you mean"),
+        ("gymnasum:CartPole-v1", "got 'gymnasum'; did you mean 'gymnasium'"),
+    ],
+)
+def test_names_are_checked_by_their_own_library(name: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        names.check(name)
+
+
+@pytest.mark.parametrize(
+    ("function", "taken"),
+    [
+        ("with_changes", True),  # **changes
+        ("point", False),
+        ("of_positions", False),  # render_mode stands before a slash
+        ("without_signature", False),
+    ],
+)
+def test_functions_that_take_a_setting_are_told_from_those_that_do_not(
+    function: str, taken: bool
+) -> None:
+    assert libraries.own.takes(f"{FILE}:{function}", "render_mode") is taken
 
 
 def test_workers_make_environments_without_jax() -> None:
