@@ -110,8 +110,8 @@ class Config(RunSettings):
     task: str = "countdown-easy"
     """"sums", "countdown-easy", a task of reasoning-gym, a file of questions that ends with .jsonl, or your
     own as my_file.py:make."""
-    task_settings: str = "{}"
-    """Its settings, as a JSON object."""
+    task_settings: str | None = None
+    """Its settings, as a JSON object; by default those of the preset, if the task is the preset's."""
     rewards: Flat[Rewards] = Rewards()
     """What answers are rewarded by."""
     held_out_questions: int = count(256)
@@ -233,23 +233,29 @@ class Config(RunSettings):
         Raises:
             UsageError: where they are no JSON object.
         """
-        found = _object("task_settings", self.task_settings, '{"size": 1000}')
+        found = _object("task_settings", self._task_settings, '{"size": 1000}')
         if "name" in found:
             raise UsageError(
-                f"--task-settings {self.task_settings!r}: the name of a task is that of --task"
+                f"--task-settings {self._task_settings!r}: the name of a task is that of --task"
             )
         return found
 
+    @property
+    def _task_settings(self) -> str:
+        """The settings of the task as they were given, or those of the preset where the task is its own."""
+        if self.task_settings is not None:
+            return self.task_settings
+        own = self.task == PRESETS[self.preset].task
+        return TASK_SETTINGS.get(self.preset, "{}") if own else "{}"
+
     def settled(self) -> "Config":
-        """The same with one model and one task: a preset's start gives way to a model, and its task settings
-        to a task, that were chosen beside it.
+        """The same with one model and the settings of its task: a preset's start gives way to a model that
+        was chosen beside it.
 
         Raises:
             UsageError: where both a model and a start were chosen.
         """
-        usual, settled = PRESETS[self.preset], self
-        if self.task != usual.task and self.task_settings == usual.task_settings:
-            settled = replace(settled, task_settings="{}")
+        usual, settled = PRESETS[self.preset], replace(self, task_settings=self._task_settings)
         if self.start is None or self.model == usual.model:
             return settled
         if self.start != usual.start:
@@ -318,6 +324,8 @@ HUB: dict[str, object] = dict(
     learning_rate=5e-6,
 )
 
+# Settings of a preset's own task; another task that is named has none of them.
+TASK_SETTINGS: dict[str, str] = {"tiny": '{"digits": 1}'}
 PRESETS: dict[str, Config] = {
     "warm-start": preset("warm-start", **SMALL, **SFT, max_generations=240),
     "sft": preset("sft", **WARM, **SFT, max_generations=600),
@@ -341,7 +349,6 @@ PRESETS: dict[str, Config] = {
         layers=1,
         width=16,
         task="sums",
-        task_settings='{"digits": 1}',
         population=8,
         prompts=4,
         held_out_questions=2,

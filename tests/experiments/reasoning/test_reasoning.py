@@ -341,8 +341,14 @@ def test_a_run_without_a_language_model_is_not_sampled(
 
 def test_task_settings_of_a_preset_give_way_to_another_task() -> None:
     assert changed(TINY, task="a.jsonl").settled().task_settings == "{}"
-    own = changed(TINY, task="a.jsonl", task_settings='{"size": 3}')
-    assert own.settled() == own and TINY.settled() == TINY
+    assert TINY.settled().task_settings == '{"digits": 1}' and TINY.task_arguments() == {
+        "digits": 1
+    }
+    assert TINY.settled().settled() == TINY.settled()
+    # Those that were given stay, although they are the preset's.
+    for given in ('{"size": 3}', '{"digits": 1}'):
+        own = changed(TINY, task="my_file.py:make", task_settings=given)
+        assert own.settled() == own and own.task_arguments() == json.loads(given)
 
 
 OWN = """
