@@ -6,8 +6,9 @@ environment follows the API of Gymnasium, and worker processes step it. The libr
 """
 
 import abc
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from experiments.rl import libraries
+from experiments.rl.libraries import own
 from experiments.rl.workers import shape_of
 from experiments.run.errors import UsageError
 
@@ -235,7 +237,8 @@ def make_environment(
     """
     settings = settings or {}
     found = libraries.make(name, settings)
-    adapted = found if isinstance(found, Environment) else libraries.adapt(found)
+    with _in_one_sentence(name, "the environment that it gives"):
+        adapted = found if isinstance(found, Environment) else libraries.adapt(found)
     if isinstance(adapted, Environment):
         check(adapted, name)
         return adapted
@@ -245,22 +248,21 @@ def make_environment(
             f"gymnax (alone, or in a pair with its parameters) or a gymnasium.Env, got "
             f"{'None' if found is None else f'an object of the type {type(found).__name__}'}"
         )
-    try:
-        return _outside(adapted, name, settings)
-    finally:
+    outside = _outside(adapted, name, settings)
+    with _in_one_sentence(name, "close"):
         adapted.close()
+    return outside
 
 
-def make_jax_environment(name: str, settings: Mapping[str, Any] | None = None) -> Environment[Any]:
-    """The same where worker processes will not do.
-
-    Raises:
-        UsageError: where it cannot be made, or is an outside environment.
-    """
-    found = make_environment(name, settings)
-    if isinstance(found, OutsideEnvironment):
-        raise UsageError(f"--env {name}: expected a JAX environment, got a gymnasium.Env")
-    return found
+@contextlib.contextmanager
+def _in_one_sentence(name: str, what: str) -> Iterator[None]:
+    """Whatever an environment raises in the block becomes a UsageError: its code is somebody else's."""
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"--env {name}: {own.told(name, what, error)}") from error
 
 
 def check(environment: Environment[Any], name: str) -> None:
@@ -269,6 +271,8 @@ def check(environment: Environment[Any], name: str) -> None:
     actions = getattr(environment, "actions", None)
     if not isinstance(actions, Discrete | Continuous):
         raise say(f"actions must be Discrete(n) or Continuous(low, high), got {actions!r}")
+    if isinstance(actions, Discrete) and not (_is_whole(actions.n) and actions.n >= 1):
+        raise say(f"actions must be Discrete(n) with a whole number n of at least 1, got {actions}")
     limit = getattr(environment, "time_limit", None)
     # Adapters of libraries may say in another way when an episode is cut.
     if limit is None and type(environment).is_cut is not Environment.is_cut:
@@ -276,12 +280,14 @@ def check(environment: Environment[Any], name: str) -> None:
     if type(limit) is not int or limit < 1:
         raise say(f"time_limit must be a whole number of at least 1, got {limit!r}")
     key = jax.random.key(0)
-    first = _shapes(environment.reset, "reset", 2, say, key)
+    first = _shapes(environment.reset, "reset", 2, name, key)
     if isinstance(actions, Discrete):
         action = jax.ShapeDtypeStruct((), jnp.int32)
     else:
         action = jax.ShapeDtypeStruct(actions.low.shape, jnp.float32)
-    after = _shapes(environment.step, "step", 4, say, key, first[1], action)
+    after = _shapes(environment.step, "step", 4, name, key, first[1], action)
+    if not first[0].size:
+        raise say(f"reset must give an observation with numbers in it, got {_in_words(first[0])}")
     _same(("observation", "state"), first, after[:2], say)
     for what, value in zip(("reward", "end"), after[2:], strict=True):
         if getattr(value, "shape", None) != ():
@@ -293,14 +299,15 @@ def check(environment: Environment[Any], name: str) -> None:
         raise say(f"step must give a bool as the end, got {_in_words(after[3])}")
 
 
-def _shapes(function: Any, what: str, parts: int, say: Any, *args: Any) -> tuple[Any, ...]:
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _shapes(function: Any, what: str, parts: int, name: str, *args: Any) -> tuple[Any, ...]:
     """Shapes of what a function of a user's gives."""
-    try:
+    say = lambda wrong: UsageError(f"--env {name}: {wrong}")
+    with _in_one_sentence(name, what):
         found = jax.eval_shape(function, *args)
-    # A user's function may raise anything at all.
-    except Exception as error:
-        message = str(error).strip().partition("\n")[0]
-        raise say(f"{what} raised {type(error).__name__}: {message}") from error
     if not isinstance(found, tuple) or len(found) != parts:
         right = "(observation, state)" if parts == 2 else "(observation, state, reward, end)"
         count = len(found) if isinstance(found, tuple | list) else 1
@@ -337,26 +344,30 @@ def _outside(environment: Any, name: str, settings: Mapping[str, Any]) -> Outsid
     """What the program must know of an outside environment."""
     import gymnasium
 
-    seen, takes = environment.observation_space, environment.action_space
+    say = lambda wrong: UsageError(f"--env {name}: {wrong}")
+    with _in_one_sentence(name, "observation_space or action_space"):
+        seen = getattr(environment, "observation_space", None)
+        takes = getattr(environment, "action_space", None)
     box, discrete = gymnasium.spaces.Box, gymnasium.spaces.Discrete
     if not isinstance(seen, box | discrete):
-        raise UsageError(f"--env {name}: observations must be a Box or Discrete, got {seen}")
+        raise say(f"observation_space must be a Box or Discrete, got {seen}")
+    if not shape_of(seen)[0]:
+        raise say(f"observation_space must have numbers in it, got {seen}")
     if not isinstance(takes, discrete) and not (isinstance(takes, box) and len(takes.shape) == 1):
-        raise UsageError(f"--env {name}: actions must be a vector or Discrete, got {takes}")
-    if isinstance(takes, box) and not takes.is_bounded():
-        raise UsageError(
-            f"--env {name}: bounds of actions must be finite, got {takes.low} and {takes.high}"
-        )
+        raise say(f"action_space must be Discrete or a Box of one axis, got {takes}")
     if not _has_time_limit(environment):
-        raise UsageError(
-            f"--env {name}: it must have a time limit, or an episode may never end; give "
+        raise say(
+            "it must have a time limit, or an episode may never end; give "
             "gymnasium.wrappers.TimeLimit(environment, steps)"
         )
     actions: Discrete | Continuous
     if isinstance(takes, discrete):
         actions = Discrete(int(takes.n))
     else:
-        actions = Continuous(takes.low, takes.high)
+        try:
+            actions = Continuous(takes.low, takes.high)
+        except ValueError as error:
+            raise say(f"action_space: {error}") from error
     first_action = int(getattr(takes, "start", 0))
     return OutsideEnvironment(name, dict(settings), shape_of(seen)[0], actions, first_action)
 
@@ -364,8 +375,8 @@ def _outside(environment: Any, name: str, settings: Mapping[str, Any]) -> Outsid
 def _has_time_limit(environment: Any) -> bool:
     import gymnasium
 
-    spec = environment.spec
-    if spec is not None and spec.max_episode_steps is not None:
+    spec = getattr(environment, "spec", None)
+    if getattr(spec, "max_episode_steps", None) is not None:
         return True
     while isinstance(environment, gymnasium.Wrapper):
         if isinstance(environment, gymnasium.wrappers.TimeLimit):

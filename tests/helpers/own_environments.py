@@ -90,6 +90,36 @@ def step_fails() -> Any:
     )
 
 
+def branches() -> Any:
+    """Its step asks for the value of a tracer."""
+
+    def step(key: Any, state: Any, action: Any) -> Any:
+        reward = 1.0 if action[0] > 0 else 0.0
+        return jnp.zeros(4), state, reward, False
+
+    return with_changes(step=step)
+
+
+def without_actions() -> Any:
+    return with_changes(actions=Discrete(0))
+
+
+def half_an_action() -> Any:
+    return with_changes(actions=Discrete(2.5))  # type: ignore[arg-type]
+
+
+def sees_nothing() -> Any:
+    nothing = jnp.zeros(0)
+    return with_changes(
+        reset=lambda key: (nothing, nothing),
+        step=lambda key, state, action: (nothing, state, 0.0, False),
+    )
+
+
+def of_no_gymnax() -> Any:
+    return make_gymnax("CartPole-v1")[0], {"max_steps_in_episode": 9}
+
+
 def float_picture() -> Any:
     return with_changes(draw=lambda state: np.zeros((4, 4, 3)))
 

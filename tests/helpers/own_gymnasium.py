@@ -38,3 +38,51 @@ def line(render_mode: str | None = None) -> gymnasium.Env:
 
 def endless() -> gymnasium.Env:
     return Line()
+
+
+# ---------------------------------------------------------------- wrong ones
+
+
+def with_changes(**changes: Any) -> gymnasium.Env:
+    """The same with other attributes of the class."""
+    return gymnasium.wrappers.TimeLimit(type("Changed", (Line,), changes)(), 15)
+
+
+class Bare(gymnasium.Env):
+    """It has no spaces."""
+
+
+def without_spaces() -> gymnasium.Env:
+    return gymnasium.wrappers.TimeLimit(Bare(), 15)
+
+
+def fails(*args: Any, **settings: Any) -> Any:
+    raise KeyError("no data")
+
+
+def space_fails() -> gymnasium.Env:
+    return with_changes(observation_space=property(fails))
+
+
+def empty() -> gymnasium.Env:
+    return with_changes(observation_space=gymnasium.spaces.Box(-1, 1, (0,)))
+
+
+def equal_bounds() -> gymnasium.Env:
+    return with_changes(action_space=gymnasium.spaces.Box(1, 1, (2,)))
+
+
+def matrix_of_actions() -> gymnasium.Env:
+    return with_changes(action_space=gymnasium.spaces.Box(-1, 1, (2, 2)))
+
+
+def close_fails() -> gymnasium.Env:
+    return with_changes(close=fails)
+
+
+def reset_fails() -> gymnasium.Env:
+    return with_changes(reset=fails)
+
+
+def step_fails() -> gymnasium.Env:
+    return with_changes(step=fails)

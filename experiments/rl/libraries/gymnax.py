@@ -112,6 +112,7 @@ def _actions(env: base.Environment, params: base.EnvParams) -> Discrete | Contin
     low, high = (
         np.broadcast_to(np.asarray(x, np.float32), space.shape) for x in (space.low, space.high)
     )
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise UsageError(f"{name}: bounds of actions must be finite, got {low} and {high}")
-    return Continuous(low, high)
+    try:
+        return Continuous(low, high)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from error

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnax import registered_envs
-from policies import parts
+from policies import make_jax_environment, parts
 
 from experiments.rl.config import PPO, PRESETS
-from experiments.rl.environments import Continuous, Discrete, make_jax_environment
+from experiments.rl.environments import Continuous, Discrete
 from experiments.rl.libraries.gymnax import Gymnax
 from experiments.rl.statistics import nothing_seen
 from experiments.rl.train import make_trainer

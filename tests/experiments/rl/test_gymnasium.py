@@ -189,7 +189,7 @@ class Unbounded(gymnasium.Env):
     ("name", "words"),
     [
         ("gymnasium:CartPole-v9", "Gymnasium cannot make 'CartPole-v9'"),
-        ("gymnasium:Blackjack-v1", "observations must be a Box or Discrete, got Tuple"),
+        ("gymnasium:Blackjack-v1", "observation_space must be a Box or Discrete, got Tuple"),
         (
             "gymnasium:Unbounded-v0",
             r"bounds of actions must be finite, got \[-inf -inf\] and \[inf inf\]",

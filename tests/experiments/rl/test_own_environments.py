@@ -10,6 +10,7 @@ import numpy as np
 import own_environments
 import own_gymnasium
 import pytest
+from policies import make_jax_environment
 
 from experiments.rl import libraries, names
 from experiments.rl.config import PPO, PRESETS
@@ -19,7 +20,6 @@ from experiments.rl.environments import (
     Environment,
     OutsideEnvironment,
     make_environment,
-    make_jax_environment,
 )
 from experiments.rl.libraries.gymnax import Gymnax
 from experiments.rl.train import make_trainer
@@ -103,7 +103,18 @@ def test_settings_reach_what_makes_an_environment() -> None:
             r"a state of one shape and type, got state\[1\] as float32 \[2\] and float32 \[3\]",
         ),
         ("reward_of_two", r"a number as the reward, got float32 \[2\]"),
-        ("step_fails", "step raised TypeError"),
+        ("step_fails", r"step: .*own_environments\.py, line \d+ raised TypeError: "),
+        (
+            "branches",
+            r"step: .*own_environments\.py, line \d+ raised TracerBoolConversionError: .*bool\[\]\.$",
+        ),
+        ("without_actions", r"actions must be .* n of at least 1, got Discrete\(n=0\)"),
+        ("half_an_action", r"actions must be .* n of at least 1, got Discrete\(n=2\.5\)"),
+        ("sees_nothing", r"reset must give an observation with numbers in it, got float32 \[0\]"),
+        (
+            "of_no_gymnax",
+            r"the environment that it gives: .*own_environments\.py raised (AttributeE|TypeCheckE)rror: ",
+        ),
         ("pointmass", "has no function 'pointmass'; did you mean 'PointMass'"),
         ("", "must name a function in a file, as .*own_environments.py:NAME does"),
     ],
@@ -116,6 +127,26 @@ def test_what_cannot_be_right_is_told(function: str, words: str) -> None:
 def test_an_outside_environment_without_a_time_limit_is_told() -> None:
     with pytest.raises(UsageError, match="must have a time limit, .*TimeLimit"):
         make_environment(f"{own_gymnasium.__file__}:endless")
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("without_spaces", "observation_space must be a Box or Discrete, got None"),
+        ("space_fails", r"action_space: .*own_gymnasium\.py, line \d+ raised KeyError: 'no data'"),
+        ("empty", r"observation_space must have numbers in it, got Box\(.*\(0,\)"),
+        ("equal_bounds", r"action_space: lower bounds must be below upper bounds, got \[1"),
+        ("matrix_of_actions", r"action_space must be Discrete or a Box of one axis, got Box"),
+        ("close_fails", r"close: .*own_gymnasium\.py, line \d+ raised KeyError: 'no data'"),
+    ],
+)
+def test_what_cannot_be_right_about_an_outside_environment_is_told(
+    function: str, words: str
+) -> None:
+    with pytest.raises(UsageError, match=words) as told:
+        make_environment(f"{own_gymnasium.__file__}:{function}")
+    assert str(told.value).startswith("--env ")
+    assert "\n" not in str(told.value)
 
 
 def test_files_and_libraries_that_there_are_not_are_told(tmp_path: Path) -> None:

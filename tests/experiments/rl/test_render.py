@@ -11,6 +11,7 @@ import own_environments
 import own_gymnasium
 import pytest
 from PIL import Image
+from policies import make_jax_environment
 
 from experiments.rl import drawings, render
 from experiments.rl.config import PRESETS, Config
@@ -107,8 +108,6 @@ def test_environments_without_pictures_are_told(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("name", list(drawings.CLASSIC))
 def test_classic_control_is_drawn_alike_from_states_of_both_libraries(name: str) -> None:
-    from experiments.rl.environments import make_jax_environment
-
     environment: Any = make_jax_environment(name)
     _, state = environment.reset(jax.random.key(0))
     _, fields, places = drawings.CLASSIC[name]

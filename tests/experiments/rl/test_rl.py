@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from policies import make_jax_environment
 
 from experiments.rl.config import PRESETS
-from experiments.rl.environments import Environment, make_jax_environment
+from experiments.rl.environments import Environment
 from experiments.rl.libraries.gymnax import Gymnax
 from experiments.rl.policy import Policy, make_policy
 from experiments.rl.rollout import run_episode, run_episodes
