@@ -46,11 +46,15 @@ class Source(NamedTuple):
 def is_own(text: str) -> bool:
     """Whether a text on the command line names a user's own function, rightly or not.
 
+    A file of questions does not, though its path may have a colon.
+
     Example:
-        >>> is_own("my_file.py:make"), is_own("my_file.py"), is_own("package.module:make"), is_own("sums")
-        (True, True, True, False)
+        >>> is_own("my_file.py:make"), is_own("my_file.py"), is_own("package.module:make")
+        (True, True, True)
+        >>> is_own("sums"), is_own("my:data.jsonl")
+        (False, False)
     """
-    return ":" in text or text.endswith(".py")
+    return not text.endswith(".jsonl") and (":" in text or text.endswith(".py"))
 
 
 def load(place: str, subject: str) -> Callable[..., Any]:

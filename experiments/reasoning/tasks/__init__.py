@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.reasoning import rewards
 from experiments.reasoning.tasks.files import jsonl
 from experiments.reasoning.tasks.gym import check_name, gym
 from experiments.reasoning.tasks.home_made import HOME_MADE
@@ -60,12 +61,14 @@ def check(name: str, **settings: Any) -> None:
     if own_code.is_own(name):
         own_code.check(name, f"--task {name}")
         return
-    for file in files(name, settings):
+    for file in _questions(name, settings):
         if not exists(file, f"--task {name}"):
             raise UsageError(f"--task {name}: there is no file {file}")
     if not name.endswith(".jsonl") and name not in HOME_MADE:
         check_name(name)
     check_settings(_maker(name), settings, f"the task {name!r}")
+    if name.endswith(".jsonl") and isinstance(reward := settings.get("reward"), str):
+        rewards.check(reward, "reward")
 
 
 def _maker(name: str) -> Callable[..., Task]:
@@ -75,15 +78,24 @@ def _maker(name: str) -> Callable[..., Task]:
 
 
 def files(name: str, settings: Mapping[str, Any]) -> list[Path]:
-    """The files that a task is read from, once it is loaded; a run does not go on where they have changed.
+    """The files that a task and its reward are read from, once it is loaded; a run does not go on where they
+    have changed.
 
     Example:
-        >>> files("train.jsonl", {"held_out": "test.jsonl"}), files("sums", {})
-        ([PosixPath('train.jsonl'), PosixPath('test.jsonl')], [])
+        >>> files("train.jsonl", {"held_out": "test.jsonl", "reward": "exact,mine.py:score"})
+        [PosixPath('train.jsonl'), PosixPath('test.jsonl'), PosixPath('mine.py')]
+        >>> files("sums", {})
+        []
     """
     if own_code.is_own(name):
         found = own_code.file_of(name)
         return [] if found is None else [found]
+    read, reward = _questions(name, settings), settings.get("reward")
+    return [*read, *(rewards.files(reward) if read and isinstance(reward, str) else [])]
+
+
+def _questions(name: str, settings: Mapping[str, Any]) -> list[Path]:
+    """The files of a task's questions."""
     if not name.endswith(".jsonl"):
         return []
     other = settings.get("held_out")

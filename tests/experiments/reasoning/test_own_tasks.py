@@ -1,5 +1,6 @@
 """A task of one's own, in a file: made, checked, rewarded in processes, and mistakes in one sentence."""
 
+import json
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,10 +13,11 @@ from experiments.reasoning.config import PRESETS
 from experiments.reasoning.pool import RewardPool
 from experiments.reasoning.questions import Questions
 from experiments.reasoning.start import start
-from experiments.reasoning.tasks import Question, Task, files, load, split
+from experiments.reasoning.tasks import Question, Task, check, files, load, split
 from experiments.reasoning.tasks.task import checked
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed
+from experiments.run.train import train
 
 OWN = """
 import functools
@@ -57,6 +59,42 @@ def test_its_reward_reaches_processes(tmp_path: Path) -> None:
     with RewardPool(1, 60.0, load(f"{path}:make", far=4).reward) as pool:
         path.write_text("1 / 0")
         assert pool.submit(["4", "3"], ["4", "4"]).result().rewards == [1.0, 0.75]
+
+
+def test_a_file_of_questions_may_have_a_colon_in_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "my:data.jsonl"
+    path.write_text("\n".join(f'{{"question": "{i}+0=", "answer": {i}}}' for i in range(60)))
+    check(str(path))
+    assert load(str(path)).name == "my:data.jsonl"
+    assert files(str(path), {}) == [path]
+
+
+SCORE = "def score(completions, answers, **_): return [1.0] * len(answers)\n"
+
+
+def test_a_reward_in_the_settings_of_a_file_of_questions_is_one_of_its_files(
+    tmp_path: Path,
+) -> None:
+    path, own = tmp_path / "a.jsonl", tmp_path / "own.py"
+    path.write_text("\n".join(f'{{"question": "{i}+0=", "answer": {i}}}' for i in range(60)))
+    with pytest.raises(UsageError, match=f"^reward {own}:score: there is no file {own}$"):
+        check(str(path), reward=f"{own}:score")
+    own.write_text(SCORE)
+    with pytest.raises(UsageError, match="own.py has no function 'scorr'; did you mean 'score'"):
+        check(str(path), reward=f"exact,{own}:scorr")
+    with pytest.raises(UsageError, match="there is no reward 'exat'.*; did you mean 'exact'"):
+        check(str(path), reward="exat")
+    check(str(path), reward=f"{own}:score")
+    assert files(str(path), {"reward": f"{own}:score"}) == [path, own]
+
+    words = {"reward": f"{own}:score"}
+    config = changed(
+        PRESETS["tiny"], run_dir=tmp_path / "run", task=str(path), task_settings=json.dumps(words)
+    )
+    train(changed(config, generations=1))
+    own.write_text(SCORE.replace("1.0", "0.5"))
+    with pytest.raises(UsageError, match="own.py has other content"):
+        train(config)
 
 
 def questions(begin: int, end: int) -> list[Question]:
