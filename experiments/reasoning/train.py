@@ -33,6 +33,7 @@ from experiments.reasoning.sequences import Completions, pack
 from experiments.reasoning.start import keep_tokenizer, save, start
 from experiments.reasoning.tasks import Question, Task
 from experiments.run.axes import GENERATED_TOKENS, SECONDS
+from experiments.run.commands import other_files
 from experiments.run.devices import layout_of
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed
@@ -93,8 +94,8 @@ class Reasoning(LanguageTrainer[Config]):
 
     @functools.cached_property
     def notes(self) -> Sequence[str]:  # type: ignore[override]
-        """The task, and the plan of the memory, which is made here, before the learner; what the task
-        decides where the settings do not is settled first."""
+        """The task, the plan of the memory, which is made here, before the learner, and what has changed
+        since the run that is trained on; what the task decides where the settings do not is settled first."""
         longest = self.questions.sampling().max_new_tokens
         self.config = self._fitted = changed(self.config, max_new_tokens=longest)
         said = [describe(self.task, self.questions)]
@@ -102,6 +103,8 @@ class Reasoning(LanguageTrainer[Config]):
         if self.config.algorithm == "eggroll":
             self._fitted, plan = fit(self.config, self.base, self.questions, self.layout)
             said.append(plan.describe())
+        if self.config.start is not None and (warning := other_files(self.config.start)):
+            said.append(warning)
         assert self.learner is not None
         return said
 

@@ -1,6 +1,8 @@
 """What is done with a run that is there: it is read, evaluated, sampled, exported."""
 
 import contextlib
+import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from tyro.conf import Positional
 from experiments.run.drivers import check_run, find_driver, settings_to_read
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed, check_ranges, count, from_zero
-from experiments.run.folder import read_config
+from experiments.run.folder import REPLACE, read_config, read_object
 from experiments.run.paths import check_writable
 from experiments.run.settings import SEED
 
@@ -103,6 +105,26 @@ def trainer_of(path: Path) -> "Trainer[Any]":
     return driver.load()(config)
 
 
+def other_files(path: Path) -> str | None:
+    """A sentence that names the files of a run, such as a task of one's own, whose content is another now.
+
+    Files that are no longer where they were are left out: what needs them says so.
+
+    Args:
+        path: the run folder.
+
+    Raises:
+        UsageError: if files.json is damaged.
+    """
+    found = []
+    for name, digest in (read_object(path / "files.json", REPLACE) or {}).items():
+        # A name that was damaged is no file's.
+        with contextlib.suppress(OSError, ValueError):
+            if hashlib.sha256(Path(name).read_bytes()).hexdigest() != digest:
+                found.append(name)
+    return f"{path} was trained with other content of {' and '.join(found)}." if found else None
+
+
 def evaluate(settings: EvalSettings) -> str:
     """A table of what the run's newest state scores, in words."""
     check_ranges(settings)
@@ -112,6 +134,8 @@ def evaluate(settings: EvalSettings) -> str:
 
     from experiments.run.trainer import Films
 
+    if warning := other_files(settings.run):
+        print(warning, file=sys.stderr)
     film = ""
     with read_run(settings.run) as run:
         if settings.render and not isinstance(run.trainer, Films):

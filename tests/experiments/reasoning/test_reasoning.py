@@ -383,6 +383,21 @@ def test_a_task_of_ones_own_is_trained_on(
     assert main(["reasoning", "--preset", "tiny", *words, "--generations", "2"]) == 2
     assert "own.py has other content" in capsys.readouterr().err
 
+    # What is read goes on, with a warning.
+    warning = f"{run} was trained with other content of {file}.\n"
+    assert main(["eval", str(run)]) == 0
+    assert warning in capsys.readouterr().err
+    begun = ["--run-dir", str(tmp_path / "next"), "--start", str(run), "--generations", "1"]
+    assert main(["reasoning", "--preset", "tiny", *begun]) == 0
+    assert warning in capsys.readouterr().err
+    file.write_text(OWN)
+    assert main(["eval", str(run)]) == 0
+    assert warning not in capsys.readouterr().err
+    # A model is trained on without the files that it came from.
+    file.unlink()
+    assert main(["reasoning", "--preset", "tiny", *begun, "--overwrite"]) == 0
+    assert warning not in capsys.readouterr().err
+
 
 def test_memory_is_planned_before_the_only_strategy_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
