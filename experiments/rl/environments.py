@@ -21,6 +21,7 @@ from experiments.rl import libraries
 from experiments.rl.libraries import own
 from experiments.rl.workers import shape_of
 from experiments.run.errors import UsageError
+from experiments.run.own_code import Source
 
 State = TypeVar("State")
 
@@ -156,6 +157,7 @@ class OutsideEnvironment:
         observations: the length of an encoded observation.
         actions: what it takes.
         first_action: the number of the first of discrete actions.
+        source: the file that it is made in, as this process has read it; None for one of a library.
     """
 
     name: str
@@ -163,6 +165,7 @@ class OutsideEnvironment:
     observations: int
     actions: Discrete | Continuous
     first_action: int
+    source: Source | None = None
 
 
 class Running(NamedTuple):
@@ -369,7 +372,9 @@ def _outside(environment: Any, name: str, settings: Mapping[str, Any]) -> Outsid
         except ValueError as error:
             raise say(f"action_space: {error}") from error
     first_action = int(getattr(takes, "start", 0))
-    return OutsideEnvironment(name, dict(settings), shape_of(seen)[0], actions, first_action)
+    return OutsideEnvironment(
+        name, dict(settings), shape_of(seen)[0], actions, first_action, own.source(name)
+    )
 
 
 def _has_time_limit(environment: Any) -> bool:

@@ -1,14 +1,15 @@
 """Episodes of a trained policy: those that measure it, and fresh ones that decided nothing before.
 
 Every purpose has keys (JAX) or starts (outside environments) of its own, so that no episode serves two:
-training, held-out episodes (early stopping looks at these), fresh episodes (which confirm what was learned)
-and those of `eggroll eval`.
+training, held-out episodes (early stopping looks at these), fresh episodes (which confirm what was learned),
+those of `eggroll eval`, and the film.
 """
 
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
@@ -21,7 +22,8 @@ from experiments.run import own_code
 from experiments.run.trainer import Carry
 
 # What is folded into the key of a seed, or follows the seed of a stream of NumPy (0: training, 1: held out).
-FRESH, EVALUATED = 0xF2E5, 0x5EED
+# Without it, the keys of 0, 1 and 2 are those that `split` gives (`experiments.rl.evolution.keys`).
+FRESH, EVALUATED, FILM, ROUNDS, ACTIONS = 0xF2E5, 0x5EED, 0xF173, 0x9909, 0xAC75
 FRESH_STREAM, EVALUATED_STREAM = 2, 3
 
 
@@ -78,3 +80,24 @@ def evaluated_keys(seed: int, episodes: int) -> Key[Array, "episodes"]:
 def evaluated_starts(seed: int, episodes: int) -> np.ndarray:
     """Seeds of the episodes of `eggroll eval` in an outside environment, [episodes]."""
     return np.random.SeedSequence([seed, EVALUATED_STREAM]).generate_state(episodes) // 2
+
+
+def film_key(seed: int) -> Key[Array, ""]:
+    """Key of the episode that is drawn."""
+    return jax.random.fold_in(jax.random.key(seed), FILM)
+
+
+def round_key(seed: Array | int, generation: Array | int) -> Key[Array, ""]:
+    """Key of a generation of PPO: of the environments' chance, the sampled actions and the order of steps."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROUNDS), generation)
+
+
+def action_keys(seed: Array | int, starts: Array | np.ndarray) -> Key[Array, "episodes"]:
+    """Keys of the actions that the mean policy samples in an outside environment, one for every start.
+
+    Args:
+        seed: of the run.
+        starts: seeds of the episodes, whole numbers [episodes].
+    """
+    key = jax.random.fold_in(jax.random.key(seed), ACTIONS)
+    return jax.vmap(lambda start: jax.random.fold_in(key, start))(jnp.asarray(starts))

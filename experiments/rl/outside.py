@@ -4,6 +4,7 @@ The policies of the whole population act in one program, which builds no member'
 (`EvolutionStrategy.map` with each member's own observation); the scores come back by `tell`.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,8 +15,8 @@ from jaxtyping import Array, PyTree
 
 from experiments.rl.config import Config
 from experiments.rl.environments import OutsideEnvironment
+from experiments.rl.episodes import action_keys, policy_of
 from experiments.rl.evolution import Seen, keys, make_strategy
-from experiments.rl.policy import Policy, make_policy
 from experiments.rl.statistics import Statistics, Sums, merge, nothing_seen
 from experiments.rl.workers import Workers
 from experiments.run.learners import row_of
@@ -53,10 +54,7 @@ class Outside:
         config.check_outside()
         self.config, self.environment = config, environment
         self.observations = environment.observations
-        self.policy: Policy = make_policy(
-            self.observations, environment.actions,
-            config.width, config.depth, config.activation, config.normalise,
-        )  # fmt: skip
+        self.policy = policy_of(config, environment)
         self.es = make_strategy(config)
         self._workers: Workers | None = None
         self._members = jax.jit(self._members_act)
@@ -82,7 +80,7 @@ class Outside:
         first, second = np.zeros_like(mean), np.zeros_like(mean)
         for episode in range(config.episodes):
             starts = training_starts(config.seed, done, episode, population // 2)
-            act: Act = lambda seen, step: self._members(carry, seen, step)
+            act: Act = functools.partial(self._members, carry, episode)
             for seen, live, rewards in self.play(starts, act):
                 deviation = seen[live] - mean
                 first, second = first + deviation.sum(0), second + (deviation**2).sum(0)
@@ -105,9 +103,8 @@ class Outside:
             total = np.zeros(population, np.float32)
             # Environments that are too many play along, and do not count.
             padded = np.resize(some, population)
-            for _, _, rewards in self.play(
-                padded, lambda seen, step: self._mean(carry, seen, step)
-            ):
+            act: Act = functools.partial(self._mean, carry, padded)
+            for _, _, rewards in self.play(padded, act):
                 total += rewards
             out.append(total[: len(some)])
         return np.concatenate(out)
@@ -133,6 +130,7 @@ class Outside:
                 self.config.evolution.population,
                 self.config.workers,
                 self.environment.settings,
+                self.environment.source,
             )
         seen, over, step = self._workers.reset(starts.tolist()), np.zeros(len(starts), bool), 0
         while not over.all():
@@ -143,16 +141,26 @@ class Outside:
             yield before, live, rewards
             step += 1
 
-    def _members_act(self, carry: Carry, seen: Array, step: Array) -> Array:
-        return self.es.map(carry.learner, self._act, carry.own.statistics, step, members=seen)
+    def _members_act(self, carry: Carry, episode: Array, seen: Array, step: Array) -> Array:
+        def act(
+            params: PyTree,
+            key: Array,
+            seen: Array,
+            statistics: Statistics,
+            episode: Array,
+            step: Array,
+        ) -> Array:
+            # A member has one key in a generation, which its episodes must not share.
+            return self._act(params, jax.random.fold_in(key, episode), seen, statistics, step)
 
-    def _mean_acts(self, carry: Carry, seen: Array, step: Array) -> Array:
-        ids = jnp.arange(seen.shape[0])
-        own = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(self.config.seed), i))(ids)
+        args = carry.own.statistics, episode, step
+        return self.es.map(carry.learner, act, *args, members=seen)
+
+    def _mean_acts(self, carry: Carry, starts: Array, seen: Array, step: Array) -> Array:
         act = lambda key, seen: self._act(
             carry.learner.params, key, seen, carry.own.statistics, step
         )
-        return jax.vmap(act)(own, seen)
+        return jax.vmap(act)(action_keys(self.config.seed, starts), seen)
 
     def _act(
         self, params: PyTree, key: Array, seen: Array, statistics: Statistics, step: Array

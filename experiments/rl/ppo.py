@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from experiments.models.mlp import MLP
 from experiments.rl.config import Config
 from experiments.rl.environments import Environment, begin, step_or_restart
+from experiments.rl.episodes import round_key
 from experiments.rl.evolution import keys
 from experiments.rl.policy import Policy
 from experiments.rl.statistics import Statistics, Sums, merge, normalise, nothing_seen
@@ -252,8 +253,7 @@ class Round:
     def generation(self, carry: Carry) -> tuple[Carry, dict[str, Array]]:
         """Steps, advantages, passes over them, statistics."""
         ppo, statistics, params = self.ppo, carry.own.statistics, carry.learner.params
-        key = jax.random.fold_in(jax.random.key(carry.seed), carry.generation)
-        collect_key, order_key = jax.random.split(key)
+        collect_key, order_key = jax.random.split(round_key(carry.seed, carry.generation))
         steps: Step
         own, steps = jax.lax.scan(
             functools.partial(self.collect, params),

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from experiments.rl import libraries
+from experiments.rl.libraries import own
 from experiments.run.children import leave_stops_to_parent, starting
-from experiments.run.errors import RunError
+from experiments.run.errors import RunError, UsageError
+from experiments.run.own_code import Source
 
 
 class Workers:
@@ -25,6 +27,7 @@ class Workers:
         environments: how many.
         processes: over how many processes; no more than there are environments.
         settings: keyword arguments for what makes it.
+        source: the file that it is made in, as this process has read it, for one of the user's own.
 
     Attributes:
         environments: how many.
@@ -41,6 +44,7 @@ class Workers:
         environments: int,
         processes: int,
         settings: Mapping[str, Any] | None = None,
+        source: Source | None = None,
     ) -> None:
         # Spawned, not forked: a fork of a process with JAX's threads may hang.
         context = multiprocessing.get_context("spawn")
@@ -53,7 +57,7 @@ class Workers:
         for size in self._sizes:
             here, there = context.Pipe()
             process = context.Process(
-                target=work, args=(there, name, dict(settings or {}), size), daemon=True
+                target=work, args=(there, name, dict(settings or {}), size, source), daemon=True
             )
             with starting():
                 process.start()
@@ -111,9 +115,13 @@ def end(pipes: Sequence[Connection], processes: Sequence[Any]) -> None:
             process.kill()
 
 
-def work(pipe: Connection, name: str, settings: Mapping[str, Any], size: int) -> None:
+def work(
+    pipe: Connection, name: str, settings: Mapping[str, Any], size: int, source: Source | None
+) -> None:
     """What a worker process does until its pipe closes."""
     leave_stops_to_parent()
+    if source is not None:
+        own.adopt(source)
     environments: list[Any] = []
     while True:
         try:
@@ -137,8 +145,10 @@ def work(pipe: Connection, name: str, settings: Mapping[str, Any], size: int) ->
                     rewards[i], over[i] = reward, terminated or truncated
             answer = observations if command == "reset" else (observations, rewards, over)
         # Whatever an environment of somebody else's raises is told, and ends the run.
-        except Exception as error:
-            pipe.send(("failed", f"{type(error).__name__}: {error}"))
+        except (Exception, SystemExit) as error:
+            what = command if environments else "making it"
+            failed = str(error) if isinstance(error, UsageError) else own.told(name, what, error)
+            pipe.send(("failed", failed))
             return
         pipe.send(("done", answer))
 

@@ -1,5 +1,6 @@
 """An environment as a user of Gymnasium writes it. It imports no JAX, so that worker processes start fast."""
 
+import sys
 from typing import Any
 
 import gymnasium
@@ -43,9 +44,9 @@ def endless() -> gymnasium.Env:
 # ---------------------------------------------------------------- wrong ones
 
 
-def with_changes(**changes: Any) -> gymnasium.Env:
+def with_changes(render_mode: str | None = None, **changes: Any) -> gymnasium.Env:
     """The same with other attributes of the class."""
-    return gymnasium.wrappers.TimeLimit(type("Changed", (Line,), changes)(), 15)
+    return gymnasium.wrappers.TimeLimit(type("Changed", (Line,), changes)(render_mode), 15)
 
 
 class Bare(gymnasium.Env):
@@ -80,9 +81,25 @@ def close_fails() -> gymnasium.Env:
     return with_changes(close=fails)
 
 
-def reset_fails() -> gymnasium.Env:
-    return with_changes(reset=fails)
+def reset_fails(render_mode: str | None = None) -> gymnasium.Env:
+    return with_changes(render_mode, reset=fails)
 
 
-def step_fails() -> gymnasium.Env:
-    return with_changes(step=fails)
+def step_fails(render_mode: str | None = None) -> gymnasium.Env:
+    return with_changes(render_mode, step=fails)
+
+
+def render_fails(render_mode: str | None = None) -> gymnasium.Env:
+    return with_changes(render_mode, render=fails)
+
+
+def ends_the_process(render_mode: str | None = None) -> gymnasium.Env:
+    return with_changes(render_mode, step=lambda self, action: sys.exit(3))
+
+
+def closes_badly_after_a_film(render_mode: str | None = None) -> gymnasium.Env:
+    return with_changes(render_mode, **({} if render_mode is None else {"close": fails}))
+
+
+def fails_to_be_made_for_a_film(render_mode: str | None = None) -> gymnasium.Env:
+    return with_changes() if render_mode is None else fails()

@@ -2,10 +2,15 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from experiments.run import own_code
 from experiments.run.errors import UsageError
+from experiments.run.own_code import Source
+
+# By file, the modules of those that another process has read for this one.
+_ADOPTED: dict[Path, str] = {}
 
 
 def in_file(name: str) -> bool:
@@ -24,7 +29,7 @@ def make(name: str, settings: Mapping[str, Any]) -> Any:
     Raises:
         UsageError: where there is no such file or function, or it takes other arguments, or it raises.
     """
-    function = own_code.load(name, f"--env {name}")
+    function = _load(name)
     try:
         inspect.signature(function).bind(**settings)
     except TypeError as error:
@@ -39,12 +44,32 @@ def make(name: str, settings: Mapping[str, Any]) -> Any:
 
 def takes(name: str, setting: str) -> bool:
     """Whether the function has a keyword argument of this name, or any; one without a signature has none."""
-    function = own_code.load(name, f"--env {name}")
+    function = _load(name)
     try:
         inspect.signature(function).bind_partial(**{setting: None})
     except (TypeError, ValueError):
         return False
     return True
+
+
+def source(name: str) -> Source | None:
+    """The file of a name as this process has read it, for :func:`adopt`; None where there is none."""
+    file = _file(name)
+    known = [one for one in own_code.sources() if one.path == file]
+    if file is None or not known:
+        return None
+    try:
+        newest = Source(file, file.read_bytes())
+    except OSError:
+        return known[-1]
+    # A file may have been another one meanwhile, and is what it was again.
+    return newest if newest in known else known[-1]
+
+
+def adopt(known: Source) -> None:
+    """From here on, this process runs a file as another has read it, whatever its content is now."""
+    own_code.adopt([known])
+    _ADOPTED[known.path] = known.module
 
 
 def told(name: str, what: str, error: BaseException) -> str:
@@ -61,8 +86,19 @@ def told(name: str, what: str, error: BaseException) -> str:
         >>> told("/mine.py:make", "step", ValueError("no such action"))
         'step: /mine.py raised ValueError: no such action'
     """
-    file = own_code.file_of(name) if in_file(name) else None
-    words = own_code.told(error, what if file is None else str(file.absolute()))
+    file = _file(name)
+    words = own_code.told(error, what if file is None else str(file))
     advice = " ".join(str(error).strip().partition("\n")[2].split())
     words = words.removesuffix(advice).rstrip() if advice else words
     return words if file is None else f"{what}: {words}"
+
+
+def _file(name: str) -> Path | None:
+    file = own_code.file_of(name) if in_file(name) else None
+    return None if file is None else file.absolute()
+
+
+def _load(name: str) -> Any:
+    module = _ADOPTED.get(_file(name) or Path())
+    place = name if module is None else f"{module}:{name.rpartition(':')[2]}"
+    return own_code.load(place, f"--env {name}")

@@ -1,6 +1,9 @@
-"""Fresh episodes decide nothing before: their keys are those of no other purpose."""
+"""Episodes of every purpose are others: fresh ones decide nothing before."""
+
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import own_environments
 import own_gymnasium
@@ -21,25 +24,51 @@ def bits(keys: jax.Array) -> set[bytes]:
     return {bytes(np.asarray(x).tobytes()) for x in jax.random.key_data(keys).reshape(-1, 2)}
 
 
-def test_keys_of_fresh_episodes_are_keys_of_nothing_else() -> None:
-    init, search, held_out = evolution.keys(jax.numpy.int32(3))
-    used = bits(jax.random.split(held_out, 256)) | bits(jax.numpy.stack([init, search, held_out]))
-    evaluated = bits(episodes.evaluated_keys(3, 256))
-    fresh = [bits(episodes.fresh_keys(3, generation, 256)) for generation in (0, 1, 50)]
-    assert sum(map(len, fresh)) == len(set().union(*fresh)) == 3 * 256
-    for one in fresh:
-        assert not one & (used | evaluated)
-    assert not bits(episodes.fresh_keys(4, 0, 256)) & fresh[0]
+def test_no_key_serves_two_purposes() -> None:
+    init, search, held_out = evolution.keys(jnp.int32(3))
+    rounds = jax.vmap(lambda generation: episodes.round_key(3, generation))(jnp.arange(51))
+    halves = jax.vmap(jax.random.split)(
+        rounds
+    )  # what is collected, and in which order it is learned
+    keys = {
+        "the parts of a run": jnp.stack([init, search, held_out]),
+        "held-out episodes": jax.random.split(held_out, 256),
+        "the environments that PPO starts with": jax.random.split(search, 64),
+        "rounds of PPO": rounds,
+        "parts of a round": halves,
+        "steps of a round": jax.vmap(lambda key: jax.random.split(key, 128))(halves[:4, 0]),
+        "fresh episodes": episodes.fresh_keys(3, 0, 256),
+        "fresh episodes later": episodes.fresh_keys(3, 1, 256),
+        "fresh episodes at last": episodes.fresh_keys(3, 50, 256),
+        "fresh episodes of another seed": episodes.fresh_keys(4, 0, 256),
+        "eggroll eval": episodes.evaluated_keys(3, 256),
+        "the film": episodes.film_key(3)[None],
+        "actions in held-out episodes": episodes.action_keys(3, held_out_starts(3, 256)),
+        "actions in fresh episodes": episodes.action_keys(3, episodes.fresh_starts(3, 1, 256)),
+        "actions in eggroll eval": episodes.action_keys(3, episodes.evaluated_starts(3, 256)),
+        "actions of the first starts": episodes.action_keys(3, np.arange(256)),
+    }
+    for purpose, some in keys.items():
+        assert len(bits(some)) == some.size, purpose
+    for (one, some), (other, more) in itertools.combinations(keys.items(), 2):
+        assert not bits(some) & bits(more), f"{one}, {other}"
 
 
-def test_starts_of_fresh_episodes_are_starts_of_nothing_else() -> None:
-    used = set(held_out_starts(3, 256).tolist())
-    for generation in range(20):
-        used |= set(training_starts(3, generation, 0, 64).tolist())
-    fresh = set(episodes.fresh_starts(3, 20, 256).tolist())
-    assert len(fresh) == 256
-    assert not fresh & used
-    assert not fresh & set(episodes.fresh_starts(3, 21, 256).tolist())
+def test_no_start_serves_two_purposes() -> None:
+    training = [training_starts(3, g, e, 64)[::2] for g in range(20) for e in range(2)]
+    starts = {
+        "training": np.concatenate(training),
+        "held-out episodes": held_out_starts(3, 256),
+        "fresh episodes": episodes.fresh_starts(3, 20, 256),
+        "fresh episodes later": episodes.fresh_starts(3, 21, 256),
+        "fresh episodes of another seed": episodes.fresh_starts(4, 20, 256),
+        "eggroll eval": episodes.evaluated_starts(3, 256),
+        "the film": np.array([0]),
+    }
+    for purpose, some in starts.items():
+        assert len(set(some.tolist())) == some.size, purpose
+    for (one, some), (other, more) in itertools.combinations(starts.items(), 2):
+        assert not set(some.tolist()) & set(more.tolist()), f"{one}, {other}"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Environments in worker processes: what they give is what Gymnasium gives, and a policy learns."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+import own_gymnasium
 import pytest
 
+from experiments.rl import episodes
 from experiments.rl.config import PRESETS, Config
 from experiments.rl.environments import OutsideEnvironment
 from experiments.rl.episodes import environment_of
@@ -157,6 +160,69 @@ def test_an_environment_that_fails_is_told() -> None:
     with pytest.raises(RunError, match="gymnasium:CartPole-v1 failed in a worker process: .*7"):
         workers.step(np.array([7, 7]))
     workers.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("reset_fails", r"reset: .*own_gymnasium\.py, line \d+ raised KeyError: 'no data'"),
+        ("step_fails", r"step: .*own_gymnasium\.py, line \d+ raised KeyError: 'no data'"),
+        ("ends_the_process", r"step: .*own_gymnasium\.py, line \d+ raised SystemExit: 3"),
+    ],
+)
+def test_where_a_file_of_ones_own_fails_is_told(function: str, words: str) -> None:
+    workers = Workers(f"{own_gymnasium.__file__}:{function}", 1, 1)
+    with pytest.raises(RunError, match=f":{function} failed in a worker process: {words}"):
+        workers.reset([0])
+        workers.step(np.array([0]))
+    workers.close()
+
+
+@pytest.mark.slow
+def test_workers_run_the_text_that_the_run_has_read(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(Path(own_gymnasium.__file__).read_text())
+    config = changed(PRESETS["own"], env=f"{file}:line", population=2, workers=2, width=4)
+    found = trainer(config)
+    file.write_text("raise ValueError('somebody edits it')")
+    steps = list(found.play(np.array([0, 0]), lambda seen, step: np.zeros(2, int)))
+    assert len(steps) == 15
+    assert found._workers is not None
+    found._workers.close()
+    with pytest.raises(UsageError, match=r"mine\.py, line 1 raised ValueError: somebody edits it"):
+        trainer(config)
+
+
+def test_a_file_that_is_what_it_was_again_is_the_one_that_is_sent(tmp_path: Path) -> None:
+    file, text = tmp_path / "mine.py", Path(own_gymnasium.__file__).read_text()
+    config = changed(PRESETS["own"], env=f"{file}:line")
+    for content in (text, text + "\n# another\n", text):
+        file.write_text(content)
+        source = environment_of(config).source  # type: ignore[union-attr]
+        assert source is not None
+        assert source.content == content.encode()
+
+
+def test_sampled_actions_are_others_in_every_episode() -> None:
+    config = changed(CONFIG, deterministic=False, population=256, normalise=False)
+    found = trainer(config)
+    carry = found.start()
+    # Nothing is seen, so that both actions are equally likely.
+    seen = np.zeros((256, 4), np.float32)
+    starts = [
+        held_out_starts(0, 256),
+        episodes.fresh_starts(0, 5, 256),
+        episodes.fresh_starts(0, 6, 256),
+        episodes.evaluated_starts(0, 256),
+    ]
+    played = [found._mean(carry, one, seen, 0) for one in starts]
+    played += [found._members(carry, episode, seen, 0)[::2] for episode in (0, 1)]
+    for one, other in itertools.combinations(played, 2):
+        one, other = np.asarray(one), np.asarray(other)
+        alike = (one[: len(other)] == other[: len(one)]).mean()
+        assert 0.3 < alike < 0.7
+    np.testing.assert_array_equal(found._mean(carry, starts[0], seen, 0), played[0])
 
 
 @pytest.mark.slow
