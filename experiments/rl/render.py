@@ -1,5 +1,6 @@
 """A film of one episode of a trained policy, as a GIF."""
 
+import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from experiments.rl import drawings, libraries
 from experiments.rl.config import Config
 from experiments.rl.environments import Environment, OutsideEnvironment
-from experiments.rl.episodes import environment_of, policy_of
+from experiments.rl.episodes import environment_of, film_key, policy_of
 from experiments.rl.libraries import own
 from experiments.rl.policy import Policy
 from experiments.rl.rollout import Lane, Lanes
@@ -27,6 +28,7 @@ from experiments.run.trainer import Carry
 FILE = "episode.gif"  # in the run folder
 FRAMES = 150  # of a film at most: of a longer episode every second, third ... step is shown
 STEPS = 1000  # of an episode without a time limit
+TOGETHER = 128  # steps that are played in one program
 MILLISECONDS, LAST = 40, 1000  # that a frame is shown, and the last one
 PIXELS = 320  # of the longer side of a frame at most
 BYTES = 1_000_000  # of a film at most
@@ -51,7 +53,7 @@ def render(config: Config, state: Carry, path: Path, seed: int = 0) -> str:
         A sentence about it.
 
     Raises:
-        NotDrawn: where the environment cannot be drawn.
+        NotDrawn: where the environment cannot be drawn, or raises anything.
     """
     found = frames(config, state, seed)
     write(path, found)
@@ -68,18 +70,41 @@ def frames(config: Config, state: Carry, seed: int = 0, most: int = FRAMES) -> l
         most: how many at most.
 
     Raises:
-        NotDrawn: where the environment cannot be drawn.
+        NotDrawn: where the environment cannot be drawn, or raises anything.
     """
+    # A drawing must not cost a run that has ended: the user's file may be another one by now.
+    with _or_not_drawn(config.env, "an episode"):
+        found = _frames(config, state, seed, most)
+    sizes = sorted({frame.shape for frame in found})
+    if len(sizes) > 1:
+        one, other = list(sizes[0]), list(sizes[-1])
+        raise NotDrawn(
+            f"--env {config.env}: pictures of an episode must have one shape, got {one} and {other}"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _or_not_drawn(name: str, what: str) -> Iterator[None]:
+    """Whatever is raised in the block is the reason why nothing is drawn."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise NotDrawn(f"--env {name}: {own.told(name, what, error)}") from error
+
+
+def _frames(config: Config, state: Carry, seed: int, most: int) -> list[Frame]:
     carry = jax.tree.map(lambda leaf: leaf[0], state) if config.seeds > 1 else state
     environment = environment_of(config)
     policy = policy_of(config, environment)
     params, statistics = carry.learner.params, carry.own.statistics
     if isinstance(environment, OutsideEnvironment):
-        key = None if config.deterministic else jax.random.key(seed)
+        key = None if config.deterministic else film_key(seed)
         pictures = _outside_pictures(environment, policy, params, statistics, key, seed)
         return _thinned(list(pictures), most)
-    key = jax.random.fold_in(jax.random.key(seed), 0xF173)
-    lanes = Lanes(environment, key[None], statistics, config.deterministic)
+    lanes = Lanes(environment, film_key(seed)[None], statistics, config.deterministic)
     return [
         _picture(environment, config.env, state)
         for state in _thinned(states(lanes, policy, params), most)
@@ -95,13 +120,16 @@ def states(lanes: Lanes, policy: Policy, params: PyTree) -> list[Any]:
         plays = lanes.plays(lane)
         return jax.tree.map(lambda new, old: jnp.where(plays, new, old), after, lane), lane.state
 
-    length = (lanes.environment.time_limit or STEPS) + 1
-    last, every = jax.jit(lambda: jax.lax.scan(step, lanes.start(watch=False), length=length))()
-    every = jax.device_get(every)
-    return [
-        jax.tree.map(lambda leaf, i=i: leaf[i], every)
-        for i in range(min(length, int(last.total.steps) + 1))
-    ]
+    most = lanes.environment.time_limit or STEPS
+    # An episode may be far shorter than its limit, so that there is no room for so many states.
+    some = jax.jit(lambda lane: jax.lax.scan(step, lane, length=min(TOGETHER, most)))
+    found: list[Any] = []
+    lane = jax.jit(lambda: lanes.start(watch=False))()
+    while lanes.plays(lane) and len(found) < most:
+        lane, every = some(lane)
+        every, taken = jax.device_get(every), int(lane.total.steps) - len(found)
+        found += [jax.tree.map(lambda leaf, i=i: leaf[i], every) for i in range(taken)]
+    return [*found, jax.device_get(lane.state)][: most + 1]
 
 
 def write(path: Path, frames: Sequence[Frame]) -> None:
@@ -151,11 +179,8 @@ def _thinned(items: list[Any], most: int) -> list[Any]:
 
 def _picture(environment: Environment[Any], name: str, state: Any) -> Frame:
     """A state, drawn by its environment, and checked."""
-    try:
+    with _or_not_drawn(name, "draw"):
         found = environment.draw(state)
-    # A user's function may raise anything at all.
-    except Exception as error:
-        raise NotDrawn(f"--env {name}: draw raised {type(error).__name__}: {error}") from error
     if found is None:
         raise NotDrawn(f"--env {name} has no pictures: its class must have draw(state)")
     return _checked(found, f"--env {name}: draw")
@@ -163,9 +188,10 @@ def _picture(environment: Environment[Any], name: str, state: Any) -> Frame:
 
 def _checked(found: Any, where: str) -> Frame:
     picture = np.asarray(found)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+    shape = picture.shape
+    if picture.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or not picture.size:
         raise NotDrawn(
-            f"{where} must give uint8 [height, width, 3], got {picture.dtype} {list(picture.shape)}"
+            f"{where} must give uint8 [height, width, 3], got {picture.dtype} {list(shape)}"
         )
     return picture
 
@@ -189,30 +215,35 @@ def _outside_pictures(
             raise NotDrawn(
                 f'--env {name} has no pictures: its function must take render_mode="rgb_array"'
             )
-        seen, _ = made.reset(seed=seed)
+        with _or_not_drawn(name, "reset"):
+            seen, _ = made.reset(seed=seed)
         over, step = False, 0
         yield _outside_picture(made, name)
         while not over:
             own_key = None if key is None else jax.random.fold_in(key, step)
             encoded = encode(made.observation_space, seen)
             action = np.asarray(act(params, statistics, encoded, own_key))
-            seen, _, terminated, truncated, _ = made.step(
-                action_of(action + environment.first_action)
-            )
-            over, step = bool(terminated or truncated), step + 1
+            with _or_not_drawn(name, "step"):
+                seen, _, terminated, truncated, _ = made.step(
+                    action_of(action + environment.first_action)
+                )
+                over, step = bool(terminated or truncated), step + 1
             yield _outside_picture(made, name)
     finally:
-        made.close()
+        # The pictures are there, or a better reason why they are not.
+        with contextlib.suppress(Exception, SystemExit):
+            made.close()
 
 
 def _outside_picture(environment: Any, name: str) -> Frame:
     import gymnasium
 
-    try:
-        return _checked(environment.render(), f"--env {name}: render")
-    except gymnasium.error.DependencyNotInstalled as error:
-        known = environment.spec.id if environment.spec is not None else name
-        found = drawings.of_gymnasium(known, getattr(environment.unwrapped, "state", ()))
-        if found is None:
-            raise NotDrawn(f"--env {name} has no pictures here: {error}") from error
-        return found
+    with _or_not_drawn(name, "render"):
+        try:
+            return _checked(environment.render(), f"--env {name}: render")
+        except gymnasium.error.DependencyNotInstalled as error:
+            known = environment.spec.id if environment.spec is not None else name
+            found = drawings.of_gymnasium(known, getattr(environment.unwrapped, "state", ()))
+            if found is None:
+                raise NotDrawn(f"--env {name} has no pictures here: {error}") from error
+            return found

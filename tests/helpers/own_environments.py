@@ -120,6 +120,35 @@ def of_no_gymnax() -> Any:
     return make_gymnax("CartPole-v1")[0], {"max_steps_in_episode": 9}
 
 
+class Short(PointMass):
+    """Its episodes have three steps, and its states are large."""
+
+    def __init__(self) -> None:
+        self.time_limit = 2**31 - 2
+
+    def reset(self, key: Any) -> Any:
+        return jnp.zeros(4), (jnp.int32(0), jnp.zeros(10_000))
+
+    def step(self, key: Any, state: Any, action: Any) -> Any:
+        steps, large = state[0] + 1, state[1] + 1
+        return jnp.zeros(4), (steps, large), jnp.float32(1), steps >= 3
+
+    def draw(self, state: Any) -> np.ndarray:
+        return np.full((4, 4, 3), state[0], np.uint8)
+
+
+def draw_fails() -> Any:
+    return with_changes(draw=lambda state: 1 // 0)
+
+
+def pictures_grow() -> Any:
+    return with_changes(draw=lambda state: np.zeros((4 + state[1].any(), 4, 3), np.uint8))
+
+
+def no_pixels() -> Any:
+    return with_changes(draw=lambda state: np.zeros((0, 4, 3), np.uint8))
+
+
 def float_picture() -> Any:
     return with_changes(draw=lambda state: np.zeros((4, 4, 3)))
 

@@ -15,11 +15,13 @@ from policies import make_jax_environment
 
 from experiments.rl import drawings, render
 from experiments.rl.config import PRESETS, Config
+from experiments.rl.environments import OutsideEnvironment
 from experiments.rl.episodes import environment_of, policy_of
 from experiments.rl.evolution import start
 from experiments.rl.outside import Outside
 from experiments.rl.rollout import Lanes, run_episode
 from experiments.rl.statistics import nothing_seen
+from experiments.run.errors import UsageError
 from experiments.run.fields import changed
 
 FILE = own_environments.__file__
@@ -32,7 +34,7 @@ def of(env: str) -> tuple[Config, Any]:
     """Settings, and a state before training."""
     config = changed(CONFIG, env=env)
     environment: Any = environment_of(config)
-    if env.startswith("gymnasium") or env.endswith(":line"):
+    if isinstance(environment, OutsideEnvironment):
         return config, Outside(config, environment).start()
     return config, start(config, policy_of(config, environment), environment, jax.numpy.int32(0))
 
@@ -69,6 +71,69 @@ def test_states_are_those_of_the_episode_that_is_scored() -> None:
     right = run_episode(environment, policy, carry.learner.params, seen, key)
     assert [int(state.time) for state in found] == list(range(int(right.steps) + 1))
     assert abs(found[-1].theta) > 0.2 or abs(found[-1].x) > 2.4  # the one state where it has fallen
+
+
+def test_room_is_taken_by_the_episode_and_not_by_its_limit() -> None:
+    found = render.frames(*of(f"{FILE}:Short"))
+    assert [int(frame[0, 0, 0]) for frame in found] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("limit", [127, 128, 129, 300])
+def test_episodes_of_any_length_are_played_to_their_end(limit: int) -> None:
+    config, carry = of(f"{FILE}:point")
+    environment = own_environments.point(limit)
+    policy, key, seen = policy_of(config, environment), jax.random.key(3), nothing_seen(4)
+    lanes = Lanes(environment, key[None], seen, True)
+    found = render.states(lanes, policy, carry.learner.params)
+    assert len(found) == limit + 1
+    assert all((a[0] != b[0]).any() for a, b in itertools.pairwise(found))
+
+
+def test_an_episode_without_a_time_limit_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "STEPS", 200)
+    config, carry = of(f"{FILE}:point")
+    environment: Any = own_environments.without_limit()
+    policy, key, seen = policy_of(config, environment), jax.random.key(3), nothing_seen(4)
+    lanes = Lanes(environment, key[None], seen, True)
+    assert len(render.states(lanes, policy, carry.learner.params)) == 201
+
+
+OWN = r"own_gymnasium\.py, line \d+ raised"
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (f"{FILE}:draw_fails", r"draw: .*own_environments\.py, line \d+ raised ZeroDivisionError"),
+        (f"{FILE}:pictures_grow", r"must have one shape, got \[4, 4, 3\] and \[5, 4, 3\]"),
+        (f"{FILE}:no_pixels", r"draw must give uint8 .*, got uint8 \[0, 4, 3\]"),
+        (f"{own_gymnasium.__file__}:reset_fails", f"reset: .*{OWN} KeyError: 'no data'"),
+        (f"{own_gymnasium.__file__}:step_fails", f"step: .*{OWN} KeyError: 'no data'"),
+        (f"{own_gymnasium.__file__}:render_fails", f"render: .*{OWN} KeyError: 'no data'"),
+        (f"{own_gymnasium.__file__}:ends_the_process", f"step: .*{OWN} SystemExit: 3"),
+        (f"{own_gymnasium.__file__}:fails_to_be_made_for_a_film", f"{OWN} KeyError: 'no data'"),
+    ],
+)
+def test_whatever_an_environment_raises_is_a_reason_not_to_draw(env: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as told:
+        render.frames(*of(env))
+    assert str(told.value).startswith(f"--env {env}: ")
+    assert "\n" not in str(told.value)
+
+
+def test_a_film_that_is_there_outlasts_the_end_of_its_environment() -> None:
+    found = render.frames(*of(f"{own_gymnasium.__file__}:closes_badly_after_a_film"))
+    assert len(found) == 16
+
+
+def test_a_file_that_has_changed_since_does_not_cost_a_run(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from own_environments import *")
+    config, carry = of(f"{file}:point")
+    assert len(render.frames(config, carry)) == 21
+    file.write_text("from own_environments import *\npoint = Short\nShort.actions = Discrete(3)")
+    with pytest.raises(render.NotDrawn, match="an episode: .*mine.py raised"):
+        render.frames(config, carry)
 
 
 @pytest.mark.parametrize("noise", [False, True])
