@@ -266,10 +266,12 @@ def test_a_missed_target_is_admitted(run: tuple[Path, Result]) -> None:
             499.98,
             "Not yet learned to balance the pole (target 500): the mean policy holds it for 499.9",
         ),
+        (500.0, None, "Not learned to balance the pole: the return is no longer finite"),
+        (None, None, "Not learned to balance the pole: the return is no longer finite"),
         (None, 20.0, "Trained on CartPole-v1: the mean policy holds it for 20.0 of 500"),
     ],
 )
-def test_results_in_words(target: float | None, score: float, words: str) -> None:
+def test_results_in_words(target: float | None, score: float | None, words: str) -> None:
     config = changed(SMALL, target=target)
     assert in_words(config, [score]).startswith(words)
 
@@ -279,6 +281,12 @@ def test_seeds_that_learned_are_counted() -> None:
         "2 of 3 seeds learned to balance the pole (target 450): the mean policy holds it for 454.0"
     )
     assert in_words(changed(SMALL, target=450.0), [500.0, 462.0, 400.0]).startswith(words)
+
+
+def test_a_return_that_is_not_finite_is_told_in_all_seeds() -> None:
+    config = changed(SMALL, env="Pendulum-v1", target=-150.0)
+    words = "Not learned Pendulum-v1: the return is no longer finite"
+    assert in_words(config, [-140.0, None, -145.0]) == words
 
 
 def test_a_reached_target_stops_early(tmp_path: Path) -> None:
