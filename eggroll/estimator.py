@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array as AnyArray
@@ -202,6 +203,10 @@ def gradient(plan: Plan, sums: Sums, sigma: Sigma, members: Int[AnyArray, ""]) -
             return None
         # Sums of node noise contain the factor of the parameter.
         own = 1.0 if isinstance(leaf.treatment, Nodes) else leaf.sigma
-        return leaf.arithmetic.gradient(total, own, leaf.root_rank, sigma, members)
+        estimate = leaf.arithmetic.gradient(total, own, leaf.root_rank, sigma, members)
+        if leaf.slices is not None:
+            # The noise of a slice has the square of its factor as its variance.
+            estimate *= jnp.asarray(1 / np.square(leaf.slices.array), estimate.dtype)
+        return estimate
 
     return [of(leaf, total) for leaf, total in zip(plan.leaves, sums, strict=True)]

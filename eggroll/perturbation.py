@@ -38,16 +38,21 @@ def draw(
 
     Returns:
       For each leaf ``(A [rank, *axes], B [rank, *axes])``, ``(E [*shape],)`` (two factors
-      ``[1, *shape]`` for integers) or ``()``.
+      ``[1, *shape]`` for integers) or ``()``. The slices of a leaf have their factors on sigma in it.
     """
 
     def of(leaf: Leaf) -> Draw:
         shapes = leaf.noise_shapes()
         roles = (Role.DENSE,) if len(shapes) == 1 else (Role.A, Role.B)
-        return tuple(
+        drawn = [
             noise.sample(stream(seed, leaf.path, epoch, pair, role), shape, leaf.noise_dtype)
             for role, shape in zip(roles, shapes, strict=False)
-        )
+        ]
+        if leaf.slices is not None:
+            assert leaf.sliced is not None
+            x = drawn[leaf.sliced]
+            drawn[leaf.sliced] = x * jnp.asarray(leaf.slices.array, x.dtype)
+        return tuple(drawn)
 
     return [of(leaf) for leaf in plan.leaves]
 

@@ -14,6 +14,10 @@ from eggroll.plan.leaf import Plan as Plan
 from eggroll.plan.parameters import is_float as is_float
 from eggroll.plan.parameters import leaf_paths as leaf_paths
 from eggroll.plan.parameters import trained_type as trained_type
+from eggroll.plan.scaled import Factor as Factor
+from eggroll.plan.scaled import relative as relative
+from eggroll.plan.scaled import rms_of as rms_of
+from eggroll.plan.scaled import scaled as scaled
 from eggroll.plan.treatments import Axes as Axes
 from eggroll.plan.treatments import Dense as Dense
 from eggroll.plan.treatments import Frozen as Frozen

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from eggroll._types import DType
@@ -13,6 +14,24 @@ from eggroll.arithmetic import FLOATS, INTEGERS, Arithmetic
 from eggroll.plan.treatments import Dense, Frozen, Given, Matrix, Nodes, Treatment
 
 Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """Factors on the sigma of a parameter that vary along its axes; their mean square is 1.
+
+    Attributes:
+      shape: the axes of the parameter, of size 1 where the factors do not vary.
+      values: the factors, row-major.
+    """
+
+    shape: Shape
+    values: tuple[float, ...]
+
+    @property
+    def array(self) -> np.ndarray:
+        """The factors, float64 ``[*shape]``."""
+        return np.reshape(np.asarray(self.values), self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +47,8 @@ class Leaf:
       arithmetic: the arithmetic that perturbs, sums and updates the parameter.
       named: whether an override of the plan names the treatment.
       spec: the sharding of the parameter on the mesh; None if it is unknown.
+      slices: factors on sigma that vary along axes of the parameter, such as one a layer of a stack; None
+        for one sigma.
     """
 
     path: str
@@ -38,6 +59,7 @@ class Leaf:
     arithmetic: Arithmetic
     named: bool = False
     spec: jax.sharding.PartitionSpec | None = None
+    slices: Slices | None = None
 
     @property
     def trainable(self) -> bool:
@@ -56,8 +78,30 @@ class Leaf:
 
     @property
     def sigma(self) -> float:
-        """The factor on the strategy's sigma; 0 without noise."""
+        """The factor on the strategy's sigma, its root mean square over slices; 0 without noise."""
         return 0.0 if isinstance(self.treatment, Frozen | Given) else self.treatment.sigma
+
+    @property
+    def scale(self) -> float | np.ndarray:
+        """The factor on the strategy's sigma at every entry.
+
+        A number, or with :attr:`slices` float64 with the axes of the parameter, of size 1 where the factor
+        does not vary.
+        """
+        return self.sigma if self.slices is None else self.sigma * self.slices.array
+
+    @property
+    def sliced(self) -> int | None:
+        """Which array of the noise :attr:`slices` multiply; None if no single one varies as they do."""
+        if self.slices is None:
+            return None
+        varies = [axis for axis, n in enumerate(self.slices.shape) if n > 1]
+        # B first, as for the weights of the estimate: usually the smaller and the last in the product.
+        shapes = list(enumerate(shape[-len(self.shape) :] for shape in self.noise_shapes()))
+        for k, shape in reversed(shapes):
+            if all(shape[axis] == self.shape[axis] for axis in varies):
+                return k
+        return None
 
     @property
     def rank(self) -> int:
@@ -146,9 +190,14 @@ class Plan:
         """The plan with node noise in place of every treatment that no override names."""
 
         def of(leaf: Leaf) -> Leaf:
-            if leaf.named or not leaf.trainable:
+            if leaf.named or not leaf.trainable or isinstance(leaf.treatment, Given):
                 return leaf
-            return dataclasses.replace(leaf, treatment=Nodes(), reason="perturb='nodes'")
+            if leaf.slices is not None:
+                raise ValueError(
+                    f"parameter {leaf.path!r}: expected one factor on sigma with perturb='nodes', got "
+                    f"factors of the shape {list(leaf.slices.shape)} from plan.scaled"
+                )
+            return dataclasses.replace(leaf, treatment=Nodes(leaf.sigma), reason="perturb='nodes'")
 
         return Plan(tuple(map(of, self.leaves)))
 

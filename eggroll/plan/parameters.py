@@ -1,7 +1,8 @@
 """The tree of parameters: the paths of its leaves, and the leaves that can be trained."""
 
+import difflib
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -70,3 +71,16 @@ def matches(path: str, pattern: str) -> bool:
     """
     literal = pattern.replace("[", "[[]")
     return path == pattern or any(fnmatch.fnmatchcase(path, p) for p in (pattern, literal))
+
+
+def unmatched(what: str, pattern: str, paths: Sequence[str]) -> str:
+    """A message for a pattern that matches no parameter, with the paths that are most like it.
+
+    Example:
+      >>> unmatched("pattern", "layer/*", ["bias", "layers/up", "layers/down"])
+      "pattern 'layer/*': must match a parameter, such as 'layers/up' or 'layers/down'"
+    """
+    likeness = lambda path: difflib.SequenceMatcher(None, pattern, path).ratio()
+    near = sorted(paths, key=likeness, reverse=True)[:3]
+    near = [path for path in near if likeness(path) > 0.4] or list(paths[:3])
+    return f"{what} {pattern!r}: must match a parameter, such as {' or '.join(map(repr, near))}"

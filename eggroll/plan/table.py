@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from eggroll.interpret.node_pass import Site
-from eggroll.plan.leaf import Plan
+from eggroll.plan.leaf import Leaf, Plan
 from eggroll.plan.treatments import Dense, Frozen, Given, Matrix, Nodes
 
 _KINDS = {Dense: "dense", Nodes: "nodes", Given: "given", Frozen: "frozen"}
@@ -27,11 +28,9 @@ def describe(plan: Plan, built: Mapping[str, Sequence[str]], sites: Sequence[Sit
         if isinstance(t, Matrix):
             kind = f"low rank, rows {_listed(t.rows)}, columns {_listed(t.columns)}"
             kind += f", batch {_listed(t.batch)}" if t.batch else ""
-            if t.sigma != 1:
-                kind += f", sigma x{t.sigma:g}"
         else:
             kind = _KINDS[type(t)]
-            kind += f", sigma x{leaf.sigma:g}" if leaf.sigma not in (0, 1) else ""
+        kind += _sigma(leaf)
         why = leaf.reason
         if leaf.path in built:
             why += f"; BUILT for every member by {', '.join(built[leaf.path])}"
@@ -57,6 +56,13 @@ def describe(plan: Plan, built: Mapping[str, Sequence[str]], sites: Sequence[Sit
     if sites:
         totals.append(_gain(plan, sites))
     return "\n".join([lines[0], "-" * len(max(lines, key=len)), *lines[1:], *totals])
+
+
+def _sigma(leaf: Leaf) -> str:
+    """The factor on sigma of a parameter in a row."""
+    if leaf.slices is not None:
+        return f", sigma x{np.min(leaf.scale):.4g} to x{np.max(leaf.scale):.4g}"
+    return f", sigma x{leaf.sigma:g}" if leaf.sigma not in (0, 1) else ""
 
 
 def _nodes(path: str, sites: Sequence[Site]) -> str:
