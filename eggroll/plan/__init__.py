@@ -8,6 +8,9 @@ built, and scores from other sources used, without a fitness function.
 from eggroll.plan._settle import Overrides as Overrides
 from eggroll.plan._settle import Planner as Planner
 from eggroll.plan.by_shape import by_shape as by_shape
+from eggroll.plan.choice import Patterns as Patterns
+from eggroll.plan.choice import only as only
+from eggroll.plan.choice import without as without
 from eggroll.plan.infer import infer as infer
 from eggroll.plan.leaf import Leaf as Leaf
 from eggroll.plan.leaf import Plan as Plan
