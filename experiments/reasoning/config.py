@@ -279,7 +279,7 @@ def _object(name: str, text: str, example: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{flag(name)} {text!r} is no JSON: {error}") from error
     if not isinstance(found, dict):
-        raise UsageError(f"{flag(name)} {text!r}: an object such as '{example}' is right")
+        raise UsageError(f"{flag(name)} must be an object such as '{example}', got {text!r}")
     return found
 
 

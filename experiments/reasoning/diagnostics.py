@@ -123,7 +123,7 @@ def identical_pairs(completions: Texts) -> float:
         0.5
     """
     if len(completions) % 2:
-        raise ValueError(f"the population is {len(completions)}; an even number is right")
+        raise ValueError(f"the population must be even, got {len(completions)}")
     pairs = zip(completions[::2], completions[1::2], strict=True)
     return known_mean([np.array_equal(*both) for pair in pairs for both in zip(*pair, strict=True)])
 
@@ -194,7 +194,7 @@ def samples(rows: Iterable[Mapping[str, Any]], width: int = 40) -> str:
         0.25    I wonde…e\\x1b[2J
     """
     if width < 3:
-        raise ValueError(f"width={width}; 3 or more is right")
+        raise ValueError(f"width must be at least 3, got {width}")
     told = list(rows)
     if not told:
         return ""

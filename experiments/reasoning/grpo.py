@@ -75,7 +75,7 @@ class GRPO:
         >>> GRPO(aggregation="tokens")
         Traceback (most recent call last):
         ...
-        ValueError: aggregation is 'tokens'; one of sequence, token, constant is right; did you mean 'token'?
+        ValueError: aggregation must be one of sequence, token, constant, got 'tokens'; did you mean 'token'?
     """
 
     advantage: str = "grpo"
@@ -95,13 +95,13 @@ class GRPO:
             value = getattr(self, name)
             if value not in names:
                 near = suggestion(value, names)
-                raise ValueError(f"{name} is {value!r}; one of {', '.join(names)} is right{near}")
+                raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}{near}")
         counts = "a whole number from 1"
         # Written so that NaN is refused too.
         for name, right, words in (
             ("clip_low", 0 < self.clip_low <= 1, "more than 0 and at most 1"),
             ("clip_high", self.clip_high > 0, "more than 0"),
-            ("dual_clip", self.dual_clip is None or self.dual_clip > 1, "more than 1, or None,"),
+            ("dual_clip", self.dual_clip is None or self.dual_clip > 1, "more than 1, or None"),
             ("beta", self.beta >= 0, "0 or more"),
             ("temperature", self.temperature > 0, "more than 0"),
             ("epochs", self.epochs >= 1, counts),
@@ -109,7 +109,7 @@ class GRPO:
             ("length", self.length is None or self.length >= 1, counts),
         ):
             if not right:
-                raise ValueError(f"{name} is {getattr(self, name)}; {words} is right")
+                raise ValueError(f"{name} must be {words}, got {getattr(self, name)}")
         if (self.aggregation == "constant") != (self.length is not None):
             raise ValueError(
                 f"aggregation is {self.aggregation!r} and length is {self.length}: 'constant' needs a "
@@ -143,8 +143,8 @@ def prepare(
     known = np.asarray(rewards, np.float32)
     if known.ndim != 2 or known.size != len(tokens):
         raise ValueError(
-            f"rewards have the shape {list(known.shape)}; [questions, samples] of the {len(tokens)} "
-            "sequences is right"
+            f"rewards must have the shape [questions, samples] of the {len(tokens)} sequences, got "
+            f"{list(known.shape)}"
         )
     known = np.where(np.isfinite(known), known, np.nan)
     mask = jnp.asarray(mask) & ~np.isnan(known).reshape(-1, 1)

@@ -156,7 +156,7 @@ def plan_memory(
         if held > budget_bytes:
             raise UsageError(
                 f"the weights and what the optimizer holds of them take {_size(held)} of a device, and the "
-                f"budget is {_size(budget_bytes)}: more devices that share them (--tensor-parallel) are right"
+                f"budget is {_size(budget_bytes)}: let more devices share them (--tensor-parallel)"
             )
         needed = min(_total(plan, members, 1) for members in _members(population))
         raise UsageError(

@@ -137,7 +137,7 @@ def _checked(
         f"the first of {len(completions)} completions was {completions[0][-100:]!r}, "
         f"the right answer {answers[0][:100]!r}"
         if completions
-        else "there was no completion, for which [] is right"
+        else "there was no completion, whose rewards are []"
     )
     try:
         found = function(completions, answers, **columns)
@@ -150,7 +150,7 @@ def _checked(
         ) from error
     if not _is_list(found):
         raise RewardError(
-            f"the reward {name!r} gave {shown(found)}, where a list of {len(completions)} values is right; "
+            f"the reward {name!r} must give a list of {len(completions)} values, got {shown(found)}; "
             f"{example}"
         )
     if len(found) != len(completions):
@@ -163,7 +163,7 @@ def _checked(
             scores.append(_number(value))
         except TypeError as error:
             raise RewardError(
-                f"the reward {name!r} gave {shown(value)}, where a number or None is right; {example}"
+                f"the reward {name!r} must give numbers or None, got {shown(value)}; {example}"
             ) from error
     return scores
 

@@ -183,10 +183,12 @@ def check(text: str, where: str = "--reward") -> dict[str, float]:
             weights[name] = float(weight or 1)
         except ValueError as error:
             raise UsageError(
-                f"{where} {text}: {weight!r} is no weight; name=0.5 is right"
+                f"{where} {text}: a weight must be a number, as in {name}=0.5, got {weight!r}"
             ) from error
         if not abs(weights[name]) <= MOST_NUMBER:
-            raise UsageError(f"{where} {text}: {weight!r} is no weight; name=0.5 is right")
+            raise UsageError(
+                f"{where} {text}: a weight must be a number, as in {name}=0.5, got {weight!r}"
+            )
     return weights
 
 

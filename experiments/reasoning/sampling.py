@@ -37,7 +37,7 @@ class Sampling:
             ("top_p", "above 0 and at most 1 (off)", 0 < self.top_p <= 1),
         ):
             if not fits:
-                raise ValueError(f"{name} is {getattr(self, name)}: {right} is right")
+                raise ValueError(f"{name} must be {right}, got {getattr(self, name)}")
 
 
 def choose(

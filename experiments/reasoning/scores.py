@@ -65,7 +65,7 @@ def max_at_k(
 
 def _check(samples: int, k: int) -> None:
     if not 1 <= k <= samples:
-        raise ValueError(f"k={k} of {samples} samples; 1 to {samples} is right")
+        raise ValueError(f"k must be from 1 to the {samples} samples, got {k}")
 
 
 def majority_at_k(

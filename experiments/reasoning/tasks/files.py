@@ -100,7 +100,7 @@ def _questions(
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise UsageError(
-            f"{path} is empty; a line such as {{{question!r}: ..., {answer!r}: ...}} is right"
+            f"{path} must have a line such as {{{question!r}: ..., {answer!r}: ...}}, but is empty"
         )
     for number, line in rows:
         texts = (question, answer) if solved is None else (question, answer, solved)
@@ -139,12 +139,12 @@ def _row(line: str, place: str, texts: Sequence[str], others: Sequence[str]) -> 
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{place} is no JSON: {error}") from error
     if not isinstance(row, dict):
-        raise UsageError(f"{place} is {type(row).__name__} where an object {{...}} is right")
+        raise UsageError(f"{place} must be an object {{...}}, got {type(row).__name__}")
     for name in (*texts, *others):
         if name not in row:
             known = ", ".join(map(repr, row)) or "no column at all"
             raise UsageError(f"{place} has no {name!r} but {known}")
     for name in texts:
         if not isinstance(row[name], str | int | float):
-            raise UsageError(f"{place}: {name!r} is {row[name]!r} where a text is right")
+            raise UsageError(f"{place}: {name!r} must be a text or a number, got {row[name]!r}")
     return row

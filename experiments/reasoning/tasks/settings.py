@@ -19,7 +19,7 @@ KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     float: ((int, float), "a number"),
     str: ((str,), "a text"),
     str | None: ((str, type(None)), "a text"),
-    float | str | Path: ((int, float, str, Path), "a share, or the path of a file,"),
+    float | str | Path: ((int, float, str, Path), "a share, or the path of a file"),
     Sequence[str]: ((list, tuple), "a list of names"),
 }
 
@@ -33,7 +33,7 @@ def check_kind(place: str, value: Any, kind: Any) -> None:
         or isinstance(value, bool)
         or not all(isinstance(one, str) for one in listed)
     ):
-        raise UsageError(f"{place} is {value!r} where {words} is right")
+        raise UsageError(f"{place} must be {words}, got {value!r}")
 
 
 def check(template: str, **positive: int | None) -> None:

@@ -66,7 +66,7 @@ def test_a_summary_of_nothing_known_does_not_warn() -> None:
 def test_pairs_are_neighbours_and_write_tokens_or_text() -> None:
     assert identical_pairs([["a"], ["b"], ["b"], ["a"]]) == 0
     assert identical_pairs([[[1, 2], [3]], [[1, 2], [3, 4]]]) == 0.5
-    with pytest.raises(ValueError, match="the population is 3; an even number is right"):
+    with pytest.raises(ValueError, match="the population must be even, got 3"):
         identical_pairs([["a"], ["a"], ["a"]])
 
 
@@ -116,7 +116,7 @@ def test_nothing_that_a_model_writes_moves_the_cursor() -> None:
     assert [len(line) for line in lines] == [12, 38, 9]
     assert lines[1].startswith("None    \\x1b[31mred") and lines[1].endswith("2028end")
     assert samples([]) == ""
-    with pytest.raises(ValueError, match="width=2; 3 or more is right"):
+    with pytest.raises(ValueError, match="width must be at least 3, got 2"):
         samples(rows, width=2)
 
 

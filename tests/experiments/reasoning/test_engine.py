@@ -337,11 +337,11 @@ def test_a_plan_is_told() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(max_new_tokens=0), "max_new_tokens is 0: at least 1 is right"),
-        (dict(temperature=-1.0), "temperature is -1.0: 0 (greedy) or a number above it is right"),
-        (dict(temperature=math.nan), "temperature is nan"),
-        (dict(top_k=-1), "top_k is -1"),
-        (dict(top_p=0.0), "top_p is 0.0: above 0 and at most 1 (off) is right"),
+        (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+        (dict(temperature=-1.0), "temperature must be 0 (greedy) or a number above it, got -1.0"),
+        (dict(temperature=math.nan), "0 (greedy) or a number above it, got nan"),
+        (dict(top_k=-1), "top_k must be 0 (off) or a whole number above it, got -1"),
+        (dict(top_p=0.0), "top_p must be above 0 and at most 1 (off), got 0.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -242,7 +242,7 @@ def test_nothing_known_is_no_gradient() -> None:
 
 
 def test_rewards_of_another_shape_are_refused() -> None:
-    words = r"rewards have the shape \[2, 4\]; \[questions, samples\] of the 4 sequences is right"
+    words = r"rewards must have the shape \[questions, samples\] of the 4 sequences, got \[2, 4\]"
     with pytest.raises(ValueError, match=words):
         prepare(TRANSFORMER, {}, TOKENS[:4], MASK[:4], REWARDS, GRPO())
 
@@ -310,14 +310,14 @@ def test_a_divergence_needs_a_reference() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(advantage="rlo"), "advantage is 'rlo'; one of grpo, dr_grpo, rloo is right"),
-        (dict(clip_low=0.0), "clip_low is 0.0; more than 0 and at most 1 is right"),
-        (dict(clip_high=float("nan")), "clip_high is nan; more than 0 is right"),
-        (dict(dual_clip=1.0), "dual_clip is 1.0; more than 1, or None, is right"),
-        (dict(beta=-0.1), "beta is -0.1; 0 or more is right"),
-        (dict(temperature=0.0), "temperature is 0.0; more than 0 is right"),
-        (dict(epochs=0), "epochs is 0; a whole number from 1 is right"),
-        (dict(micro_batch=0), "micro_batch is 0; a whole number from 1 is right"),
+        (dict(advantage="rlo"), "advantage must be one of grpo, dr_grpo, rloo, got 'rlo'"),
+        (dict(clip_low=0.0), "clip_low must be more than 0 and at most 1, got 0.0"),
+        (dict(clip_high=float("nan")), "clip_high must be more than 0, got nan"),
+        (dict(dual_clip=1.0), "dual_clip must be more than 1, or None, got 1.0"),
+        (dict(beta=-0.1), "beta must be 0 or more, got -0.1"),
+        (dict(temperature=0.0), "temperature must be more than 0, got 0.0"),
+        (dict(epochs=0), "epochs must be a whole number from 1, got 0"),
+        (dict(micro_batch=0), "micro_batch must be a whole number from 1, got 0"),
         (dict(aggregation="constant"), "aggregation is 'constant' and length is None"),
         (dict(length=8), "aggregation is 'sequence' and length is 8"),
     ],

@@ -88,7 +88,7 @@ def test_an_rwkv7_without_its_tensor_is_told(
     [
         ('{"question": "x"}', "a.jsonl, line 2 has no 'answer' but 'question'"),
         ('{"question": "x", "answer": ', "a.jsonl, line 2 is no JSON: Expecting value"),
-        (None, "a.jsonl is empty; a line such as {'question': ..., 'answer': ...} is right"),
+        (None, "a.jsonl must have a line such as {'question': ..., 'answer': ...}, but is empty"),
     ],
 )
 def test_a_line_that_is_wrong_is_told(
@@ -154,8 +154,8 @@ def test_a_reward_that_fails_ends_the_run_which_then_goes_on(
     for bad, sentence in {
         "1 / 0": "mine.py:mine' raised ZeroDivisionError: division by zero; the first of 8",
         "fine[1:]": "mine.py:mine' gave 7 values for 8 completions; the first of 8",
-        "['high'] * len(fine)": "mine.py:mine' gave 'high' (str), where a number or None is right",
-        "None": "mine.py:mine' gave None (NoneType), where a list of 8 values is right",
+        "['high'] * len(fine)": "mine.py:mine' must give numbers or None, got 'high' (str)",
+        "None": "mine.py:mine' must give a list of 8 values, got None (NoneType)",
     }.items():
         (tmp_path / "bad").write_text(bad)
         told = refused([*words, "--generations", "2"], capsys, code=1)

@@ -45,7 +45,7 @@ def test_a_task_of_ones_own_is_made_with_its_settings(tmp_path: Path) -> None:
     assert files(f"{path}:make", {}) == [path]
     with pytest.raises(UsageError, match="has no setting 'sise'; did you mean 'size'"):
         load(f"{path}:make", sise=50)
-    with pytest.raises(UsageError, match="size is 'x' where a whole number is right"):
+    with pytest.raises(UsageError, match="size must be a whole number, got 'x'"):
         load(f"{path}:make", size="x")
     path.write_text(OWN.replace("size: int = 100", "size"))
     with pytest.raises(UsageError, match="needs the setting 'size': --task-settings"):

@@ -233,7 +233,7 @@ def test_rewards_are_summed_by_weight_and_told_apart(tmp_path: Path) -> None:
         "exact": [1, 1],
         "format": [1, 0],
     }
-    with pytest.raises(UsageError, match="'x' is no weight"):
+    with pytest.raises(UsageError, match="a weight must be a number, as in exact=0.5, got 'x'"):
         assert Reasoning(settings(tmp_path, reward="exact=x")).notes
 
 
@@ -297,7 +297,7 @@ def test_the_anchor_pulls_back() -> None:
         (["--samples", "2"], "--samples 2: without --temperature they would all be the same"),
         (["--grpo.group", "1"], "--grpo.group 1: choose a whole number of at least 2"),
         (["--task", "sum"], "there is no task 'sum'"),
-        (["--task-settings", "[1]"], "an object such as"),
+        (["--task-settings", "[1]"], "--task-settings must be an object such as '{\"size\": 1000}', got '[1]'"),
         (["--task-settings", '{"name": "sums"}'], "the name of a task is that of --task"),
         (["--task-settings", "{"], "--task-settings '{' is no JSON"),
         (["--task-settings", '{"digit": 1}'], "no setting 'digit'; did you mean 'digits'"),

@@ -44,7 +44,7 @@ def test_best_of_k_of_an_unknown_reward_is_unknown() -> None:
 
 @pytest.mark.parametrize("k", [0, 4])
 def test_k_is_at_most_the_samples(k: int) -> None:
-    words = f"k={k} of 3 samples; 1 to 3 is right"
+    words = f"k must be from 1 to the 3 samples, got {k}"
     calls: list[Callable[[], Any]] = [
         lambda: pass_at_k(np.array([1]), 3, k),
         lambda: max_at_k(np.zeros(3), k),

@@ -65,7 +65,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["reasoning", "--preset", "tiny", "--task-settings", '{"size": 1000000000000}'], "at most"),
     (["reasoning", "--preset", "tiny", "--task-settings", '{"size": 1, "size": 2}'], "twice"),
     (["reasoning", "--preset", "tiny", "--reward", "nope.py:score"], "there is no file"),
-    (["reasoning", "--preset", "tiny", "--reward", "exact=nan"], "'nan' is no weight"),
+    (["reasoning", "--preset", "tiny", "--reward", "exact=nan"], "as in exact=0.5, got 'nan'"),
     (["reasoning", "--preset", "tiny", "--optimizer", "lbfgs"], "along a line"),
     (["study", "tiny", "--methods", "adm"], "there is no such method"),
     (["sweep", "there-is-none.yaml"], "there-is-none.yaml cannot be read"),
