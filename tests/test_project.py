@@ -77,7 +77,7 @@ def test_the_constraints_pin_what_is_declared(file, jax):
     pins = {canonicalize_name(pin[1]): pin[2] for pin in found}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for extra in ("rl", "supervised", "reasoning", "logging", "dev"):
+    for extra in ("rl", "supervised", "reasoning", "gguf", "logging", "dev"):
         for need in map(Requirement, [*project["dependencies"], *extras[extra]]):
             if need.name != "pip":  # the one that came with the environment
                 assert pins[canonicalize_name(need.name)] in need.specifier, need

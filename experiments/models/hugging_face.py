@@ -18,6 +18,13 @@ from jax.typing import DTypeLike
 
 from eggroll.plan import leaf_paths
 from experiments.models.config_json import read_json
+from experiments.models.importing import (
+    SMOLLM2,
+    check_gguf,
+    folder_of_gguf,
+    folder_of_smollm2,
+    is_gguf,
+)
 from experiments.models.llama_config import config_of, settings_of
 from experiments.models.names import of_hub
 from experiments.models.transformer import Params, TransformerConfig, init
@@ -34,16 +41,22 @@ TYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 
 
 def resolve(name: str) -> Path:
-    """The folder of a model: a local one as it is, or a copy of a repository of the hub.
+    """The folder of a model: a local one as it is, a copy of a repository of the hub, or that which a GGUF
+    file is converted to.
 
     Args:
-        name: a folder, or "OWNER/NAME" on the Hugging Face hub.
+        name: a folder, a GGUF file, "smollm2" where it was imported, or "OWNER/NAME" on the Hugging Face hub.
 
     Raises:
-        UsageError: if it is neither, or the hub does not give it.
+        UsageError: if it is none of these, the hub does not give it, or the file is not supported.
     """
     if Path(name).is_dir():
         return Path(name)
+    if is_gguf(name):
+        check_gguf(name, name)
+        return folder_of_gguf(Path(name))
+    if name == SMOLLM2:
+        return folder_of_smollm2()
     if not of_hub(name):
         raise UsageError(f"{name} is no folder, nor OWNER/NAME of the Hugging Face hub")
     try:

@@ -226,6 +226,13 @@ def _export(args: Sequence[str]) -> int:
     return 0
 
 
+def _import(args: Sequence[str]) -> int:
+    from experiments.models.importing import ImportSettings, import_model
+
+    print(import_model(_plain_cli(ImportSettings, args, "eggroll import")))
+    return 0
+
+
 def _sample(args: Sequence[str]) -> int:
     from experiments.run.commands import SampleSettings, sample
 
@@ -306,6 +313,7 @@ COMMANDS = {
     "report": Command("draw and compare the curves of runs", _report),
     "eval": Command("measure the newest checkpoint of a run", _eval),
     "sample": Command("let the language model of a run write", _sample),
+    "import": Command("write the model of a GGUF file as a folder that --model takes", _import),
     "export": Command("write the trained parameters of a run as safetensors", _export),
     "doctor": Command(
         "check the installation; with run folders, say why they did not learn", _doctor
