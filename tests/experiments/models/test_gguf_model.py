@@ -5,12 +5,12 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-gguf = pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
@@ -108,7 +108,9 @@ def test_weights_in_bfloat16_are_rounded_to_the_nearest(tmp_path: Path) -> None:
     assert (params["embed_tokens"] == wanted).all()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in Q if not kind.name.startswith(("I8", "I16", "I32", "I64", "F64"))])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in Q if not kind.name.startswith(("I8", "I16", "I32", "I64", "F64"))]
+)
 def test_every_quantisation_of_the_package_is_read(tmp_path: Path, kind: Any) -> None:
     """Blocks of zeros are zeros, or the least of codes whose offset is not stored; others are refused by name."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -473,7 +475,11 @@ def test_smollm2_knows_the_capital_of_france(tmp_path: Path) -> None:
     found = tokens.from_folder(tmp_path / "out")
     assert found.eos[0] == 2 and "<|im_start|>assistant" in found.chat([])
     config, params = hugging_face.load(tmp_path / "out")
-    texts = ["The capital of France is", "Größe: 12345 + 67?\n\n  東京 🥚", "def f(x):\n    return x's"]
+    texts = [
+        "The capital of France is",
+        "Größe: 12345 + 67?\n\n  東京 🥚",
+        "def f(x):\n    return x's",
+    ]
     ids = [found.encode(text) for text in texts]
     # What comes after a token does not count for it.
     padded = jnp.array([one + [0] * (32 - len(one)) for one in ids])
