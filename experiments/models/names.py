@@ -1,8 +1,9 @@
-"""What names a model: a new one's family, a folder, or OWNER/NAME on the Hugging Face hub."""
+"""What names a model: a new one's family, a folder, a GGUF file, or OWNER/NAME on the Hugging Face hub."""
 
 from pathlib import Path
 
 from experiments.models.config_json import read_json
+from experiments.models.importing import SMOLLM2, check_gguf, folder_of_smollm2, is_gguf
 from experiments.run.errors import UsageError, suggestion
 from experiments.run.paths import exists
 
@@ -27,10 +28,14 @@ def check_model(name: str) -> None:
     folder = Path(name)
     if name and exists(folder, f"--model {name}") and folder.is_dir():
         read_json(folder / "config.json")
+    elif is_gguf(name):
+        check_gguf(name, f"--model {name}")
+    elif name == SMOLLM2:
+        folder_of_smollm2(f"--model {name}")
     elif not of_hub(name):
         raise UsageError(
-            f"--model {name} is no folder, nor OWNER/NAME of the Hugging Face hub"
-            f"{suggestion(name, new_models())}"
+            f"--model {name} is no folder, nor OWNER/NAME of the Hugging Face hub, nor a GGUF file"
+            f"{suggestion(name, (*new_models(), SMOLLM2))}"
         )
 
 
