@@ -6,7 +6,7 @@ Su et al., arXiv 2104.09864 (rotary positions); Grattafiori et al., arXiv 2407.2
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,11 +52,28 @@ class RopeScaling:
             )
 
 
+# Queries of a text that is longer than two blocks are taken so many at a time.
+BLOCK = 256
+
+
+class Before(NamedTuple):
+    """Keys and values of a text that all queries see; many sequences may share it.
+
+    Attributes:
+        keys: ``[before, kv_heads, width]``.
+        values: of the same shape.
+    """
+
+    keys: Float[Array, "before kv_heads width"]
+    values: Float[Array, "before kv_heads width"]
+
+
 def attend(
     q: Float[Array, "*batch length heads width"],
     k: Float[Array, "*batch seen kv_heads width"],
     v: Float[Array, "*batch seen kv_heads width"],
     visible: Array,
+    before: Before | None = None,
 ) -> Float[Array, "*batch length heads width"]:
     """Softmax attention; query head i takes the keys and values of head i // (heads / kv_heads).
 
@@ -65,12 +82,49 @@ def attend(
         k: keys.
         v: values.
         visible: bool [length, seen], or with leading axes of the batch: which query sees which key.
+        before: keys and values that every query sees besides.
     """
     grouped = q.reshape(*q.shape[:-2], k.shape[-2], -1, q.shape[-1])
     scores = jnp.einsum("...tkgd,...skd->...kgts", grouped, k) / q.shape[-1] ** 0.5
     scores = jnp.where(visible[..., None, None, :, :], scores.astype(jnp.float32), -jnp.inf)
-    weights = jax.nn.softmax(scores).astype(v.dtype)
-    return jnp.einsum("...kgts,...skd->...tkgd", weights, v).reshape(q.shape)
+    if before is None:
+        weights = jax.nn.softmax(scores).astype(v.dtype)
+        return jnp.einsum("...kgts,...skd->...tkgd", weights, v).reshape(q.shape)
+    # Two products rather than one with joined keys: what sequences share is not copied for each.
+    earlier = jnp.einsum("...tkgd,skd->...kgts", grouped, before.keys) / q.shape[-1] ** 0.5
+    both = jnp.concatenate([earlier.astype(jnp.float32), scores], -1)
+    weights = jax.nn.softmax(both).astype(v.dtype)
+    first, rest = jnp.split(weights, [before.keys.shape[0]], -1)
+    out = jnp.einsum("...kgts,skd->...tkgd", first, before.values)
+    return (out + jnp.einsum("...kgts,...skd->...tkgd", rest, v)).reshape(q.shape)
+
+
+def attend_causally(
+    q: Float[Array, "*batch length heads width"],
+    k: Float[Array, "*batch length kv_heads width"],
+    v: Float[Array, "*batch length kv_heads width"],
+    before: Before | None = None,
+) -> Float[Array, "*batch length heads width"]:
+    """:func:`attend` of a text on itself: every token sees itself, those before it, and `before`.
+
+    Of a long text, queries are taken a block at a time, also in the backward pass, so that no array has
+    an entry for each pair of tokens.
+    """
+    length, places = q.shape[-3], jnp.arange(q.shape[-3])
+    if length <= 2 * BLOCK:
+        return attend(q, k, v, places[:, None] >= places, before)
+    count = -(-length // BLOCK)
+    padding = [(0, 0)] * (q.ndim - 3) + [(0, count * BLOCK - length), (0, 0), (0, 0)]
+    padded = jnp.pad(q, padding)
+
+    @jax.checkpoint
+    def of_block(start: Int[Array, ""]) -> Float[Array, "*batch block heads width"]:
+        own = jax.lax.dynamic_slice_in_dim(padded, start, BLOCK, -3)
+        return attend(own, k, v, (start + jnp.arange(BLOCK))[:, None] >= places, before)
+
+    blocks = jax.lax.map(of_block, jnp.arange(count) * BLOCK)
+    joined = jnp.moveaxis(blocks, 0, -4).reshape(*q.shape[:-3], count * BLOCK, *q.shape[-2:])
+    return joined[..., :length, :, :]
 
 
 def mlp(layer: Params, x: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:

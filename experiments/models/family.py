@@ -30,6 +30,10 @@ class ModelConfig(Protocol):
     def vocab_size(self) -> int:
         """Tokens that the model has."""
 
+    @property
+    def context(self) -> int | None:
+        """Tokens of the longest text that it was made for; None for any."""
+
 
 # A `ModelConfig`.
 C = TypeVar("C")
@@ -50,11 +54,14 @@ class Family(Generic[C]):
         init: ``(key, config) -> params``, untrained ones in float32.
         apply: ``(params, tokens [length], config) -> logits [length, vocab]``: the logits of the token
             after each of the tokens.
-        prefill: ``(params, tokens [prompt_slots], length, config, slots) -> (logits [vocab], cache)``:
-            reads a prompt of ``length`` tokens that is padded behind its end. ``slots`` is the room for
-            the padded prompt and all that is written after it; ``length`` may be traced.
-        decode: ``(params, cache, token, t, config) -> (logits [vocab], cache)``: reads the t-th token
-            after the prompt. ``t`` is one number for all sequences of a batch; the cache keeps its shapes.
+        prefill: ``(params, tokens [prompt_slots], length, config, slots, prefix) -> (logits [vocab],
+            cache)``: reads a prompt of ``length`` tokens that is padded behind its end. ``slots`` is the
+            room for the padded prompt and all that is written after it; ``length`` may be traced.
+            ``prefix`` is None, or the cache that ``prefill`` gave for the text that the prompt goes on
+            from, which was not padded and had no room; all sequences of a batch share it.
+        decode: ``(params, cache, token, t, config, prefix) -> (logits [vocab], cache)``: reads the t-th
+            token after the prompt. ``t`` is one number for all sequences of a batch; the cache keeps its
+            shapes.
         plan: ``(train, steps) -> planner``: the noise of every parameter (`plans.by_group` makes one).
             ``train`` names the groups that are trained beside the matrices of layers, ``steps`` are those
             of int8 matrices. It raises ValueError for a name that it does not have.
@@ -79,11 +86,11 @@ class Family(Generic[C]):
     init: Callable[[Key[Array, ""], C], Params]
     apply: Callable[[Params, Int[Array, "length"], C], Float[Array, "length vocab"]]
     prefill: Callable[
-        [Params, Int[Array, "prompt_slots"], int | Int[Array, ""], C, int],
+        [Params, Int[Array, "prompt_slots"], int | Int[Array, ""], C, int, Cache | None],
         tuple[Float[Array, "vocab"], Cache],
     ]
     decode: Callable[
-        [Params, Cache, Int[Array, ""], int | Int[Array, ""], C],
+        [Params, Cache, Int[Array, ""], int | Int[Array, ""], C, Cache | None],
         tuple[Float[Array, "vocab"], Cache],
     ]
     plan: Callable[[Collection[str], Mapping[str, float] | None], Planner]

@@ -74,9 +74,14 @@ def config_of(told: Mapping[str, Any]) -> TransformerConfig:
         "num_hidden_layers": size("num_hidden_layers", fields.MOST_LAYERS),
         "num_attention_heads": size("num_attention_heads", heads),
     }
-    for name in ("num_key_value_heads", "head_dim"):
+    most = {
+        "num_key_value_heads": heads,
+        "head_dim": heads,
+        "max_position_embeddings": MOST_POSITIONS,
+    }
+    for name, limit in most.items():
         if told.get(name) is not None:
-            found[name] = size(name, heads)
+            found[name] = size(name, limit)
     # A mean square is of the order of 1.
     if "rms_norm_eps" in told:
         found["rms_norm_eps"] = fields.number(told, "rms_norm_eps", most=1.0)
@@ -160,6 +165,8 @@ def settings_of(config: TransformerConfig, dtype: str, source: Mapping[str, Any]
     told = {k: v for k, v in source.items() if k not in dropped}
     told |= dataclasses.asdict(config)
     del told["qkv_bias"], told["qk_norm"]
+    if config.max_position_embeddings is None:
+        del told["max_position_embeddings"]
     scaling = config.rope_scaling
     if scaling is not None and scaling.rope_type == "linear":
         told["rope_scaling"] = {"rope_type": "linear", "factor": scaling.factor}

@@ -93,6 +93,10 @@ class RWKV7Config:
             raise ValueError(f"hidden_size {hidden} is no multiple of head_dim {self.head_dim}")
 
     @property
+    def context(self) -> None:
+        """Texts may have any length."""
+
+    @property
     def heads(self) -> int:
         """Heads of a layer."""
         return self.hidden_size // self.head_dim
@@ -320,6 +324,7 @@ def prefill(
     length: int | Int[Array, ""],
     config: RWKV7Config,
     slots: int,
+    prefix: State | None = None,
 ) -> tuple[Float[Array, "vocab"], State]:
     """Reads a prompt that is padded on its right.
 
@@ -329,11 +334,12 @@ def prefill(
         length: tokens of the prompt, at least 1.
         config: of the parameters.
         slots: tokens that a cache is to hold in all; a state holds any number.
+        prefix: the state after a text that the prompt goes on from; that of no text by default.
 
     Returns:
         Logits of the token after the prompt's last, and the cache for :func:`decode`: the state.
     """
-    state = initial_state(config, _dtype(params))
+    state = initial_state(config, _dtype(params)) if prefix is None else prefix
     x, state = _read(params, state, tokens, config, length, recurrence_chunked)
     return _logits(params, x[length - 1]), state
 
@@ -344,8 +350,10 @@ def decode(
     token: Int[Array, ""],
     t: int | Int[Array, ""],
     config: RWKV7Config,
+    prefix: State | None = None,
 ) -> tuple[Float[Array, "vocab"], State]:
-    """:func:`step` as a model with positions has it: t, which token after the prompt, is not used."""
+    """:func:`step` as a model with positions has it: t, which token after the prompt, and the prefix, which
+    the state has in it, are not used."""
     return step(params, cache, token, config)
 
 

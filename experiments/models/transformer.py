@@ -25,7 +25,15 @@ from jaxtyping import Array, Float, Int, Key
 
 from eggroll.plan import Planner
 from experiments.models import plans
-from experiments.models.decoder_parts import RopeScaling, attend, mlp, rms_norm, rotate
+from experiments.models.decoder_parts import (
+    Before,
+    RopeScaling,
+    attend,
+    attend_causally,
+    mlp,
+    rms_norm,
+    rotate,
+)
 from experiments.models.quantised import linear, look_up, transposed
 
 Params = dict[str, Any]
@@ -51,6 +59,7 @@ class TransformerConfig:
         rms_norm_eps: added to the mean square.
         tie_word_embeddings: the head is the transposed embedding.
         initializer_range: standard deviation of all matrices at the start.
+        max_position_embeddings: tokens of the longest text that the model was made for; None for any.
 
     Raises:
         ValueError: for sizes that do not fit each other.
@@ -70,6 +79,7 @@ class TransformerConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    max_position_embeddings: int | None = None
 
     def __post_init__(self) -> None:
         heads = self.num_attention_heads
@@ -84,6 +94,11 @@ class TransformerConfig:
             raise ValueError(
                 f"num_attention_heads {heads} is no multiple of num_key_value_heads {self.kv_heads}"
             )
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of the longest text, if there is one."""
+        return self.max_position_embeddings
 
     @property
     def width(self) -> int:
@@ -104,6 +119,8 @@ class TransformerConfig:
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of the tokens of one sequence; a tree, to be mapped over many.
+
+    What a text shares with others is in a cache of its own, the `prefix`.
 
     Attributes:
         keys: ``[layers, slots, kv_heads, width]``; the prompt, right-padded, then what was generated.
@@ -226,6 +243,7 @@ def prefill(
     length: Int[Array, ""] | int,
     config: TransformerConfig,
     slots: int,
+    prefix: Cache | None = None,
 ) -> tuple[Float[Array, "vocab"], Cache]:
     """Reads a prompt; `decode` goes on from there.
 
@@ -235,6 +253,8 @@ def prefill(
         length: its tokens without the padding, at least 1.
         config: of the parameters.
         slots: room in the cache: those of the padded prompt, and one for each token to be decoded.
+        prefix: the cache of a text without padding that the prompt goes on from, and the sequences of a
+            batch may share; `decode` needs it too.
 
     Returns:
         Logits of the first token after the prompt, and the cache.
@@ -261,7 +281,7 @@ def prefill(
     prompt_slots = tokens.shape[0]
     if slots < prompt_slots:
         raise ValueError(f"slots={slots} is less than the {prompt_slots} of the padded prompt")
-    x, kept = _read(params, tokens, config, keep=True)
+    x, kept = _read(params, tokens, config, keep=True, prefix=prefix)
     # What is behind the end of the prompt is never seen by it, and `decode` looks past it.
     keys, values = (jnp.pad(y, [(0, 0), (0, slots - prompt_slots), (0, 0), (0, 0)]) for y in kept)
     length = jnp.asarray(length, jnp.int32)
@@ -275,6 +295,7 @@ def decode(
     token: Int[Array, ""],
     t: Int[Array, ""] | int,
     config: TransformerConfig,
+    prefix: Cache | None = None,
 ) -> tuple[Float[Array, "vocab"], Cache]:
     """Reads the t-th token after the prompt.
 
@@ -286,6 +307,7 @@ def decode(
             sequences it is one number for all of them, whatever their lengths: they write to one slot
             then, which is cheap, where a slot of each one's own is not.
         config: of the parameters.
+        prefix: that of :func:`prefill`.
 
     Returns:
         Logits of the token after it, and the cache with its keys and values.
@@ -293,7 +315,7 @@ def decode(
     slot = cache.prompt_slots + jnp.asarray(t, jnp.int32)
     at = jnp.arange(cache.keys.shape[1])
     visible = (at < cache.length) | ((at >= cache.prompt_slots) & (at <= slot))
-    position = (cache.length + t)[None]
+    position = (_places_before(prefix) + cache.length + t)[None]
 
     def block(
         carry: tuple[Array, Array, Array], scanned: tuple[Array, Params]
@@ -305,8 +327,8 @@ def decode(
         keys = lax.dynamic_update_slice(keys, k[None], (i, slot, 0, 0))
         values = lax.dynamic_update_slice(values, v[None], (i, slot, 0, 0))
         here = lambda whole: lax.dynamic_index_in_dim(whole, i, keepdims=False)
-        x = _finish(layer, x, attend(q, here(keys), here(values), visible[None]), config)
-        return (x, keys, values), None
+        seen = attend(q, here(keys), here(values), visible[None], _before(prefix, i))
+        return (_finish(layer, x, seen, config), keys, values), None
 
     layers = jnp.arange(config.num_hidden_layers), params["layers"]
     carry = (_embed(params, token[None]), cache.keys, cache.values)
@@ -363,6 +385,7 @@ def _read(
     config: TransformerConfig,
     unroll: int = 1,
     keep: bool = False,
+    prefix: Cache | None = None,
 ) -> tuple[Float[Array, "*batch length hidden"], Any]:
     """The residual stream after all layers; every token looks at itself and those before it.
 
@@ -372,15 +395,32 @@ def _read(
         config: of the parameters.
         unroll: layers to a step of the scan.
         keep: also return keys and values, ``[layers, *batch, length, kv_heads, width]``.
+        prefix: the cache of a text that the texts go on from.
     """
-    positions = jnp.arange(tokens.shape[-1])
-    visible = positions[:, None] >= positions
+    positions = _places_before(prefix) + jnp.arange(tokens.shape[-1])
 
-    def block(x: Array, layer: Params) -> tuple[Array, Any]:
+    def block(x: Array, scanned: tuple[Array, Params]) -> tuple[Array, Any]:
+        i, layer = scanned
         q, k, v = _project(layer, x, positions, config)
-        return _finish(layer, x, attend(q, k, v, visible), config), (k, v) if keep else None
+        seen = attend_causally(q, k, v, _before(prefix, i))
+        return _finish(layer, x, seen, config), (k, v) if keep else None
 
-    return lax.scan(block, _embed(params, tokens), params["layers"], unroll=unroll)
+    layers = jnp.arange(config.num_hidden_layers), params["layers"]
+    return lax.scan(block, _embed(params, tokens), layers, unroll=unroll)
+
+
+def _places_before(prefix: Cache | None) -> int:
+    """Tokens of a prefix."""
+    return 0 if prefix is None else prefix.prompt_slots
+
+
+def _before(prefix: Cache | None, i: Int[Array, ""]) -> Before | None:
+    """Keys and values of a prefix in layer i."""
+    if prefix is None:
+        return None
+    # Looked up rather than scanned over: under a vmap no axes are moved.
+    here = lambda whole: lax.dynamic_index_in_dim(whole, i, keepdims=False)
+    return Before(here(prefix.keys), here(prefix.values))
 
 
 def _embed(

@@ -12,7 +12,7 @@ from experiments.reasoning.config import Config
 from experiments.reasoning.engine import Share, generate, unseen
 from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.questions import Questions, repeated
-from experiments.reasoning.sequences import Completions, Prompts
+from experiments.reasoning.sequences import Completions, Prompts, tokens_read
 from experiments.reasoning.start import Start
 from experiments.run.learners import Trained
 from experiments.run.optimizers import decayed
@@ -150,7 +150,7 @@ class GroupPolicy(Backprop):
         row |= diagnostics.of_rewards(found.rewards, texts, answers)
         row["late_rewards"] = found.late
         tokens = {
-            "prompt_tokens": group * int(prompts.lengths.sum()),
+            "prompt_tokens": tokens_read(prompts, group),
             "generated_tokens": int(written.lengths.sum()),
         }
         return state, {**learned, **row, **tokens}

@@ -1,13 +1,17 @@
 """Writes answers: of one model, or of every member of a population to all prompts, in batches.
 
+Members write some pairs at a time (`EvolutionStrategy(chunk=...)`), so that a population of any size needs
+the memory of so many. What all prompts begin with, such as a system text, is read once a member.
+
 Answers are written in segments. A program reads the prompts and another writes one segment, with the
 caches of all sequences handed from call to call in place; between segments the host asks whether all
 sequences have ended. A loop on the device that each sequence leaves in its own time would have to copy
 every cache at every token.
 
-A prompt is read at a length that depends on its own alone (`buckets`), and what is drawn for it on the key,
-its number and the token's. So neither the order of prompts nor how many are written at once changes a
-text, as far as products of another size, which may be summed in another order, decide no near tie.
+What is drawn for a prompt depends on the key, its number and the token's, and it is read at a length that
+depends on its own and on what all have in common. So neither the order of prompts nor how many are written
+at once changes a text, as far as products of another size, which may be summed in another order, decide no
+near tie.
 """
 
 import dataclasses
@@ -21,7 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from eggroll import EvolutionStrategy, State
-from eggroll.population.placement import constrain
+from eggroll.population.placement import constrain, devices
 from eggroll.population.schedule import EXACT
 from experiments.reasoning.language_model import LanguageModel
 from experiments.reasoning.sampling import Sampling, choose
@@ -38,6 +42,7 @@ from experiments.reasoning.sequences import (
     joined,
     power_of_two,
     segments,
+    shared_length,
 )
 
 # Told while answers are written: how much is done, of how much, and of what.
@@ -93,7 +98,7 @@ def generate(
     _check_positive(samples=samples)
     several = Prompts(*(np.repeat(x, samples, axis=0) for x in prompts))
     writer = _Writer(model, None, sampling, as_ends(eos), segment, share)
-    completions = joined(list(writer.parts(params, key, several, chunk)), axis=0)
+    completions = joined(writer.parts(params, key, several, chunk), len(several.lengths))
     return Completions(*(x.reshape(-1, samples, *x.shape[1:]) for x in completions))
 
 
@@ -139,9 +144,8 @@ def answer(
         >>> answer(model, es, state, pack([[1, 2], [3]]), Sampling(max_new_tokens=5), eos=6).tokens.shape
         (4, 2, 5)
     """
-    return joined(
-        list(stream(model, es, state, prompts, sampling, eos, chunk, segment, share)), axis=1
-    )
+    parts = stream(model, es, state, prompts, sampling, eos, chunk, segment, share)
+    return joined(parts, es.population, len(prompts.lengths))
 
 
 def stream(
@@ -155,10 +159,11 @@ def stream(
     segment: int = 32,
     share: Share = unseen,
 ) -> Iterator[Part]:
-    """:func:`answer` a chunk of prompts at a time, so that rewards of one are computed beside the next.
+    """:func:`answer` a part at a time, so that rewards of one are computed beside the next.
 
     Yields:
-        Answers to at most `chunk` prompts. Each prompt comes once, not in order.
+        Answers of as many members as the strategy's `chunk` lets a device run at a time to at most `chunk`
+        prompts. Each prompt comes once for each member, not in order.
     """
     writer = _Writer(model, es.placed(state), sampling, as_ends(eos), segment, share)
     yield from writer.parts(state, None, prompts, chunk)
@@ -183,8 +188,27 @@ class _Written(NamedTuple):
     entropy: Any
 
 
-# Two functions of a member's parameters. They are objects that are equal where what they are made of
-# is, so that a program is compiled once.
+class _Own(NamedTuple):
+    """What a member, or the model, has of its own."""
+
+    prefix: Any  # the cache of what all prompts begin with, or None
+    texts: _Text | None  # what is being written
+
+
+# Functions of a member's parameters. They are objects that are equal where what they are made of is, so
+# that a program is compiled once.
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadPrefix:
+    """Reads what all prompts begin with."""
+
+    model: LanguageModel
+
+    def __call__(
+        self, params: PyTree, key: Key[Array, ""], own: _Own, tokens: Int[Array, "shared"]
+    ) -> Any:
+        return self.model.prefill(params, tokens, tokens.size, tokens.size, None)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,13 +223,15 @@ class _ReadPrompts:
         self,
         params: PyTree,
         key: Key[Array, ""],
+        own: _Own,
         eos: Int[Array, "ends"],
         ids: Int[Array, "prompts"],
         tokens: Int[Array, "prompts slots"],
         lengths: Int[Array, "prompts"],
     ) -> tuple[_Text, _Written]:
         def one(i: Array, tokens: Array, length: Array) -> tuple[_Text, _Written]:
-            logits, cache = self.model.prefill(params, tokens, length, tokens.size + self.room)
+            slots = tokens.size + self.room
+            logits, cache = self.model.prefill(params, tokens, length, slots, own.prefix)
             start, key_of_token = jnp.bool_(False), _key(key, i, jnp.int32(0))
             text, written = _write(logits, cache, start, key_of_token, self.sampling, eos)
             return text, jax.tree.map(lambda x: x[None], written)
@@ -225,20 +251,21 @@ class _WriteSegment:
         self,
         params: PyTree,
         key: Key[Array, ""],
-        texts: _Text,
+        own: _Own,
         eos: Int[Array, "ends"],
         ids: Int[Array, "prompts"],
         first: Int[Array, ""],
     ) -> tuple[_Text, _Written]:
         def one(text: _Text, i: Array) -> tuple[_Text, _Written]:
             def token(text: _Text, t: Array) -> tuple[_Text, _Written]:
-                logits, cache = self.model.decode(params, text.cache, text.token, t)
+                logits, cache = self.model.decode(params, text.cache, text.token, t, own.prefix)
                 key_of_token = _key(key, i, t + 1)
                 return _write(logits, cache, text.ended, key_of_token, self.sampling, eos)
 
             return lax.scan(token, text, first + jnp.arange(self.steps, dtype=jnp.int32))
 
-        return jax.vmap(one)(texts, ids)
+        assert own.texts is not None
+        return jax.vmap(one)(own.texts, ids)
 
 
 def _key(key: Key[Array, ""], i: Int[Array, ""], t: Int[Array, ""]) -> Key[Array, ""]:
@@ -263,18 +290,42 @@ def _write(
     return _Text(cache, written.token, ended | jnp.any(token == eos)), written
 
 
+@dataclasses.dataclass(frozen=True)
+class _OfNothing:
+    """A function of members that have nothing of their own yet."""
+
+    fn: Any
+
+    def __call__(self, params: PyTree, key: Key[Array, ""], *args: Any) -> Any:
+        return self.fn(params, key, _Own(None, None), *args)
+
+
+def _mapped(
+    fn: Any, es: EvolutionStrategy | None, source: Any, who: Any, own: _Own, args: tuple
+) -> Any:
+    """A function of parameters: of the model's own, or of some members of a strategy's state."""
+    if es is None:
+        return fn(source, who, own, *args)
+    if not jax.tree.leaves(own):
+        return es.map(source, _OfNothing(fn), *args, pairs=who)
+    return es.map(source, fn, *args, members=own, pairs=who)
+
+
 def _called(
-    fn: Any, es: EvolutionStrategy | None, source: Any, key: Any, texts: _Text | None, args: tuple
+    fn: Any,
+    es: EvolutionStrategy | None,
+    source: Any,
+    who: Any,
+    texts: _Text | None,
+    prefix: Any,
+    args: tuple,
 ) -> tuple[_Text, Bool[Array, ""], _Written]:
-    """A function of parameters: of the model's own, or of all members of a strategy's state.
+    """A function that writes, as :func:`_mapped`.
 
     Texts stay where their members are; whether all have ended, and what was written, is for every host.
     """
-    if es is None:
-        texts, written = fn(source, key, *(() if texts is None else (texts,)), *args)
-        return texts, texts.ended.all(), written
-    texts, written = es.map(source, fn, *args, members=texts)
-    for_hosts = lambda x: constrain(x, jax.P(), es.mesh)
+    texts, written = _mapped(fn, es, source, who, _Own(prefix, texts), args)
+    for_hosts = lambda x: x if es is None else constrain(x, jax.P(), es.mesh)
     return texts, for_hosts(texts.ended.all()), jax.tree.map(for_hosts, written)
 
 
@@ -283,9 +334,16 @@ _plain_call = jax.jit(_called, **_FORMS)
 _exact_call = jax.jit(_called, compiler_options=EXACT, **_FORMS)
 
 
+_plain_map = jax.jit(_mapped, static_argnums=(0, 1))
+_exact_map = jax.jit(_mapped, static_argnums=(0, 1), compiler_options=EXACT)
+
+
 def _call(fn: Any, es: EvolutionStrategy | None, *args: Any) -> Any:
-    """`_called`, compiled; exactly where a strategy is deterministic."""
-    return (_exact_call if es is not None and es.deterministic else _plain_call)(fn, es, *args)
+    """`_called`, or of a prefix `_mapped`, compiled; exactly where a strategy is deterministic."""
+    exact = es is not None and es.deterministic
+    if isinstance(fn, _ReadPrefix):
+        return (_exact_map if exact else _plain_map)(fn, es, *args)
+    return (_exact_call if exact else _plain_call)(fn, es, *args)
 
 
 # ---------------------------------------------------------------- what the host does
@@ -302,28 +360,57 @@ class _Writer(NamedTuple):
     share: Share
 
     def parts(self, source: Any, key: Any, prompts: Prompts, chunk: int | None) -> Iterator[Part]:
-        """Answers to all prompts, a chunk of a bucket at a time."""
+        """Answers to all prompts, some members and a chunk of a bucket at a time."""
         _check_positive(segment=self.segment, chunk=1 if chunk is None else chunk)
         check_tokens(prompts, self.model.vocab_size, self.eos)
-        most = len(prompts.lengths) if chunk is None else chunk
-        new, together = self.sampling.max_new_tokens, buckets(prompts.lengths, chunk)
-        for i, (slots, which) in enumerate(together):
-            tell = lambda tokens, i=i: self.share(i * new + tokens, len(together) * new, "tokens")
-            # Some prompts are read once more rather than that every number of them is a program.
-            rows = np.resize(which, min(most, power_of_two(len(which))))
-            tokens = np.full((len(rows), slots), PAD, np.int32)
-            width = min(slots, prompts.tokens.shape[1])
-            tokens[:, :width] = prompts.tokens[rows, :width]
-            written = self._write(
-                source, key, rows.astype(np.int32), tokens, prompts.lengths[rows], tell
-            )
-            tell(new)
-            yield Part(which, completions_of(*written, len(which), new, self.eos))
+        shared = shared_length(prompts)
+        rest = Prompts(prompts.tokens[:, shared:], prompts.lengths - shared)
+        begin = prompts.tokens[0, :shared]
+        together, groups = buckets(rest.lengths, chunk), self._groups()
+        most = len(rest.lengths) if chunk is None else chunk
+        new, count = self.sampling.max_new_tokens, len(together) * len(groups)
+        for i, (pairs, members) in enumerate(groups):
+            who = key if pairs is None else jax.device_put(pairs)
+            prefix = self._read(source, who, begin) if shared else None
+            for j, (slots, which) in enumerate(together):
+                done = (i * len(together) + j) * new
+                tell = lambda tokens, done=done: self.share(done + tokens, count * new, "tokens")
+                # Some prompts are read once more rather than that every number of them is a program.
+                rows = np.resize(which, min(most, power_of_two(len(which))))
+                tokens = np.full((len(rows), slots), PAD, np.int32)
+                width = min(slots, rest.tokens.shape[1])
+                tokens[:, :width] = rest.tokens[rows, :width]
+                ids = rows.astype(np.int32)
+                written = self._write(source, who, prefix, ids, tokens, rest.lengths[rows], tell)
+                tell(new)
+                if members is not None:
+                    written = jax.tree.map(lambda x: x[: len(members)], written)  # noqa: B023
+                yield Part(members, which, completions_of(*written, len(which), new, self.eos))
+
+    def _groups(self) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+        """Pairs that write at a time, and their members; of the last group some pairs do so once more."""
+        if self.es is None:
+            return [(None, None)]
+        count = self.es.population // 2
+        found = list[tuple[np.ndarray | None, np.ndarray | None]]()
+        most = self.es.schedule.pairs_at_once(count, self.es.mesh) * devices(self.es.mesh)
+        # All groups alike, so that they are one program.
+        size = -(-count // -(-count // most))
+        for first in range(0, count, size):
+            pairs = np.arange(first, first + size, dtype=np.int32) % count
+            found.append((pairs, np.arange(2 * first, 2 * min(first + size, count))))
+        return found
+
+    def _read(self, source: Any, who: Any, tokens: np.ndarray) -> Any:
+        """The cache of what all prompts begin with."""
+        given = _Own(None, None), (jax.device_put(tokens),)
+        return _call(_ReadPrefix(self.model), self.es, source, who, *given)
 
     def _write(
         self,
         source: Any,
-        key: Any,
+        who: Any,
+        prefix: Any,
         ids: np.ndarray,
         tokens: np.ndarray,
         lengths: np.ndarray,
@@ -335,14 +422,15 @@ class _Writer(NamedTuple):
         count, steps = segments(self.sampling.max_new_tokens, self.segment)
         read = _ReadPrompts(self.model, self.sampling, count * steps)
         write = _WriteSegment(self.model, self.sampling, steps)
-        texts, over, first = _call(read, self.es, source, key, None, (eos, ids, tokens, lengths))
+        given = (eos, ids, tokens, lengths)
+        texts, over, first = _call(read, self.es, source, who, None, prefix, given)
         pieces = [first]
         for i in range(count):
             if jax.device_get(over):
                 break
             tell(1 + i * steps)
             t = jax.device_put(np.int32(i * steps))
-            texts, over, piece = _call(write, self.es, source, key, texts, (eos, ids, t))
+            texts, over, piece = _call(write, self.es, source, who, texts, prefix, (eos, ids, t))
             pieces.append(piece)
         return jax.tree.map(lambda *x: np.concatenate(x, -1), *jax.device_get(pieces))
 

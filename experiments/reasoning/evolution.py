@@ -1,7 +1,7 @@
 """Learning from rewards by evolution strategies: every member answers all questions of a generation."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from experiments.reasoning.config import Config
 from experiments.reasoning.engine import Share, stream, unseen
 from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.questions import Questions, repeated
+from experiments.reasoning.sequences import joined, tokens_read
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question
 from experiments.run import learners
@@ -152,6 +153,7 @@ class Evolution:
         config, examiner = self._config, self._examiner
         asked = repeated(questions, config.samples)
         prompts = self._questions.prompts(asked)
+        members = config.evolution.population
         parts, texts, handles, answers = [], [], [], list[str]()
         for part in stream(
             self._base.model,
@@ -164,32 +166,38 @@ class Evolution:
             share=share,
         ):
             # Processes compute these rewards while the next questions are answered.
-            own = [asked[i] for i in part.which] * config.evolution.population
+            own = [asked[i] for i in part.which] * len(part.completions.lengths)
             answers += [one.answer for one in own]
             texts.append(self._questions.texts(part.completions))
             handles.append(examiner.submit(texts[-1], own))
             parts.append(part)
-        shapes = [(config.evolution.population, len(part.which)) for part in parts]
+        shapes = [part.completions.lengths.shape for part in parts]
         found = [examiner.rewards(*one) for one in zip(handles, shapes, strict=True)]
-        order = np.argsort(np.concatenate([part.which for part in parts]))
-        join = lambda tables: np.concatenate(list(tables), axis=1)[:, order]
+
+        def join(tables: Iterable[np.ndarray]) -> np.ndarray:
+            tables = list(tables)
+            whole = np.zeros((members, len(asked)), tables[0].dtype)
+            for part, own in zip(parts, tables, strict=True):
+                part.place(whole, own)
+            return whole
+
         rewards = join(one.rewards for one in found)
         by_name = {name: join(one.parts[name] for one in found) for name in found[0].parts}
-        lengths = join(part.completions.lengths for part in parts)
         written = (np.array(t, object).reshape(s) for t, s in zip(texts, shapes, strict=True))
+        completions = joined(parts, members, len(asked))
         row: dict[str, Any] = diagnostics.summary(
             rewards,
             join(written).tolist(),
             by_name if len(by_name) > 1 else None,
-            lengths,
-            join(part.completions.ended for part in parts),
-            join(part.completions.entropy for part in parts),
+            completions.lengths,
+            completions.ended,
+            completions.entropy,
         )
         every = np.concatenate([one.rewards.ravel() for one in found])
         row |= diagnostics.of_rewards(every, [text for some in texts for text in some], answers)
         row["late_rewards"] = float(np.mean([one.late for one in found]))
-        row["prompt_tokens"] = config.evolution.population * int(prompts.lengths.sum())
-        row["generated_tokens"] = int(lengths.sum())
+        row["prompt_tokens"] = members * tokens_read(prompts)
+        row["generated_tokens"] = int(completions.lengths.sum())
         return objective(rewards, config), row
 
 

@@ -7,11 +7,15 @@ from experiments.reasoning.config import Config
 from experiments.reasoning.evolution import strategy
 from experiments.reasoning.memory import MemoryPlan, device_bytes, plan_memory
 from experiments.reasoning.questions import Questions
+from experiments.reasoning.sequences import shared_length
 from experiments.reasoning.speed import expected_tokens_per_s
 from experiments.reasoning.start import Start
 from experiments.run import agreement
 from experiments.run.devices import Layout
 from experiments.run.fields import changed
+
+# Rows of a product are as fast in larger ones.
+LARGEST = 4096
 
 
 def fit(
@@ -47,6 +51,7 @@ def fit(
         prompts.tokens.shape[1],
         questions.sampling(),
         budget,
+        shared=shared_length(prompts),
     )
     members = plan.members if plan.members < share else None
     few = max(1, plan.prompts // config.samples)
@@ -57,5 +62,7 @@ def fit(
     )
     # Devices of a CPU share its cores.
     devices = 1 if jax.default_backend() == "cpu" else layout.devices
-    speed = devices * expected_tokens_per_s(shapes, plan.members * plan.prompts)
-    return settled, plan._replace(tokens_per_s=speed)
+    sequences = plan.members * plan.prompts
+    longest = min(LARGEST, sequences * prompts.tokens.shape[1])
+    read, written = (devices * expected_tokens_per_s(shapes, n) for n in (longest, sequences))
+    return settled, plan._replace(read_per_s=read, written_per_s=written)

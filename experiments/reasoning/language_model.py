@@ -18,21 +18,24 @@ class LanguageModel(NamedTuple):
 
     Attributes:
         vocab_size: tokens that there are.
+        context: tokens of the longest text that the model was made for; None for any.
         init: `(key) -> params`, untrained ones.
         apply: `(params, tokens [length]) -> logits [length, vocab]`, of whole texts.
-        prefill: `(params, tokens [prompt_slots], length, slots) -> (logits [vocab], cache)`: reads a prompt
-            that is padded behind its end; slots is the room for it and for what will be written.
-        decode: `(params, cache, token, t) -> (logits [vocab], cache)`: reads the t-th token that was written,
-            t one number for all sequences.
+        prefill: `(params, tokens [prompt_slots], length, slots, prefix) -> (logits [vocab], cache)`: reads a
+            prompt that is padded behind its end; slots is the room for it and for what will be written, and
+            prefix the cache of the text before it, which sequences share, or None.
+        decode: `(params, cache, token, t, prefix) -> (logits [vocab], cache)`: reads the t-th token that was
+            written, t one number for all sequences.
         plan: which parameters evolution strategies train.
         sharding: how devices that share the model divide its weights and caches.
     """
 
     vocab_size: int
+    context: int | None
     init: Callable[[Array], PyTree]
     apply: Callable[[PyTree, Array], Array]
-    prefill: Callable[[PyTree, Array, Any, int], tuple[Array, Any]]
-    decode: Callable[[PyTree, Any, Array, Any], tuple[Array, Any]]
+    prefill: Callable[[PyTree, Array, Any, int, Any], tuple[Array, Any]]
+    decode: Callable[[PyTree, Any, Array, Any, Any], tuple[Array, Any]]
     plan: Planner
     sharding: ShardingRules = parallel.WHOLE
 
@@ -59,8 +62,8 @@ def language_model(
         >>> model = language_model(TransformerConfig(vocab_size=7, hidden_size=8,
         ...     intermediate_size=12, num_hidden_layers=2, num_attention_heads=2))
         >>> params = model.init(jax.random.key(0))
-        >>> logits, cache = model.prefill(params, jnp.array([1, 2, 0]), 2, 5)
-        >>> model.decode(params, cache, logits.argmax(), 0)[0].shape
+        >>> logits, cache = model.prefill(params, jnp.array([1, 2, 0]), 2, 5, None)
+        >>> model.decode(params, cache, logits.argmax(), 0, None)[0].shape
         (7,)
     """
     family = families.of(config)
@@ -71,11 +74,15 @@ def language_model(
     def apply(params: PyTree, tokens: Array) -> Array:
         return family.apply(params, tokens, config)
 
-    def prefill(params: PyTree, tokens: Array, length: Any, slots: int) -> tuple[Array, Any]:
-        return family.prefill(params, tokens, length, config, slots)
+    def prefill(
+        params: PyTree, tokens: Array, length: Any, slots: int, prefix: Any
+    ) -> tuple[Array, Any]:
+        return family.prefill(params, tokens, length, config, slots, prefix)
 
-    def decode(params: PyTree, cache: Any, token: Array, t: Any) -> tuple[Array, Any]:
-        return family.decode(params, cache, token, t, config)
+    def decode(params: PyTree, cache: Any, token: Array, t: Any, prefix: Any) -> tuple[Array, Any]:
+        return family.decode(params, cache, token, t, config, prefix)
 
     planner = family.plan(train, steps)
-    return LanguageModel(config.vocab_size, init, apply, prefill, decode, planner, family.sharding)
+    return LanguageModel(
+        config.vocab_size, config.context, init, apply, prefill, decode, planner, family.sharding
+    )

@@ -33,20 +33,24 @@ class MemoryPlan(NamedTuple):
         weights: of the parameters.
         training: of float32 copies of them and of the optimizer.
         factors: of a pair's noise, in proportion to rank x (rows + columns) of each matrix.
-        cache: of a member's state for one prompt.
+        prefix: of a member's state for what all prompts begin with.
+        cache: of a member's state for the rest of one prompt and its answer.
         logits: of one sequence: themselves, the policy's logarithms, and one temporary.
         activations: of one sequence while its prompt is read: the two largest arrays.
         population: members.
-        members: of them at a time, for `EvolutionStrategy(chunk=...)`; their caches are all there.
+        members: of them at a time, for `EvolutionStrategy(chunk=...)`.
         prompts: at a time, for `engine.answer(chunk=...)`.
         total: with so many members and prompts.
         budget: that it is within.
-        tokens_per_s: of all members together at most (`speed.expected_tokens_per_s`), where it is known.
+        read_per_s: tokens that all members together read a second at most
+            (`speed.expected_tokens_per_s`), where it is known.
+        written_per_s: tokens that they write.
     """
 
     weights: int
     training: int
     factors: int
+    prefix: int
     cache: int
     logits: int
     activations: int
@@ -55,27 +59,28 @@ class MemoryPlan(NamedTuple):
     prompts: int
     total: int
     budget: int
-    tokens_per_s: float | None = None
+    read_per_s: float | None = None
+    written_per_s: float | None = None
 
     def describe(self) -> str:
         """A small table."""
-        held = self.weights + self.training
-        caches = _caches(self.population, self.members) * self.prompts
+        held, sequences = self.weights + self.training, self.members * self.prompts
         rows = [
             ("weights", f"{_size(self.weights)}"),
             ("optimizer, float32 copies", f"{_size(self.training)}"),
             ("noise", f"{_size(self.factors)} a pair x {self.members // 2} pairs"),
-            ("caches", f"{_size(self.cache)} a sequence x {caches}"),
-            ("logits", f"{_size(self.logits)} a sequence x {self.members * self.prompts}"),
-            (
-                "activations",
-                f"{_size(self.activations)} a sequence x {self.members * self.prompts}",
-            ),
+            ("caches", f"{_size(self.cache)} a sequence x {sequences}"),
+            ("logits", f"{_size(self.logits)} a sequence x {sequences}"),
+            ("activations", f"{_size(self.activations)} a sequence x {sequences}"),
             ("total", f"{_size(self.total)} of {_size(self.budget)}, {_size(held)} of it held"),
             ("at a time", f"{self.members} of {self.population} members, {self.prompts} prompts"),
         ]
-        if self.tokens_per_s is not None:
-            rows.append(("speed", f"at most {self.tokens_per_s:,.0f} tokens/s (products alone)"))
+        if self.prefix:
+            shared = f"{_size(self.prefix)} a member x {self.members}"
+            rows.insert(3, ("caches of a shared prefix", shared))
+        if self.read_per_s is not None and self.written_per_s is not None:
+            speed = f"{self.read_per_s:,.0f} tokens/s read, {self.written_per_s:,.0f} written"
+            rows.append(("speed", f"at most {speed} (products alone)"))
         return "\n".join(f"{name:<26}{text}" for name, text in rows)
 
 
@@ -89,9 +94,10 @@ def plan_memory(
     sampling: Sampling,
     budget_bytes: int,
     segment: int = 32,
+    shared: int = 0,
 ) -> MemoryPlan:
-    """As many members and prompts at a time as a budget allows; of several ways to most sequences, that
-    with most members.
+    """As many members and prompts at a time as a budget allows: in the fewest turns, and of several ways to
+    these with most members.
 
     Args:
         model: what its functions are.
@@ -100,13 +106,15 @@ def plan_memory(
         params: of the model, or their shapes.
         population: members; on a mesh those of one device, or of one group that shares weights.
         prompts: that there are.
-        prompt_slots: tokens of the longest.
+        prompt_slots: tokens of the longest, with the shared ones.
         sampling: how many tokens are written.
         budget_bytes: of the device.
         segment: as in `engine.answer`.
+        shared: tokens that all prompts begin with (`sequences.shared_length`).
 
     Raises:
-        UsageError: where not even two members at a time on one prompt fit.
+        UsageError: where not even two members at a time on one prompt fit; says what takes most, and
+            what would fit.
 
     Example:
         >>> import optax
@@ -121,29 +129,33 @@ def plan_memory(
         weights                   18.0 MiB
         optimizer, float32 copies 0.0 KiB
         noise                     68.0 KiB a pair x 32 pairs
-        caches                    1.0 MiB a sequence x 448
-        logits                    48.0 KiB a sequence x 448
-        activations               1.0 MiB a sequence x 448
-        total                     937.1 MiB of 1.0 GiB, 18.0 MiB of it held
-        at a time                 64 of 64 members, 7 prompts
+        caches                    1.0 MiB a sequence x 640
+        logits                    48.0 KiB a sequence x 640
+        activations               512.0 KiB a sequence x 640
+        total                     1010.1 MiB of 1.0 GiB, 18.0 MiB of it held
+        at a time                 64 of 64 members, 10 prompts
     """
     state = jax.eval_shape(lambda params: es.init(params, 0), params)
     weights = _bytes(state.params, es.mesh, model.sharding)
-    slots = padded_length(prompt_slots)
-    count, steps = segments(sampling.max_new_tokens, segment)
+    slots = padded_length(prompt_slots - shared)
+    prefix = _cache(model, params, shared, 0, None) if shared else None
 
-    def read(params: Any, tokens: Any, length: Any) -> Any:
-        return model.prefill(params, tokens, length, slots + count * steps)
+    def cache_bytes(new: int) -> int:
+        count, steps = segments(new, segment)
+        found = _cache(model, params, slots, count * steps, prefix)
+        return _bytes(found, es.mesh, model.sharding)
 
-    length, tokens = jax.ShapeDtypeStruct((), "int32"), jax.ShapeDtypeStruct((slots,), "int32")
-    _, cache = jax.eval_shape(read, params, tokens, length)
+    def read(params: Any, prefix: Any, tokens: Any, length: Any) -> Any:
+        return model.prefill(params, tokens, length, slots, prefix)
+
     plan = MemoryPlan(
         weights=weights,
         training=_bytes(state, es.mesh, model.sharding) - weights,
         factors=es.plan_of(params).noise_bytes,
-        cache=_bytes(cache, es.mesh, model.sharding),
+        prefix=_bytes(prefix, es.mesh, model.sharding),
+        cache=cache_bytes(sampling.max_new_tokens),
         logits=3 * 4 * model.vocab_size,
-        activations=_activations(read, params, slots),
+        activations=_activations(read, params, prefix, slots),
         population=population,
         members=0,
         prompts=0,
@@ -158,12 +170,22 @@ def plan_memory(
                 f"the weights and what the optimizer holds of them take {_size(held)} of a device, and the "
                 f"budget is {_size(budget_bytes)}: let more devices share them (--tensor-parallel)"
             )
-        needed = min(_total(plan, members, 1) for members in _members(population))
+        room = budget_bytes - _total(plan._replace(cache=0), 2, 1)
+        fits = [new for new in _halves(sampling.max_new_tokens) if 2 * cache_bytes(new) <= room]
         raise UsageError(
-            f"a population of {population} on a device needs {_size(needed)} for one prompt at a time, and "
-            f"the budget is {_size(budget_bytes)}: fewer members or tokens, or more devices, are right"
+            f"two members that answer one prompt of {prompt_slots} tokens with up to "
+            f"{sampling.max_new_tokens} need {_size(_total(plan, 2, 1))} (caches {_size(2 * plan.cache)}, "
+            f"activations {_size(2 * plan.activations)}, logits {_size(2 * plan.logits)}, noise "
+            f"{_size(plan.factors)}, weights and optimizer {_size(held)}), and the budget is "
+            f"{_size(budget_bytes)}: "
+            + (
+                f"--max-new-tokens {fits[0]} fits"
+                if fits
+                else "shorter prompts (--max-prompt-tokens) or more devices (--tensor-parallel) are needed"
+            )
         )
-    return max(fitting, key=lambda p: (p.members * p.prompts, p.members))
+    calls = lambda p: -(-population // p.members) * -(-prompts // p.prompts)
+    return min(fitting, key=lambda p: (calls(p), -p.members))
 
 
 def device_bytes() -> int:
@@ -196,27 +218,39 @@ def _members(population: int) -> Iterator[int]:
         members = members // 4 * 2
 
 
+def _halves(number: int) -> Iterator[int]:
+    """A half of a number, a quarter, and so on down to 1."""
+    while number > 1:
+        number //= 2
+        yield number
+
+
 def _total(plan: MemoryPlan, members: int, prompts: int) -> int:
     return (
         plan.weights
         + plan.training
         + members // 2 * plan.factors
-        + _caches(plan.population, members) * prompts * plan.cache
-        + members * prompts * (plan.logits + plan.activations)
+        + members * plan.prefix
+        + members * prompts * (plan.cache + plan.logits + plan.activations)
     )
 
 
-def _caches(population: int, members: int) -> int:
-    """Caches of one prompt: all at a time are updated in place, chunks are read from one array and
-    written to another."""
-    return population if members == population else 2 * population
+def _cache(model: LanguageModel, params: Any, slots: int, room: int, prefix: Any) -> Any:
+    """Shapes of the cache of a text."""
+    tokens, length = jax.ShapeDtypeStruct((slots,), "int32"), jax.ShapeDtypeStruct((), "int32")
+
+    def read(params: Any, tokens: Any, length: Any, prefix: Any) -> Any:
+        return model.prefill(params, tokens, length, slots + room, prefix)[1]
+
+    return jax.eval_shape(read, params, tokens, length, prefix)
 
 
-def _activations(read: Any, params: Any, slots: int) -> int:
+def _activations(read: Any, params: Any, prefix: Any, slots: int) -> int:
     """Bytes a sequence of two arrays as large as the largest on the way: one is read, one written."""
     tokens = jax.ShapeDtypeStruct((SEQUENCES, slots), "int32")
     lengths = jax.ShapeDtypeStruct((SEQUENCES,), "int32")
-    traced = jax.make_jaxpr(jax.vmap(read, (None, 0, 0)))(params, tokens, lengths)
+    each = jax.vmap(read, (None, None, 0, 0))
+    traced = jax.make_jaxpr(each)(params, prefix, tokens, lengths)
 
     def largest(jaxpr: Any) -> int:
         # Outputs are counted by those who get them: the cache is not among the activations.

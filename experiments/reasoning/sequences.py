@@ -1,6 +1,6 @@
 """Prompts and completions as arrays on the host: packed, put in buckets, cut to length, joined."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,8 @@ from jaxtyping import Int
 
 # Stands where there is no token; nothing reads it.
 PAD = 0
-SMALLEST_BUCKET = 16
+# Prompts are read at lengths in steps of so many tokens, or of an eighth of a power of two.
+STEP = 16
 
 Ends = int | Sequence[int]
 
@@ -47,15 +48,30 @@ class Completions(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Answers to some of the prompts, [population, which, ...].
+    """Answers of some members to some of the prompts, [members, which, ...]; of one model, [which, ...].
 
     Attributes:
+        members: int [members], their numbers; those of pairs stand side by side. None for one model.
         which: int [which], numbers of the prompts.
         completions: to them.
     """
 
+    members: np.ndarray | None
     which: np.ndarray
     completions: Completions
+
+    def place(self, whole: np.ndarray, own: np.ndarray) -> None:
+        """Writes entries of this part into an array of all members and prompts.
+
+        Example:
+            >>> whole = np.zeros((4, 3))
+            >>> part = Part(np.array([2, 3]), np.array([1]), None)
+            >>> part.place(whole, np.array([[5.0], [6.0]]))
+            >>> whole[:, 1].tolist()
+            [0.0, 0.0, 5.0, 6.0]
+        """
+        where = (self.which,) if self.members is None else np.ix_(self.members, self.which)
+        whole[where] = own
 
 
 def pack(prompts: Sequence[Sequence[int]], slots: int | None = None) -> Prompts:
@@ -89,7 +105,7 @@ def buckets(
 ) -> list[tuple[int, np.ndarray]]:
     """Prompts that are read together: (padded length, numbers of the prompts).
 
-    Padded lengths are powers of two from 16 on, so that there are few programs to compile.
+    Padded lengths are in steps (:func:`padded_length`), so that there are few programs to compile.
 
     Args:
         lengths: of the prompts.
@@ -97,7 +113,7 @@ def buckets(
 
     Example:
         >>> buckets(np.array([3, 40, 16, 5]), chunk=2)
-        [(16, array([0, 2])), (16, array([3])), (64, array([1]))]
+        [(16, array([0, 2])), (16, array([3])), (48, array([1]))]
     """
     padded = np.array([padded_length(int(n)) for n in lengths])
     found = []
@@ -109,8 +125,40 @@ def buckets(
 
 
 def padded_length(length: int) -> int:
-    """How long a prompt is read."""
-    return power_of_two(max(SMALLEST_BUCKET, length))
+    """How long a prompt is read: in steps of 16 up to 128, of an eighth of the length beyond.
+
+    Example:
+        >>> [padded_length(n) for n in (1, 17, 47, 128, 129, 600)]
+        [16, 32, 48, 128, 160, 640]
+    """
+    step = max(STEP, power_of_two(length) // 8)
+    return -(-length // step) * step
+
+
+def shared_length(prompts: Prompts) -> int:
+    """Tokens that all prompts begin with, in steps of 16, where at least one is left of each.
+
+    Example:
+        >>> prompt = list(range(40))
+        >>> shared_length(pack([prompt, prompt[:33] + [7]])), shared_length(pack([prompt[:16]]))
+        (32, 0)
+    """
+    shortest = int(prompts.lengths.min()) - 1
+    first = prompts.tokens[:, :shortest]
+    same = (first == first[0]).all(axis=0)
+    count = shortest if same.all() else int(same.argmin())
+    return count // STEP * STEP
+
+
+def tokens_read(prompts: Prompts, samples: int = 1) -> int:
+    """Tokens that one model reads of prompts: what they share, once, and the rest of each for every sample.
+
+    Example:
+        >>> tokens_read(pack([[*range(16), 5, 6], [*range(16), 7]]))
+        19
+    """
+    shared = shared_length(prompts)
+    return shared + samples * int((prompts.lengths - shared).sum())
 
 
 def segments(max_new_tokens: int, segment: int) -> tuple[int, int]:
@@ -158,11 +206,19 @@ def completions_of(
     return Completions(tokens, lengths, ended, log_probs, mean)
 
 
-def joined(parts: list[Part], axis: int) -> Completions:
-    """The answers to all prompts, in their order."""
-    order = np.argsort(np.concatenate([part.which for part in parts]))
-    join = lambda *x: np.take(np.concatenate(x, axis), order, axis)
-    return jax.tree.map(join, *(part.completions for part in parts))
+def joined(parts: Iterable[Part], *shape: int) -> Completions:
+    """The answers of all parts in their places.
+
+    Args:
+        parts: of every member and prompt one.
+        *shape: of members, if there are several, and prompts.
+    """
+    first, *rest = parts
+    empty = lambda x: np.zeros((*shape, *x.shape[len(shape) :]), x.dtype)
+    whole = jax.tree.map(empty, first.completions)
+    for part in (first, *rest):
+        jax.tree.map(part.place, whole, part.completions)
+    return whole
 
 
 def as_ends(eos: Ends) -> tuple[int, ...]:

@@ -239,7 +239,7 @@ def log_probs_and_entropies(
     """`log_probs`, and the entropy of what each token was drawn from, in nats, without a gradient.
 
     Example:
-        >>> flat = LanguageModel(4, *[None] * 5)._replace(apply=lambda _, tokens: jnp.zeros((3, 4)))
+        >>> flat = LanguageModel(4, *[None] * 6)._replace(apply=lambda _, tokens: jnp.zeros((3, 4)))
         >>> print(*log_probs_and_entropies(flat, {}, np.array([3, 0, 2])))
         [ 0.        -1.3862944 -1.3862944] [0.        1.3862944 1.3862944]
     """

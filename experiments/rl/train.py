@@ -24,8 +24,8 @@ from experiments.run.axes import ENVIRONMENT_STEPS
 from experiments.run.devices import ONE, Layout, layout_of
 from experiments.run.learners import Rates
 from experiments.run.plots import Curve
-from experiments.run.program import Program, ProgramTrainer
-from experiments.run.seeds import average, each, many
+from experiments.run.program import Program, ProgramTrainer, many
+from experiments.run.seeds import average, each
 from experiments.run.tensors import write_tensors
 from experiments.run.trainer import Carry, Conclusion, Films, Outcome, Trainer
 

@@ -4,13 +4,18 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from experiments.run.devices import ONE, Layout, layout_of
 from experiments.run.learners import Rates
-from experiments.run.seeds import many
 from experiments.run.trainer import Carry, Config, Trainer
+
+
+def many(seeds: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A function of one seed's things as one of all seeds' things, with leading axes [seeds]."""
+    return jax.vmap if seeds > 1 else lambda f: f
 
 
 class Program(NamedTuple):

@@ -1,16 +1,9 @@
-"""Several training seeds in one program: every array has a leading axis, every figure is a list."""
+"""Figures of several training seeds, which are lists in rows. Imports nothing heavy."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
-
-
-def many(seeds: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A function of one seed's things as one of all seeds' things, with leading axes [seeds]."""
-    return jax.vmap if seeds > 1 else lambda f: f
 
 
 def each(value: Any) -> list[Any]:

@@ -99,10 +99,18 @@ def prefill(
     length: int | Int[Array, ""],
     config: ToyConfig,
     slots: int,
+    prefix: Cache | None = None,
 ) -> tuple[Float[Array, "vocab"], Cache]:
     """Reads a prompt. What is written after it takes the slots of its padding first."""
-    logits, cache = _read(params, tokens, jnp.int32(0), _empty(params, slots, config), config)
-    return logits[length - 1], cache._replace(length=jnp.asarray(length, jnp.int32))
+    cache, before = _empty(params, slots, config), jnp.int32(0)
+    if prefix is not None:
+        # Every sequence has a copy of what they share.
+        cache = jax.tree.map(
+            lambda p, x: jnp.concatenate([p, x], 1) if x.ndim else p, prefix, cache
+        )
+        before = prefix.length
+    logits, cache = _read(params, tokens, before, cache, config)
+    return logits[length - 1], cache._replace(length=before + jnp.asarray(length, jnp.int32))
 
 
 def decode(
@@ -111,8 +119,9 @@ def decode(
     token: Int[Array, ""],
     t: int | Int[Array, ""],
     config: ToyConfig,
+    prefix: Cache | None = None,
 ) -> tuple[Float[Array, "vocab"], Cache]:
-    """Reads one token."""
+    """Reads one token; what comes before the prompt is in the cache."""
     logits, cache = _read(params, token[None], cache.length + t, cache, config)
     return logits[0], cache
 

@@ -75,11 +75,12 @@ def test_prompts_of_any_length_are_read_and_gone_on_with(subject: Subject) -> No
     right = np.stack([subject.apply(params, text) for text in TEXTS])
     lengths = np.array([3, 1])
     prompts = np.where(np.arange(PADDED) < lengths[:, None], TEXTS[:, :PADDED], 7)
-    read = lambda prompt, length: family.prefill(params, prompt, length, config, PADDED + 3)
+    read = lambda prompt, length: family.prefill(params, prompt, length, config, PADDED + 3, None)
     logits, caches = jax.jit(jax.vmap(read))(prompts, lengths)
     decode = jax.jit(
         jax.vmap(
-            lambda cache, token, t: family.decode(params, cache, token, t, config), (0, 0, None)
+            lambda cache, token, t: family.decode(params, cache, token, t, config, None),
+            (0, 0, None),
         )
     )
     rows = np.arange(2)
@@ -89,6 +90,34 @@ def test_prompts_of_any_length_are_read_and_gone_on_with(subject: Subject) -> No
         logits, caches = decode(caches, TEXTS[rows, lengths + t], t)
         close(logits, right[rows, lengths + t])
         assert jax.tree.map(lambda x: (x.shape, x.dtype), caches) == before
+
+
+def test_texts_go_on_from_a_prefix_that_they_share(subject: Subject) -> None:
+    family, config, params = subject
+    shared, lengths, rows = 2, np.array([2, 1]), np.arange(2)
+    texts = np.concatenate([np.repeat(TEXTS[:1, :shared], 2, 0), TEXTS[:, shared:]], 1)
+    right = np.stack([subject.apply(params, text) for text in texts])
+    prompts = np.where(np.arange(PADDED) < lengths[:, None], texts[:, shared:][:, :PADDED], 7)
+
+    def read(prompts: Any, lengths: Any) -> Any:
+        text = jnp.asarray(texts[0, :shared])
+        prefix = family.prefill(params, text, shared, config, shared, None)[1]
+        one = lambda prompt, length: family.prefill(
+            params, prompt, length, config, PADDED + 2, prefix
+        )
+        return prefix, *jax.vmap(one)(prompts, lengths)
+
+    prefix, logits, caches = jax.jit(read)(prompts, lengths)
+    close(logits, right[rows, shared + lengths - 1])
+    decode = jax.jit(
+        jax.vmap(
+            lambda cache, token, t: family.decode(params, cache, token, t, config, prefix),
+            (0, 0, None),
+        )
+    )
+    for t in range(2):
+        logits, caches = decode(caches, texts[rows, shared + lengths + t], t)
+        close(logits, right[rows, shared + lengths + t])
 
 
 def test_a_plan_covers_every_parameter(subject: Subject) -> None:
@@ -125,8 +154,9 @@ def test_members_are_perturbed_and_no_matrix_is_built(subject: Subject) -> None:
     assert jnp.abs(members[0] - members[1]).max() > 0.01
 
     def write(params: Any, key: Any) -> Any:
-        logits, cache = family.prefill(params, jnp.asarray(TEXTS[0, :PADDED]), 3, config, LENGTH)
-        return family.decode(params, cache, logits.argmax(), 0, config)
+        text = jnp.asarray(TEXTS[0, :PADDED])
+        logits, cache = family.prefill(params, text, 3, config, LENGTH, None)
+        return family.decode(params, cache, logits.argmax(), 0, config, None)
 
     jax.eval_shape(lambda state: es.map(state, write), state)
 

@@ -14,7 +14,7 @@ import pytest
 
 from eggroll import EvolutionStrategy
 from experiments.models import rwkv7, transformer
-from experiments.reasoning import engine
+from experiments.reasoning import engine, sequences
 from experiments.reasoning.engine import answer, generate, stream
 from experiments.reasoning.language_model import LanguageModel, language_model
 from experiments.reasoning.memory import plan_memory
@@ -97,6 +97,29 @@ def test_members_write_what_their_built_parameters_do(model: LanguageModel) -> N
             jax.tree.map(lambda x: x[:, 0], own),
             atol=1e-4,
         )
+
+
+@FAMILY
+def test_what_all_prompts_begin_with_is_read_once(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    es, begin = strategy(model), [i % 6 for i in range(35)]
+    prompts = pack([[*begin, 3, 1], [*begin, 9], [*begin, *(2 * [3, 1, 4, 1, 5, 9, 2, 6, 5, 3])]])
+    state = es.init(params_of(model), 0)
+    calls = counted(monkeypatch)
+    answers = answer(model, es, state, prompts, GREEDY, 6, segment=4)
+    assert sum(isinstance(fn, engine._ReadPrefix) for fn in calls) == 1
+    monkeypatch.setattr(engine, "shared_length", lambda prompts: 0)
+    same(answers, answer(model, es, state, prompts, GREEDY, 6, segment=4), atol=1e-4)
+    same(
+        jax.tree.map(lambda x: x[3], answers),
+        jax.tree.map(lambda x: x[:, 0], plain(model, es.member(state, 3), prompts=prompts)),
+        atol=1e-4,
+    )
+    # The last token of the shortest prompt is no part of what is shared.
+    assert sequences.shared_length(prompts) == 32
+    assert sequences.shared_length(pack([begin[:32], begin])) == 16
+    assert sequences.tokens_read(prompts) == 32 + 5 + 4 + 23
 
 
 @FAMILY
@@ -243,6 +266,23 @@ def test_chunks_change_nothing_and_pairs_share_keys(monkeypatch: pytest.MonkeyPa
     assert (still[:, 0] != still[:, 3]).any()  # the same prompt a second time
 
 
+@pytest.mark.parametrize("chunk", [2, 6])
+def test_a_part_of_the_members_writes_at_a_time(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole_es = strategy(TRANSFORMER, 10)
+    es = dataclasses.replace(whole_es, chunk=chunk)
+    state, calls = es.init(params_of(TRANSFORMER), 0), counted(monkeypatch)
+    whole = answer(TRANSFORMER, whole_es, state, PROMPTS, RANDOM, 6)
+    calls.clear()
+    parts = list(stream(TRANSFORMER, es, state, PROMPTS, RANDOM, 6, chunk=3))
+    # Of 5 pairs, 1 at a time, or 3 and 2.
+    found = [part.members.tolist() for part in parts if part.which[0] == 0]
+    assert found == [list(range(10))[i : i + chunk] for i in range(0, 10, chunk)]
+    assert len(parts) == 2 * len(found) and len(calls) == 2 * len(parts)
+    same(sequences.joined(parts, 10, 4), whole, atol=1e-5)
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -271,10 +311,13 @@ def test_no_matrix_is_built_and_no_cache_copied(family: str) -> None:
     ids = jax.ShapeDtypeStruct((1,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((1, 16), jnp.int32)
     read, write = engine._ReadPrompts(model, GREEDY, 8), engine._WriteSegment(model, GREEDY, 8)
-    first = engine._plain_call.lower(read, es, state, None, None, (ids, ids, tokens, ids))
+    pairs = jax.ShapeDtypeStruct((population // 2,), jnp.int32)
+    given = (ids, ids, tokens, ids)
+    first = engine._plain_call.lower(read, es, state, pairs, None, None, given)
     texts = first.out_info[0]
     t = jax.ShapeDtypeStruct((), jnp.int32)
-    program = engine._plain_call.lower(write, es, state, None, texts, (ids, ids, t)).compile()
+    given = (ids, ids, t)
+    program = engine._plain_call.lower(write, es, state, pairs, texts, None, given).compile()
     memory, text = program.memory_analysis(), program.as_text()
     # One matrix for every member would be four times as much.
     assert memory.temp_size_in_bytes < population * size**2 * 4 / 4
@@ -289,10 +332,8 @@ def planned(size: int = 128, rank: int = 1, budget: int = 2**30, **changes: Any)
     model = wide_model("transformer", size)
     params = jax.eval_shape(model.init, jax.random.key(0))
     es = strategy(model, 64, rank)
-    settings = dict(population=64, prompts=16, prompt_slots=40) | changes
-    return plan_memory(
-        model, es, params, sampling=Sampling(max_new_tokens=33), budget_bytes=budget, **settings
-    )
+    usual = dict(population=64, prompts=16, prompt_slots=40, sampling=Sampling(max_new_tokens=33))
+    return plan_memory(model, es, params, budget_bytes=budget, **(usual | changes))
 
 
 def test_a_members_memory_is_that_of_its_factors() -> None:
@@ -301,33 +342,48 @@ def test_a_members_memory_is_that_of_its_factors() -> None:
     wide = planned(size=256)
     assert wide.weights > 3.5 * one.weights
     assert wide.factors == 2 * one.factors
-    # Keys and values of 64 + 32 slots, 2 layers and 1 head of 16, and the prompt's length.
-    assert one.cache == 2 * 2 * 96 * 16 * 4 + 4
+    # Keys and values of 48 + 32 slots, 2 layers and 1 head of 16, and the prompt's length.
+    assert one.cache == 2 * 2 * 80 * 16 * 4 + 4
     assert one.logits == 3 * 4 * 32
-    # Reading long prompts, attention weights of 8 heads are the largest arrays.
+    # What prompts share is there once a member.
+    shared = planned(shared=32)
+    assert shared.prefix == 2 * 2 * 32 * 16 * 4 + 4
+    assert shared.cache == 2 * 2 * 48 * 16 * 4 + 4
+    assert "caches of a shared prefix 8.0 KiB a member x 64" in shared.describe()
+    # Reading long prompts, attention weights of 8 heads are the largest arrays: of 256 queries at most.
     assert planned(prompt_slots=500).activations == 2 * 8 * 512**2 * 4
+    assert planned(prompt_slots=2000).activations == 2 * 8 * 256 * 2048 * 4
 
 
 def test_what_fits_is_within_the_budget() -> None:
     roomy = planned()
     assert (roomy.members, roomy.prompts) == (64, 16)
-    tight = planned(budget=40 * 2**20)
+    # A population of any size runs in the memory of a part of it.
+    assert planned(population=2**20).members * 16 * roomy.cache < 2**30
+    tight = planned(budget=40 * 2**20)  # 64 members with 3 prompts, 32 with 7, or 16 with 15
     assert 1 <= tight.prompts < 16 and tight.total <= 40 * 2**20
     one_more = tight.members * (tight.cache + tight.logits + tight.activations)
     assert tight.members == 64 and tight.total + one_more > 40 * 2**20
     # So little that members go a few at a time.
     assert planned(budget=8 * 2**20, prompts=1).members < 64
+    long = Sampling(max_new_tokens=4096)
+    told = (
+        r"one prompt of 40 tokens with up to 4096 need .*caches 2.0 MiB.*--max-new-tokens 512 fits"
+    )
+    with pytest.raises(UsageError, match=told):
+        planned(budget=3 * 2**19, sampling=long)
     with pytest.raises(
-        UsageError, match="a population of 64 on a device needs .* MiB for one prompt at a time"
+        UsageError, match=r"need .*: shorter prompts \(--max-prompt-tokens\) or more"
     ):
-        planned(budget=2**20)
+        planned(budget=2**20, prompt_slots=4000)
     with pytest.raises(UsageError, match=r"weights .* KiB of a device, .* \(--tensor-parallel\)"):
         planned(budget=2**16)
 
 
 def test_a_plan_is_told() -> None:
-    told = planned()._replace(tokens_per_s=1234.0).describe()
-    assert "64 of 64 members, 16 prompts" in told and "at most 1,234 tokens/s" in told
+    told = planned()._replace(read_per_s=5678.0, written_per_s=1234.0).describe()
+    assert "64 of 64 members, 16 prompts" in told
+    assert "at most 5,678 tokens/s read, 1,234 written" in told
     assert "tokens/s" not in planned().describe()
 
 

@@ -42,7 +42,7 @@ REWARDS = [[1.0, 0.0, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0]]
 
 
 def of_functions(apply: Any) -> LanguageModel:
-    return LanguageModel(5, *[None] * 5)._replace(apply=apply)  # type: ignore[arg-type]
+    return LanguageModel(5, *[None] * 6)._replace(apply=apply)  # type: ignore[arg-type]
 
 
 def running_mean(params: Any, tokens: Any) -> Any:

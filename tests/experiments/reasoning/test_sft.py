@@ -41,7 +41,7 @@ DATA = pack(EXAMPLES, length=6, end=1)
 
 def of_logits(shape: tuple[int, ...]) -> LanguageModel:
     """Its one parameter is the logits at each place, whatever the tokens."""
-    whole = LanguageModel(shape[-1], *[None] * 5)  # type: ignore[arg-type]
+    whole = LanguageModel(shape[-1], *[None] * 6)  # type: ignore[arg-type]
     return whole._replace(apply=lambda params, tokens: params)
 
 
