@@ -121,7 +121,7 @@ class GroupPolicy(Backprop):
             prompts,
             jax.random.fold_in(jax.random.key(config.seed), generation),
             self._questions.sampling(),
-            self._base.tokenizer.eos,
+            self._questions.ends,
             samples=group,
             share=share,
         )

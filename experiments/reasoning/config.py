@@ -71,6 +71,9 @@ class Writing:
     """Sample among so many of the likeliest tokens; 0 for all."""
     top_p: float = share(1.0)
     """Sample among the likeliest tokens that together have this probability."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer and are no part of it. Writing goes on to the end of a token that has one in
+    it; one that takes several tokens cuts the answer afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +99,23 @@ class Config(RunSettings):
     """What it reads: bytes, or byte pairs that are learned from the questions and solutions of the task."""
     vocabulary: int = count(512)
     """Tokens of "bpe", at most."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights that are read; evolution strategies and backpropagation train float32 copies."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the weights that are read; evolution strategies and backpropagation train float32 copies. "auto" is
+    float32 on a CPU, which has no products in bfloat16 that are as fast, and bfloat16 elsewhere; that of the
+    earlier run for --start, and float32 for a new model."""
     quantised: bool = False
     """Hold the matrices in int8, with float32 copies that collect their updates, and train their scales."""
     trained: tuple[str, ...] = ()
     """What is trained beside the matrices of layers: any of "embeddings", "head", "vectors"."""
+    only: tuple[str, ...] = ()
+    """Names or patterns of parameters that evolve, such as "q_proj" or "layers/*_proj"; by default all that
+    --trained names. A name stands for that matrix of every layer."""
     chat: bool = False
     """Ask in the model's chat template."""
     chat_settings: str = "{}"
     """What else the template knows, as a JSON object, such as {"enable_thinking": false} of Qwen3."""
+    system: str | None = None
+    """The system's message in front of every question; by default what the template has for none."""
 
     task: str = "countdown-easy"
     """"sums", "countdown-easy", a task of reasoning-gym, a file of questions that ends with .jsonl, or your
@@ -116,6 +126,8 @@ class Config(RunSettings):
     """What answers are rewarded by."""
     held_out_questions: int = count(256)
     """Questions that are measured on, and fresh ones at the end, at most; none of them is trained on."""
+    max_prompt_tokens: int | None = count(None)
+    """Leave questions out whose prompts have more tokens; their number is told."""
 
     algorithm: Literal["eggroll", "grpo", "sft"] = "eggroll"
     """"sft" is supervised, on worked solutions; "grpo" samples groups of answers and backpropagates."""
@@ -131,6 +143,9 @@ class Config(RunSettings):
 
     evolution: Flat[Evolution] = Evolution(population=64, sigma=0.01)
     """Evolution strategies, whose members all answer the questions of a generation."""
+    sigma_scale: Literal["same", "rms"] = "same"
+    """What sigma is multiplied by: 1 for all parameters, or for each matrix its root mean square when
+    training begins, so that a sigma of 0.01 moves every matrix by 1%."""
     noise_reuse: int = count(1)
     """Generations that see the same noise."""
     tensor_parallel: int = count(1, role=Role.ROUNDING)
@@ -169,6 +184,16 @@ class Config(RunSettings):
             raise UsageError(
                 f"--quantised: --algorithm {self.algorithm} trains floats alone; choose eggroll"
             )
+        for name, given in (("sigma_scale", self.sigma_scale != "same"), ("only", self.only)):
+            if given and self.algorithm != "eggroll":
+                raise UsageError(
+                    f"{flag(name)}: it is about noise, and --algorithm {self.algorithm} has none; choose eggroll"
+                )
+        if self.quantised and self.sigma_scale != "same":
+            raise UsageError(
+                f"--sigma-scale {self.sigma_scale}: the noise of --quantised is in steps of its matrices; "
+                "choose one of the two"
+            )
         greedy = not self.writing.temperature
         if self.algorithm == "grpo" and greedy:
             raise UsageError(
@@ -189,6 +214,10 @@ class Config(RunSettings):
             raise UsageError(
                 f"--vocabulary {self.vocabulary}: bytes and two special tokens make 258; choose as many"
             )
+        if "" in self.writing.stop:
+            raise UsageError("--stop '': must be a text, got an empty one, which is everywhere")
+        if self.system is not None and not self.chat:
+            raise UsageError(f"--system {self.system!r}: it is part of a chat; add --chat")
         self.task_arguments()
         self.settled()
         if self.chat_arguments() and not self.chat:
@@ -315,7 +344,6 @@ EVOLVED: dict[str, object] = dict(population=128, prompts=32, sigma=0.01, learni
 HUB: dict[str, object] = dict(
     model="Qwen/Qwen3-0.6B",
     chat=True,
-    dtype="bfloat16",
     population=512,
     prompts=16,
     prompt_chunk=4,

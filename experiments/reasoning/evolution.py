@@ -44,7 +44,7 @@ def strategy(config: Config, base: Start, layout: Layout = ONE) -> eggroll.Evolu
     if config.anchor:
         optimizer = optax.chain(optimizer, anchored(config.optimizer.learning_rate * config.anchor))
     planned = base.model.plan(jax.eval_shape(base.params, jnp.int32(0)), config.evolution.rank)
-    sigmas = {leaf.path: leaf.sigma for leaf in planned.leaves}
+    sigmas = {leaf.path: leaf.scale for leaf in planned.leaves}
     return learners.strategy(
         config.evolution,
         config.optimizer,
@@ -161,7 +161,7 @@ class Evolution:
             state,
             prompts,
             self._questions.sampling(),
-            self._base.tokenizer.eos,
+            self._questions.ends,
             chunk=config.prompt_chunk and config.prompt_chunk * config.samples,
             share=share,
         ):
@@ -218,21 +218,22 @@ def objective(rewards: np.ndarray, config: Config) -> np.ndarray:
 
 
 def in_noise_units(
-    optimizer: optax.GradientTransformation, sigmas: Mapping[str, float]
+    optimizer: optax.GradientTransformation, sigmas: Mapping[str, float | np.ndarray]
 ) -> optax.GradientTransformation:
     """The optimizer on parameters in units of their own noise: one learning rate is right for all of them
     then, also for a matrix in int8, whose noise is many of its steps, and for its small scales.
 
     Args:
         optimizer: any.
-        sigmas: by path, the factor on the strategy's sigma.
+        sigmas: by path, the factor on the strategy's sigma: a number, or an array with the axes of the
+            parameter.
 
     Example:
         >>> rule = in_noise_units(optax.sgd(1.0), {"w": 10.0})
         >>> rule.update({"w": jnp.array(0.2)}, rule.init({"w": jnp.array(0.0)}))[0]["w"].item()
         -20.0
     """
-    if all(sigma in (0.0, 1.0) for sigma in sigmas.values()):
+    if all(np.isin(sigma, (0.0, 1.0)).all() for sigma in sigmas.values()):
         return optimizer
     inner = optax.with_extra_args_support(optimizer)
 

@@ -48,12 +48,34 @@ class Questions:
 
     def _first(self, questions: Sequence[Question]) -> Sequence[Question]:
         """As many as are measured on; a sequence that makes its questions may give them one by one alone."""
-        return list(itertools.islice(questions, self._config.held_out_questions))
+        return list(
+            itertools.islice(filter(self._fits, questions), self._config.held_out_questions)
+        )
+
+    def _fits(self, question: Question) -> bool:
+        most = self._config.max_prompt_tokens
+        return most is None or len(self._tokens(question.prompt)) <= most
+
+    def fitting(self, questions: Sequence[Question]) -> Sequence[Question]:
+        """Those of some questions whose prompts are not too long for `max_prompt_tokens`.
+
+        Raises:
+            UsageError: where there is none.
+        """
+        if self._config.max_prompt_tokens is None:
+            return questions
+        if found := [one for one in questions if self._fits(one)]:
+            return found
+        shortest = min(len(self._tokens(one.prompt)) for one in questions)
+        raise UsageError(
+            f"--max-prompt-tokens must be at least {shortest}, the shortest prompt of --task "
+            f"{self._config.task}, got {self._config.max_prompt_tokens}"
+        )
 
     @functools.cached_property
     def trained(self) -> Sequence[Question]:
         """The questions that are trained on: those with a worked solution, where one is learned from."""
-        everything = self.task.train
+        everything = self.fitting(self.task.train)
         if self._config.algorithm != "sft" and self._config.fitness == "reward":
             return everything
         # Where none has one, `trace` says so of the first.
@@ -70,12 +92,54 @@ class Questions:
         return [self.trained[int(orders[int(n) // count][int(n) % count])] for n in numbers]
 
     def prompt(self, question: Question) -> list[int]:
-        """The tokens of a question."""
-        text = as_asked(self._config, self._base, question.prompt)
-        found = self._base.tokenizer.encode(text)
+        """The tokens of a question.
+
+        Raises:
+            UsageError: where there are none, or more than the model was made for.
+        """
+        found = self._tokens(question.prompt)
         if not found:
-            raise UsageError(f"the prompt {text!r} has no tokens: give the task another template")
+            raise UsageError(
+                f"the prompt {question.prompt!r} has no tokens: give the task another template"
+            )
+        context, new = self._base.model.context, self.sampling().max_new_tokens
+        if context is not None and len(found) + new > context:
+            begin = " ".join(question.prompt.split())[:40]
+            fits = (
+                f"--max-prompt-tokens {context - new} leaves such questions out"
+                if context > new
+                else f"--max-new-tokens must be less than {context}"
+            )
+            raise UsageError(
+                f"the prompt {begin!r}... has {len(found)} tokens, which with {new} to be written are more "
+                f"than the {context} that the model was made for: {fits}"
+            )
         return found
+
+    def _tokens(self, text: str) -> list[int]:
+        return self._base.tokenizer.encode(self.as_asked(text))
+
+    def as_asked(self, text: str) -> str:
+        """A prompt as the model reads it: in its chat template, where the settings say so."""
+        config = self._config
+        if not config.chat:
+            return text
+        # One with a chat template, as `start` has checked.
+        tokenizer: Any = self._base.tokenizer
+        system = [] if config.system is None else [{"role": "system", "content": config.system}]
+        return tokenizer.chat(
+            [*system, {"role": "user", "content": text}], **config.chat_arguments()
+        )
+
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer: those of the model, and those that have a text to stop at in them."""
+        tokenizer, stop = self._base.tokenizer, self._config.writing.stop
+        if not stop:
+            return tokenizer.eos
+        everything = range(tokenizer.vocab_size)
+        found = [i for i in everything if any(text in tokenizer.decode([i]) for text in stop)]
+        return tuple(dict.fromkeys((*tokenizer.eos, *found)))
 
     def prompts(self, questions: Sequence[Question]) -> Prompts:
         """The prompts of questions."""
@@ -115,25 +179,14 @@ class Questions:
         )
 
     def texts(self, completions: Completions) -> list[str]:
-        """What was written, one after another, without the end token."""
-        return texts_of(self._base, completions)
-
-
-def as_asked(config: Config, base: Start, text: str) -> str:
-    """A prompt as the model reads it: in its chat template, where the settings say so."""
-    if not config.chat:
-        return text
-    # One with a chat template, as `start` has checked.
-    tokenizer: Any = base.tokenizer
-    return tokenizer.chat([{"role": "user", "content": text}], **config.chat_arguments())
-
-
-def texts_of(base: Start, completions: Completions) -> list[str]:
-    """What was written, one after another, without the end tokens."""
-    tokens = completions.tokens.reshape(-1, completions.tokens.shape[-1])
-    lengths = (completions.lengths - completions.ended).ravel()
-    decode = base.tokenizer.decode
-    return [decode(row[:n].tolist()) for row, n in zip(tokens, lengths, strict=True)]
+        """What was written, one after another, without the end token and up to a text to stop at."""
+        tokens = completions.tokens.reshape(-1, completions.tokens.shape[-1])
+        stop, found = self._config.writing.stop, []
+        for row, n in zip(tokens, completions.lengths.ravel(), strict=True):
+            last = n - int(row[n - 1] in self._base.tokenizer.eos)
+            text = self._base.tokenizer.decode(row[:last].tolist())
+            found.append(text[: min((text.find(one) for one in stop if one in text), default=None)])
+        return found
 
 
 def repeated(items: Sequence[Item], times: int) -> list[Item]:

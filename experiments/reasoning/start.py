@@ -17,7 +17,9 @@ from experiments.reasoning.language_model import LanguageModel, language_model
 from experiments.reasoning.tasks import Task
 from experiments.run import hosts
 from experiments.run.commands import read_run
+from experiments.run.drivers import read_settings
 from experiments.run.errors import UsageError
+from experiments.run.fields import changed
 
 
 class Start(NamedTuple):
@@ -49,6 +51,7 @@ def start(config: Config, task: Callable[[], Task] | None = None) -> Start:
     Raises:
         UsageError: for a folder or a run that cannot be read, or settings that it does not take.
     """
+    config = with_dtype(config)
     if config.tokenizer == "bpe" and (
         config.start is not None or config.model not in families.FAMILIES
     ):
@@ -67,6 +70,19 @@ def start(config: Config, task: Callable[[], Task] | None = None) -> Start:
             f"--chat: the tokenizer of {config.start or config.model} has no chat template; choose --no-chat"
         )
     return in_int8(found, config) if config.quantised else found
+
+
+def with_dtype(config: Config) -> Config:
+    """The settings with the type of the weights that "auto" stands for here."""
+    if config.dtype != "auto":
+        return config
+    if config.start is not None:
+        earlier = read_settings(config.start)[1]
+        if not isinstance(earlier, Config):
+            raise UsageError(f"--start {config.start}: that run is of another driver")
+        return changed(config, dtype=with_dtype(earlier).dtype)
+    narrow = config.model not in families.FAMILIES and jax.default_backend() != "cpu"
+    return changed(config, dtype="bfloat16" if narrow else "float32")
 
 
 def in_int8(found: Start, config: Config) -> Start:

@@ -27,10 +27,10 @@ from experiments.reasoning.engine import generate
 from experiments.reasoning.evolution import Evolution
 from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.fitting import fit
-from experiments.reasoning.questions import Questions, as_asked, repeated, texts_of
+from experiments.reasoning.questions import Questions, repeated
 from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import Completions, pack
-from experiments.reasoning.start import keep_tokenizer, save, start
+from experiments.reasoning.start import keep_tokenizer, save, start, with_dtype
 from experiments.reasoning.tasks import Question, Task
 from experiments.run.axes import GENERATED_TOKENS, SECONDS
 from experiments.run.commands import other_files
@@ -67,7 +67,9 @@ class Reasoning(LanguageTrainer[Config]):
     totals = ("prompt_tokens", "generated_tokens")
 
     def __init__(self, config: Config) -> None:
+        chosen, config = config.dtype, with_dtype(config)
         super().__init__(config)
+        self._chosen = chosen
         evolves = config.algorithm == "eggroll"
         alone = None if evolves else f"--algorithm {config.algorithm} has no population to divide"
         population = config.evolution.population
@@ -99,6 +101,8 @@ class Reasoning(LanguageTrainer[Config]):
         longest = self.questions.sampling().max_new_tokens
         self.config = self._fitted = changed(self.config, max_new_tokens=longest)
         said = [describe(self.task, self.questions)]
+        if self._chosen == "auto" and self.base.folder is not None:
+            said.append(f"Weights in {self.config.dtype}; --dtype chooses another type.")
         assert self.examiner.reward is not None  # raises now where there is none
         if self.config.algorithm == "eggroll":
             self._fitted, plan = fit(self.config, self.base, self.questions, self.layout)
@@ -180,7 +184,7 @@ class Reasoning(LanguageTrainer[Config]):
             self.questions.prompts(questions),
             jax.random.key(seed),
             sampling,
-            self.base.tokenizer.eos,
+            self.questions.ends,
             samples=samples,
             share=part,
         )
@@ -223,21 +227,22 @@ class Reasoning(LanguageTrainer[Config]):
         base = self.base
         first = jnp.int32(self.config.seed)
         params = base.params(first) if carry is None else carry.learner.params
-        given = [base.tokenizer.encode(as_asked(self.config, base, text)) for text in prompts]
+        asked = self.questions
+        given = [base.tokenizer.encode(asked.as_asked(text)) for text in prompts]
         if not all(given):
             raise UsageError(
                 "--prompt '': this model begins with nothing; give it a text to go on from"
             )
-        longest = length or self.questions.sampling().max_new_tokens
+        longest = length or asked.sampling().max_new_tokens
         written = generate(
             base.model,
             jax.tree.map(jnp.asarray, params),
             pack(given),
             jax.random.key(seed),
             Sampling(max_new_tokens=longest, temperature=temperature),
-            base.tokenizer.eos,
+            asked.ends,
         )
-        return texts_of(base, written)
+        return asked.texts(written)
 
     def export(self, carry: Carry, to: Path | None) -> str:
         """Writes the model as a folder of its own, for `--model`, `eggroll sample` and transformers."""
@@ -267,9 +272,11 @@ class Reasoning(LanguageTrainer[Config]):
 
 def describe(task: Task, questions: Questions) -> str:
     """The task in a line."""
+    out = len(task.train) - len(questions.fitting(task.train))
     return (
-        f"{task.name}: {len(task.train):,} questions to train on, "
+        f"{task.name}: {len(task.train) - out:,} questions to train on, "
         f"{len(questions.measured):,} held out, {len(questions.fresh):,} fresh."
+        + (f" {out:,} have more than --max-prompt-tokens and are left out." if out else "")
     )
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("reasoning_gym")
 from eggroll import _checks as checks
 from experiments.models import hugging_face, rwkv7_weights
 from experiments.reasoning.config import PRESETS
-from experiments.reasoning.questions import as_asked
+from experiments.reasoning.questions import Questions
 from experiments.reasoning.start import start
 from experiments.reasoning.train import Reasoning
 from experiments.run.cli import main
@@ -124,10 +124,16 @@ def test_what_is_read_stays_on_the_host(
 def test_a_chat_is_asked_and_ended_as_the_folder_says(qwen: Path) -> None:
     config = changed(PRESETS["countdown"], model=str(qwen))
     base = start(config)
-    plain = as_asked(config, base, "1+1?")
+    asked = lambda config: Questions(config, base, pytest.fail).as_asked("1+1?")
+    plain = asked(config)
     assert plain == "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     quiet = changed(config, chat_settings='{"enable_thinking": false}')
-    assert as_asked(quiet, base, "1+1?") == plain + "<think>\n\n</think>\n\n"
+    assert asked(quiet) == plain + "<think>\n\n</think>\n\n"
+    short = asked(changed(config, system="Be short."))
+    assert short == "<|im_start|>system\nBe short.<|im_end|>\n" + plain
+    # On a CPU weights are read in float32.
+    assert config.dtype == "auto"
+    assert {x.dtype for x in jax.tree.leaves(base.params(0))} == {np.dtype("float32")}
     ends = [base.tokenizer.model.token_to_id(x) for x in (model_folders.STOP, model_folders.END)]
     assert list(base.tokenizer.eos) == ends
     # Each special token is one, and none of them is in what was written.

@@ -17,8 +17,11 @@ from experiments.models import hugging_face, tokens
 from experiments.reasoning import tasks
 from experiments.reasoning.config import PRESETS, Config
 from experiments.reasoning.evolution import Evolution, anchored, objective
+from experiments.reasoning.questions import Questions
+from experiments.reasoning.sequences import Completions
 from experiments.reasoning.start import keep_tokenizer, start
-from experiments.reasoning.train import Reasoning, in_words
+from experiments.reasoning.tasks import Question
+from experiments.reasoning.train import Reasoning, describe, in_words
 from experiments.run.cli import main
 from experiments.run.commands import trainer_of
 from experiments.run.errors import UsageError
@@ -431,3 +434,41 @@ def test_what_was_learned_is_told_by_fresh_questions_alone(tmp_path: Path) -> No
 def test_every_preset_can_be_right() -> None:
     for config in PRESETS.values():
         config.check()
+
+
+def test_long_prompts_are_left_out_and_answers_end_at_texts(tmp_path: Path) -> None:
+    config = changed(PRESETS["tiny"], run_dir=tmp_path, max_new_tokens=4)
+    base = start(config)
+    task = tasks.load("sums", digits=2)
+    asked = lambda **changes: Questions(changed(config, **changes), base, lambda: task)
+    whole, short = asked(), asked(max_prompt_tokens=4)
+    prompts = [len(one.prompt) for one in task.train]
+    assert (min(prompts), max(prompts)) == (4, 6)
+    assert len(whole.trained) == len(task.train)
+    assert {len(one.prompt) for one in (*short.trained, *short.measured, *short.fresh)} == {4}
+    assert f"{sum(n > 4 for n in prompts):,} have more than --max-prompt-tokens" in describe(
+        task, short
+    )
+    with pytest.raises(UsageError, match="--max-prompt-tokens must be at least 4, .* got 3"):
+        asked(max_prompt_tokens=3).trained  # noqa: B018
+    # Bytes have the text of one token in them, or none of two.
+    stopped = asked(stop=("7", "34"))
+    assert stopped.ends == (*base.tokenizer.eos, ord("7"))
+    end = base.tokenizer.eos[0]
+    rows = [[ord(x) for x in text] for text in ("127\0", "1345", "12\0\0", "1234")]
+    rows[2][2] = end
+    tokens, lengths = np.array(rows, np.int32), np.array([3, 4, 3, 4], np.int32)
+    written = Completions(tokens, lengths, lengths < 4, np.zeros((4, 4)), np.zeros(4))
+    assert stopped.texts(written) == ["12", "1", "12", "12"]
+    assert whole.texts(written) == ["127", "1345", "12", "1234"]
+
+
+def test_texts_that_are_longer_than_the_model_was_made_for_are_refused(tmp_path: Path) -> None:
+    config = changed(PRESETS["tiny"], run_dir=tmp_path, max_new_tokens=4)
+    base = start(config)
+    base = base._replace(model=base.model._replace(context=8))
+    questions = Questions(config, base, lambda: tasks.load("sums", digits=1))
+    questions.prompts([Question("1+2=", "3")])
+    told = "the prompt '1[+]22=1'... has 6 tokens, which with 4 .* than the 8 .*: --max-prompt-tokens 4"
+    with pytest.raises(UsageError, match=told):
+        questions.prompts([Question("1+22=1", "3")])
