@@ -7,6 +7,7 @@ from eggroll import integer as integer
 from eggroll import noise as noise
 from eggroll import plan as plan
 from eggroll import shaping as shaping
+from eggroll.factors import Factors as Factors
 from eggroll.interpret import DenseBuildError as DenseBuildError
 from eggroll.interpret import DenseBuildWarning as DenseBuildWarning
 from eggroll.interpret import MemberLoopWarning as MemberLoopWarning
@@ -25,6 +26,7 @@ __all__ = [
     "DenseBuildError",
     "DenseBuildWarning",
     "EvolutionStrategy",
+    "Factors",
     "Frozen",
     "Given",
     "Matrix",

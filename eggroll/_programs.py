@@ -17,6 +17,7 @@ from eggroll._calling import Function
 from eggroll._checks import gradients as check_gradients
 from eggroll._settings import Settings
 from eggroll.arithmetic import Outcome
+from eggroll.factors import Factors, factors_of
 from eggroll.inputs import Generation, begin
 from eggroll.members import SecondPass, Task, map_members
 from eggroll.perturbation import built_member, draw
@@ -187,6 +188,11 @@ def member(settings: Settings, state: State, i: Int[Array, ""]) -> PyTree:
     sign = (1 - 2 * (i % 2)).astype(g.arithmetic.sign_type)
     drawn = draw(g.plan, g.noise, g.seed, g.epoch, i // 2)
     return built_member(g.plan, state.params, drawn, g.noise_sigma, sign)
+
+
+@_program(0)
+def factors(settings: Settings, state: State, i: Int[Array, ""]) -> dict[str, Factors]:
+    return factors_of(begin(settings, state), state.params, i)
 
 
 @_program(0)

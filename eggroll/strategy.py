@@ -20,6 +20,7 @@ from eggroll import noise as noises
 from eggroll._calling import Function, one_of
 from eggroll._settings import Settings
 from eggroll.arithmetic import Outcome
+from eggroll.factors import Factors
 from eggroll.interpret import Context
 from eggroll.members import Task
 from eggroll.plan import Nodes, Plan, table
@@ -178,6 +179,35 @@ class EvolutionStrategy(Settings):
         self._check_members(state)
         members = checks.members(indices, self.population, axes=1)
         return programs.ask(self, checks.state(state), members)
+
+    def factors(self, state: State, i: Member) -> dict[str, Factors]:
+        """The noise of member ``i`` of the coming generation, as the factors of an adapter.
+
+        Args:
+          state: the state before that generation.
+          i: an index from 0 to population - 1; may be traced.
+
+        Returns:
+          By path, the factors of every perturbed parameter: the member has ``scale * sum_r a[r] * b[r]``
+          added to the mean, which is not built.
+
+        Raises:
+          ValueError: ``i`` is not an integer or is out of range, or a parameter has noise without
+            factors: dense noise, node noise, or the noise of int8 parameters.
+
+        Example:
+          >>> import optax
+          >>> es = EvolutionStrategy(optimizer=optax.sgd(0.1), population=8, sigma=0.1, rank=2)
+          >>> state = es.init({"w": jnp.zeros((64, 32))}, 0)
+          >>> a, b, scale = es.factors(state, 3)["w"]
+          >>> a.shape, b.shape
+          ((2, 64, 1), (2, 1, 32))
+          >>> bool(jnp.allclose(es.member(state, 3)["w"], scale * (a * b).sum(0), atol=1e-6))
+          True
+        """
+        self._check_members(state)
+        members = checks.members(i, self.population, axes=0)
+        return programs.factors(self, checks.state(state), members)
 
     def _check_members(self, state: State) -> None:
         """Raises ValueError if a parameter has node noise."""

@@ -39,6 +39,7 @@ ROOMS = {
     "inputs": {
         "_settings", "arithmetic", "nodes", "interpret", "noise", "plan", "population", "state", *BASE,
     },
+    "factors": {"inputs", "noise", "perturbation", "plan", "population", "values", *BASE},
     "members": {
         "_checks", "_settings", "arithmetic", "estimator", "inputs", "interpret", "nodes", "noise",
         "perturbation", "plan", "population", *BASE,
@@ -48,13 +49,12 @@ ROOMS = {
         "perturbation", "plan", "population", "state", *BASE,
     },
     "_programs": {
-        "_checks", "_settings", "arithmetic", "generation", "inputs", "members", "perturbation",
-        "population", "state",
-        *BASE,
+        "_checks", "_settings", "arithmetic", "factors", "generation", "inputs", "members",
+        "perturbation", "population", "state", *BASE,
     },
     "strategy": {
-        "_checks", "_programs", "_settings", "arithmetic", "exchange", "inputs", "interpret", "members",
-        "noise", "perturbation", "plan", "population", "state", *BASE,
+        "_checks", "_programs", "_settings", "arithmetic", "exchange", "factors", "inputs", "interpret",
+        "members", "noise", "perturbation", "plan", "population", "state", *BASE,
     },
     "integer": {"strategy", "noise", "shaping", "values", *BASE},
 }  # fmt: skip
