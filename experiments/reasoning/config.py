@@ -187,7 +187,8 @@ class Config(RunSettings):
         for name, given in (("sigma_scale", self.sigma_scale != "same"), ("only", self.only)):
             if given and self.algorithm != "eggroll":
                 raise UsageError(
-                    f"{flag(name)}: it is about noise, and --algorithm {self.algorithm} has none; choose eggroll"
+                    f"{flag(name)}: it is about noise, and --algorithm {self.algorithm} has none; "
+                    "choose eggroll"
                 )
         if self.quantised and self.sigma_scale != "same":
             raise UsageError(

@@ -239,7 +239,8 @@ def in_noise_units(
 
     def times(tree: PyTree, power: int) -> PyTree:
         def one(keys: Any, x: Array) -> Array:
-            return x * sigmas[jax.tree_util.keystr(keys, simple=True, separator="/")] ** power
+            sigma = sigmas[jax.tree_util.keystr(keys, simple=True, separator="/")] ** power
+            return x * (sigma if isinstance(sigma, float) else jnp.asarray(sigma, x.dtype))
 
         return None if tree is None else jax.tree_util.tree_map_with_path(one, tree)
 

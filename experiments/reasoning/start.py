@@ -14,6 +14,7 @@ from experiments.models.family import ModelConfig
 from experiments.models.tokens import AnyTokenizer
 from experiments.reasoning.config import Config
 from experiments.reasoning.language_model import LanguageModel, language_model
+from experiments.reasoning.planning import planner_of
 from experiments.reasoning.tasks import Task
 from experiments.run import hosts
 from experiments.run.commands import read_run
@@ -69,7 +70,9 @@ def start(config: Config, task: Callable[[], Task] | None = None) -> Start:
         raise UsageError(
             f"--chat: the tokenizer of {config.start or config.model} has no chat template; choose --no-chat"
         )
-    return in_int8(found, config) if config.quantised else found
+    found = in_int8(found, config) if config.quantised else found
+    plan = planner_of(config, found.model.plan, found.params)
+    return found._replace(model=found.model._replace(plan=plan))
 
 
 def with_dtype(config: Config) -> Config:
