@@ -4,6 +4,9 @@ The estimate for a minimiser is ``-(1/N) sum_i w_i E_i / sigma`` (arXiv 2511.166
 the plain scale of an ES gradient). The members of a pair have opposite noise. With
 ``d_p = w_2p - w_2p+1`` the estimate is ``-(1/N) sum_p d_p A_p B_p^T / (sqrt(r) sigma)``: one matrix
 product that contracts (pair, rank).
+
+In subspaces the noise of a pair is ``sqrt(K) M_p E_p`` for a mask ``M_p`` that keeps one entry of K; the
+estimate for an entry is then the mean over the N / K members that perturb it.
 """
 
 import functools
@@ -203,7 +206,9 @@ def gradient(plan: Plan, sums: Sums, sigma: Sigma, members: Int[AnyArray, ""]) -
             return None
         # Sums of node noise contain the factor of the parameter.
         own = 1.0 if isinstance(leaf.treatment, Nodes) else leaf.sigma
-        estimate = leaf.arithmetic.gradient(total, own, leaf.root_rank, sigma, members)
+        estimate = leaf.arithmetic.gradient(
+            total, own, leaf.root_rank, sigma, members, leaf.root_subspaces
+        )
         if leaf.slices is not None:
             # The noise of a slice has the square of its factor as its variance.
             estimate *= jnp.asarray(1 / np.square(leaf.slices.array), estimate.dtype)

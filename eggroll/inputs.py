@@ -93,13 +93,20 @@ def plan_of(settings: Settings, params: PyTree) -> Plan:
     """The plan of the parameters: the treatment of every leaf.
 
     Raises:
-      ValueError: the arithmetic of the strategy cannot train a leaf.
+      ValueError: the arithmetic of the strategy cannot train a leaf, or subspaces do not divide the pairs.
     """
     plan = settings.plan(params, settings.rank)
     plan = plan.with_nodes() if settings.perturb == "nodes" else plan
     for leaf in plan.leaves:
         trained_by = leaf.arithmetic if leaf.trainable else None
         settings.arithmetic.check_leaf(leaf.path, leaf.dtype, trained_by)
+    pairs = settings.population // 2
+    for leaf in plan.leaves:
+        if pairs % leaf.subspaces:
+            raise ValueError(
+                f"population={settings.population}: must be a multiple of {2 * leaf.subspaces}, so that "
+                f"each of the plan's {leaf.subspaces} subspaces has as many pairs"
+            )
     # The leaves of the parameters are the first leaves of a state.
     specs = specs_of(params, settings.mesh) if settings.specs is None else settings.specs
     return plan if specs is None else plan.placed(specs[: len(plan.leaves)])

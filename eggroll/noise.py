@@ -39,6 +39,7 @@ class Role(enum.IntEnum):
     DENSE = 2
     FITNESS_KEY = 3
     NODE = 4
+    SUBSPACE = 5
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,35 @@ def bits_at(
 ) -> UInt32[Array, "..."]:
     """The 32 random bits behind the samples at the given positions of an array with this key."""
     return _hash(word0, word1, index)
+
+
+def groups_at(
+    word0: UInt32[Array, ""], word1: UInt32[Array, ""], index: UInt32[Array, "..."], count: int
+) -> UInt32[Array, "..."]:
+    """The group, from 0 to ``count - 1``, of each position: a random partition in equal parts.
+
+    Every block of ``count`` consecutive positions has one position of each group, in an order that is
+    uniform over permutations and independent of other blocks. A group therefore has ``size / count``
+    positions, up to one.
+
+    Args:
+        word0: first word of the key.
+        word1: second word of the key.
+        index: positions.
+        count: number of groups.
+
+    Example:
+        >>> words = jnp.array([1, 2], jnp.uint32)
+        >>> groups_at(words[0], words[1], jnp.arange(8, dtype=jnp.uint32), 4).tolist()
+        [3, 2, 1, 0, 1, 2, 3, 0]
+    """
+    # A position's group is the rank of its bits in its block; equal bits rank by position.
+    slot = index % count
+    slots = jnp.arange(count, dtype=jnp.uint32)
+    others = bits_at(word0, word1, (index - slot)[..., None] + slots)
+    own = bits_at(word0, word1, index)[..., None]
+    before = (others < own) | ((others == own) & (slots < slot[..., None]))
+    return before.sum(-1, dtype=jnp.uint32)
 
 
 def counter_at(

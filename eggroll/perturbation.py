@@ -1,14 +1,16 @@
 """The parameters of a member, lazy or built, from a plan and the noise of its pair."""
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Array as AnyArray
 from jaxtyping import Int, Num, PyTree, UInt32
 
 from eggroll.arithmetic import Sigma
 from eggroll.interpret.node_pass import NodePass
-from eggroll.noise import Noise, Role, stream
+from eggroll.noise import Noise, Role, groups_at, stream
 from eggroll.plan.leaf import Leaf, Plan
 from eggroll.plan.treatments import Matrix, Nodes
 from eggroll.population.placement import constrain
@@ -38,7 +40,8 @@ def draw(
 
     Returns:
       For each leaf ``(A [rank, *axes], B [rank, *axes])``, ``(E [*shape],)`` (two factors
-      ``[1, *shape]`` for integers) or ``()``. The slices of a leaf have their factors on sigma in it.
+      ``[1, *shape]`` for integers) or ``()``. The slices of a leaf have their factors on sigma in it, and
+      what is outside the subspace of the pair is 0.
     """
 
     def of(leaf: Leaf) -> Draw:
@@ -52,9 +55,47 @@ def draw(
             assert leaf.sliced is not None
             x = drawn[leaf.sliced]
             drawn[leaf.sliced] = x * jnp.asarray(leaf.slices.array, x.dtype)
+        if leaf.subspaces > 1:
+            x = drawn[leaf.masked]
+            inside = subspaces_of(leaf, seed, epoch) == (pair % leaf.subspaces).astype(jnp.uint32)
+            drawn[leaf.masked] = jnp.where(inside, x, jnp.zeros((), x.dtype))
         return tuple(drawn)
 
     return [of(leaf) for leaf in plan.leaves]
+
+
+def subspaces_of(
+    leaf: Leaf, seed: UInt32[AnyArray, "2"], epoch: Int[AnyArray, ""]
+) -> UInt32[AnyArray, "..."]:
+    """The subspace of every position of a leaf: a pure function of (seed, epoch, path).
+
+    Args:
+      leaf: the parameter.
+      seed: the words of the run's seed.
+      epoch: generation // noise_reuse.
+
+    Returns:
+      Numbers from 0 to ``leaf.subspaces - 1``, with the axes of the leaf, of size 1 along those that
+      are not divided. Each matrix of a stack has a division of its own.
+    """
+    axes = leaf.divided
+    batch = leaf.treatment.batch if isinstance(leaf.treatment, Matrix) else ()
+    words = stream(seed, leaf.path, epoch, 0, Role.SUBSPACE)
+    shape = [n if axis in (*axes, *batch) else 1 for axis, n in enumerate(leaf.shape)]
+    # Every matrix starts with a block of its own.
+    size = math.prod(leaf.shape[axis] for axis in axes)
+    stride = leaf.subspaces * -(-size // leaf.subspaces)
+    index = _index(shape, batch) * jnp.uint32(stride) + _index(shape, axes)
+    return groups_at(words[0], words[1], index, leaf.subspaces)
+
+
+def _index(shape: list[int], axes: tuple[int, ...]) -> UInt32[AnyArray, "..."]:
+    """The row-major position of every entry along some axes, ``[*shape]``."""
+    index = jnp.zeros(shape, jnp.uint32)
+    for k, axis in enumerate(axes):
+        stride = math.prod(shape[after] for after in axes[k + 1 :])
+        index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
+    return index
 
 
 def draw_pairs(
@@ -114,9 +155,10 @@ def perturb(
             return nodes.region.adopt(root(w, 0, (leaf.path,), leaf.sigma))
         if not drawn:
             return w
+        own = leaf.sigma * leaf.root_subspaces
         if isinstance(leaf.treatment, Matrix):
-            return how.low_rank(w, drawn, sign, sigma, leaf.sigma, leaf.root_rank, leaf.path)
-        return how.dense(w, drawn, sign, sigma, leaf.sigma, leaf.path)
+            return how.low_rank(w, drawn, sign, sigma, own, leaf.root_rank, leaf.path)
+        return how.dense(w, drawn, sign, sigma, own, leaf.path)
 
     return jax.tree.unflatten(
         tree, [of(*each) for each in zip(plan.leaves, leaves, draws, strict=True)]

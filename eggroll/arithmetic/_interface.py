@@ -183,8 +183,18 @@ class Arithmetic(abc.ABC):
         root_rank: float,
         sigma: Sigma,
         members: Int[AnyArray, ""],
+        root_subspaces: float = 1.0,
     ) -> Array:
-        """The gradient for a minimiser, from a sum of noise over the population."""
+        """The gradient for a minimiser, from a sum of noise over the population.
+
+        Args:
+          total: the sum.
+          leaf_sigma: the factor on sigma for this parameter.
+          root_rank: the square root of the rank.
+          sigma: the sigma of the generation.
+          members: as in :class:`Weighed`.
+          root_subspaces: the factor that the noise of members has beside, and the sum has not.
+        """
 
     @abc.abstractmethod
     def in_range(self, trained: Array) -> Array:

@@ -97,9 +97,10 @@ class Floats(Arithmetic):
         root_rank: float,
         sigma: Sigma,
         members: Int[AnyArray, ""],
+        root_subspaces: float = 1.0,
     ) -> Array:
         count = jnp.maximum(members, 1).astype(jnp.float32)
-        factor = 1 / (root_rank * leaf_sigma * sigma * count)
+        factor = root_subspaces / (root_rank * leaf_sigma * sigma * count)
         return -total * factor.astype(total.dtype)
 
     def in_range(self, trained: Array) -> Array:

@@ -101,8 +101,13 @@ class Integers(Arithmetic):
         root_rank: float,
         sigma: Sigma,
         members: Int[AnyArray, ""],
+        root_subspaces: float = 1.0,
     ) -> Array:
-        # The optimizer applies the scale.
+        # The optimizer applies the scale; it expects the spread of a sum over all decided pairs.
+        if root_subspaces > 1:
+            times = int(root_subspaces)
+            limit = fixed_point.INT32_MAX // times
+            total = jnp.clip(total, -limit, limit) * times
         return -total
 
     def in_range(self, trained: Array) -> Array:

@@ -21,6 +21,7 @@ from eggroll.plan.scaled import Factor as Factor
 from eggroll.plan.scaled import relative as relative
 from eggroll.plan.scaled import rms_of as rms_of
 from eggroll.plan.scaled import scaled as scaled
+from eggroll.plan.subspaces import subspaces as subspaces
 from eggroll.plan.treatments import Axes as Axes
 from eggroll.plan.treatments import Dense as Dense
 from eggroll.plan.treatments import Frozen as Frozen

@@ -125,5 +125,5 @@ def _frozen(leaf: Leaf, reason: str) -> Leaf:
     # As for an int8 parameter that was never trained: quantised arithmetic is for trained ones alone.
     arithmetic = INTEGERS if leaf.dtype == jnp.int8 else leaf.arithmetic
     return dataclasses.replace(
-        leaf, treatment=Frozen(), reason=reason, arithmetic=arithmetic, slices=None
+        leaf, treatment=Frozen(), reason=reason, arithmetic=arithmetic, slices=None, subspaces=1
     )

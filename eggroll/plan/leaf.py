@@ -49,6 +49,7 @@ class Leaf:
       spec: the sharding of the parameter on the mesh; None if it is unknown.
       slices: factors on sigma that vary along axes of the parameter, such as one a layer of a stack; None
         for one sigma.
+      subspaces: the number of disjoint subspaces that the pairs are divided over; 1 for none.
     """
 
     path: str
@@ -60,6 +61,7 @@ class Leaf:
     named: bool = False
     spec: jax.sharding.PartitionSpec | None = None
     slices: Slices | None = None
+    subspaces: int = 1
 
     @property
     def trainable(self) -> bool:
@@ -112,6 +114,26 @@ class Leaf:
     def root_rank(self) -> float:
         """The divisor that gives the entries of ``sum_r A_r B_r`` unit variance."""
         return math.sqrt(self.rank)
+
+    @property
+    def root_subspaces(self) -> float:
+        """The factor on sigma inside a subspace, so that the noise of a member has the same expected norm."""
+        return math.sqrt(self.subspaces)
+
+    @property
+    def divided(self) -> tuple[int, ...]:
+        """The axes that subspaces divide: the longer of rows and columns, or all of dense noise."""
+        t = self.treatment
+        if not isinstance(t, Matrix):
+            return tuple(range(len(self.shape)))
+        size = lambda axes: math.prod(self.shape[axis] for axis in axes)
+        return t.columns if size(t.columns) >= size(t.rows) else t.rows
+
+    @property
+    def masked(self) -> int:
+        """Which array of the noise is masked to a subspace: the one that varies along :attr:`divided`."""
+        t = self.treatment
+        return 1 if isinstance(t, Matrix) and self.divided == t.columns else 0
 
     def noise_shapes(self) -> tuple[Shape, ...]:
         """The shapes of the noise of one pair.
@@ -192,6 +214,11 @@ class Plan:
         def of(leaf: Leaf) -> Leaf:
             if leaf.named or not leaf.trainable or isinstance(leaf.treatment, Given):
                 return leaf
+            if leaf.subspaces > 1:
+                raise ValueError(
+                    f"parameter {leaf.path!r}: plan.subspaces needs weight noise, so perturb must be "
+                    "'weights'"
+                )
             if leaf.slices is not None:
                 raise ValueError(
                     f"parameter {leaf.path!r}: expected one factor on sigma with perturb='nodes', got "
@@ -200,6 +227,11 @@ class Plan:
             return dataclasses.replace(leaf, treatment=Nodes(leaf.sigma), reason="perturb='nodes'")
 
         return Plan(tuple(map(of, self.leaves)))
+
+    @property
+    def subspaces(self) -> int:
+        """The largest number of subspaces of any parameter; 1 for none."""
+        return max(leaf.subspaces for leaf in self.leaves)
 
     @property
     def specs(self) -> tuple[jax.sharding.PartitionSpec | None, ...]:

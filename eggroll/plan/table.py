@@ -30,7 +30,7 @@ def describe(plan: Plan, built: Mapping[str, Sequence[str]], sites: Sequence[Sit
             kind += f", batch {_listed(t.batch)}" if t.batch else ""
         else:
             kind = _KINDS[type(t)]
-        kind += _sigma(leaf)
+        kind += _sigma(leaf) + _subspaces(leaf)
         why = leaf.reason
         if leaf.path in built:
             why += f"; BUILT for every member by {', '.join(built[leaf.path])}"
@@ -63,6 +63,17 @@ def _sigma(leaf: Leaf) -> str:
     if leaf.slices is not None:
         return f", sigma x{np.min(leaf.scale):.4g} to x{np.max(leaf.scale):.4g}"
     return f", sigma x{leaf.sigma:g}" if leaf.sigma not in (0, 1) else ""
+
+
+def _subspaces(leaf: Leaf) -> str:
+    """The subspaces of a parameter in a row."""
+    if leaf.subspaces == 1:
+        return ""
+    t = leaf.treatment
+    what = "entries"
+    if isinstance(t, Matrix):
+        what = "columns" if leaf.divided == t.columns else "rows"
+    return f", {leaf.subspaces} subspaces of {what}"
 
 
 def _nodes(path: str, sites: Sequence[Site]) -> str:

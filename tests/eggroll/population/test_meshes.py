@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 import eggroll
 from eggroll import EvolutionStrategy, integer
 from eggroll import _programs as programs
+from eggroll.plan import by_shape, relative, subspaces
 
 P = jax.P
 D = 64
@@ -175,6 +176,11 @@ def laid_out_alike(tree, like):
         ((2, 2), dict(rank="full", exchange="fitness")),
         pytest.param((1, 4), dict(factor_memory=0, agreement=True), marks=pytest.mark.soak),
         ((2, 2), dict(deterministic=True)),
+        ((2, 2), dict(plan=subspaces(by_shape(), 4), rank=3)),
+        pytest.param(
+            (2, 2), dict(plan=subspaces(by_shape(), 4), rank="full"), marks=pytest.mark.soak
+        ),
+        ((4, 2), dict(plan=relative(by_shape(), make_params(dtype=np.float64)))),
     ],
     ids=str,
 )
