@@ -1,6 +1,7 @@
 """The settings of `eggroll reasoning`, and its presets. Imports nothing heavy."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -77,6 +78,17 @@ class Writing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probing:
+    """Finding sigma before a run, as `eggroll probe` does."""
+
+    probe: bool = setting(False, role=Role.FREE)
+    """Before a new run let the population answer at several sigmas, and take the sigma and learning rate
+    that suit. They are recorded with the run's settings: a run that goes on keeps them."""
+    probe_sigmas: tuple[float, ...] = setting((), role=Role.FREE)
+    """Up to six sigmas to try; by default five from a quarter of --sigma to four times it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(RunSettings):
     """Fine-tune a language model on answers that can be checked, with or without backpropagation."""
 
@@ -146,6 +158,8 @@ class Config(RunSettings):
     sigma_scale: Literal["same", "rms"] = "same"
     """What sigma is multiplied by: 1 for all parameters, or for each matrix its root mean square when
     training begins, so that a sigma of 0.01 moves every matrix by 1%."""
+    probing: Flat[Probing] = Probing()
+    """Finding sigma before a run."""
     noise_reuse: int = count(1)
     """Generations that see the same noise."""
     tensor_parallel: int = count(1, role=Role.ROUNDING)
@@ -190,6 +204,7 @@ class Config(RunSettings):
                     f"{flag(name)}: it is about noise, and --algorithm {self.algorithm} has none; "
                     "choose eggroll"
                 )
+        self._check_probing()
         if self.quantised and self.sigma_scale != "same":
             raise UsageError(
                 f"--sigma-scale {self.sigma_scale}: the noise of --quantised is in steps of its matrices; "
@@ -223,6 +238,20 @@ class Config(RunSettings):
         self.settled()
         if self.chat_arguments() and not self.chat:
             raise UsageError(f"--chat-settings {self.chat_settings!r}: they are those of --chat")
+
+    def _check_probing(self) -> None:
+        own = self.probing
+        if own.probe and (self.algorithm != "eggroll" or self.fitness != "reward"):
+            what = "algorithm" if self.algorithm != "eggroll" else "fitness"
+            raise UsageError(
+                f"--probe: it compares rewards of a population, and --{what} {getattr(self, what)} has none; "
+                "leave one of them out"
+            )
+        sigmas = own.probe_sigmas
+        if len(sigmas) > 6 or not all(0 < sigma < math.inf for sigma in sigmas):
+            raise UsageError(
+                f"--probe-sigmas {' '.join(map(str, sigmas))}: must be one to six positive numbers"
+            )
 
     def check_places(self) -> None:
         """Raises UsageError for the first file, folder or name outside the settings that is not there."""

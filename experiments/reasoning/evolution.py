@@ -19,7 +19,7 @@ from experiments.reasoning.config import Config
 from experiments.reasoning.engine import Share, stream, unseen
 from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.questions import Questions, repeated
-from experiments.reasoning.sequences import joined, tokens_read
+from experiments.reasoning.sequences import Completions, joined, tokens_read
 from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question
 from experiments.run import learners
@@ -55,6 +55,28 @@ def strategy(config: Config, base: Start, layout: Layout = ONE) -> eggroll.Evolu
         shaping=eggroll.shaping.per_task(),
         noise_reuse=config.noise_reuse,
     )
+
+
+class Answers(NamedTuple):
+    """What a population answered; tables are [population, asked].
+
+    Attributes:
+        asked: the questions, each as often as it is answered.
+        texts: objects, the answers.
+        completions: their tokens.
+        rewards: NaN for those that are not known.
+        parts: the same for each reward that these are summed from, by its name.
+        late: share of rewards that were given up for their time.
+        tokens_read: of prompts, by a member.
+    """
+
+    asked: Sequence[Question]
+    texts: np.ndarray
+    completions: Completions
+    rewards: np.ndarray
+    parts: Mapping[str, np.ndarray]
+    late: float
+    tokens_read: int
 
 
 class Evolution:
@@ -150,11 +172,30 @@ class Evolution:
         self, state: Any, questions: Sequence[Question], share: Share
     ) -> tuple[Float[np.ndarray, "population prompts"], dict[str, Any]]:
         """Scores of what every member answers, and a row about the answers."""
+        found, members = self.answers(state, questions, share), self._config.evolution.population
+        completions = found.completions
+        row: dict[str, Any] = diagnostics.summary(
+            found.rewards,
+            found.texts.tolist(),
+            found.parts if len(found.parts) > 1 else None,
+            completions.lengths,
+            completions.ended,
+            completions.entropy,
+        )
+        right = [one.answer for one in found.asked] * members
+        row |= diagnostics.of_rewards(found.rewards.ravel(), found.texts.ravel().tolist(), right)
+        row["late_rewards"] = found.late
+        row["prompt_tokens"] = members * found.tokens_read
+        row["generated_tokens"] = int(completions.lengths.sum())
+        return objective(found.rewards, self._config), row
+
+    def answers(self, state: Any, questions: Sequence[Question], share: Share = unseen) -> Answers:
+        """What every member of the coming generation answers, and its rewards."""
         config, examiner = self._config, self._examiner
         asked = repeated(questions, config.samples)
         prompts = self._questions.prompts(asked)
         members = config.evolution.population
-        parts, texts, handles, answers = [], [], [], list[str]()
+        parts, texts, handles = [], [], []
         for part in stream(
             self._base.model,
             self.es,
@@ -167,7 +208,6 @@ class Evolution:
         ):
             # Processes compute these rewards while the next questions are answered.
             own = [asked[i] for i in part.which] * len(part.completions.lengths)
-            answers += [one.answer for one in own]
             texts.append(self._questions.texts(part.completions))
             handles.append(examiner.submit(texts[-1], own))
             parts.append(part)
@@ -181,24 +221,16 @@ class Evolution:
                 part.place(whole, own)
             return whole
 
-        rewards = join(one.rewards for one in found)
-        by_name = {name: join(one.parts[name] for one in found) for name in found[0].parts}
         written = (np.array(t, object).reshape(s) for t, s in zip(texts, shapes, strict=True))
-        completions = joined(parts, members, len(asked))
-        row: dict[str, Any] = diagnostics.summary(
-            rewards,
-            join(written).tolist(),
-            by_name if len(by_name) > 1 else None,
-            completions.lengths,
-            completions.ended,
-            completions.entropy,
+        return Answers(
+            asked=asked,
+            texts=join(written),
+            completions=joined(parts, members, len(asked)),
+            rewards=join(one.rewards for one in found),
+            parts={name: join(one.parts[name] for one in found) for name in found[0].parts},
+            late=float(np.mean([one.late for one in found])),
+            tokens_read=tokens_read(prompts),
         )
-        every = np.concatenate([one.rewards.ravel() for one in found])
-        row |= diagnostics.of_rewards(every, [text for some in texts for text in some], answers)
-        row["late_rewards"] = float(np.mean([one.late for one in found]))
-        row["prompt_tokens"] = members * tokens_read(prompts)
-        row["generated_tokens"] = int(completions.lengths.sum())
-        return objective(rewards, config), row
 
 
 def objective(rewards: np.ndarray, config: Config) -> np.ndarray:

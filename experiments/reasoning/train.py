@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from experiments.reasoning import diagnostics, rewards, scores, tasks
+from experiments.reasoning import probe as probing
 from experiments.reasoning.answers import extract
 from experiments.reasoning.backprop import GroupPolicy, Supervised
 from experiments.reasoning.config import Config
@@ -27,11 +28,13 @@ from experiments.reasoning.engine import generate
 from experiments.reasoning.evolution import Evolution
 from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.fitting import fit
+from experiments.reasoning.hints import hints
 from experiments.reasoning.questions import Questions, repeated
 from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import Completions, pack
 from experiments.reasoning.start import keep_tokenizer, save, start, with_dtype
 from experiments.reasoning.tasks import Question, Task
+from experiments.run import hosts
 from experiments.run.axes import GENERATED_TOKENS, SECONDS
 from experiments.run.commands import other_files
 from experiments.run.devices import layout_of
@@ -107,10 +110,31 @@ class Reasoning(LanguageTrainer[Config]):
         if self.config.algorithm == "eggroll":
             self._fitted, plan = fit(self.config, self.base, self.questions, self.layout)
             said.append(plan.describe())
+        if self.config.probing.probe:
+            said += self._take_sigma()
         if self.config.start is not None and (warning := other_files(self.config.start)):
             said.append(warning)
         assert self.learner is not None
         return said
+
+    def probe(self) -> probing.Probe:
+        """What the population answers at several sigmas; asked for after the notes, and before training."""
+        return probing.probe(self._fitted, self.base, self.questions, self.examiner, self.layout)
+
+    def _take_sigma(self) -> Sequence[str]:
+        """Settles sigma and the learning rate: as the run folder has them, or as a probe finds them."""
+        told, values = list[str](), probing.recorded(self.config)
+        if values is None:
+            found = self.probe()
+            if found.choice.sigma is None:
+                hosts.say(found.describe())
+                raise UsageError(
+                    "--probe: no sigma of these will do; the table and what to do are above"
+                )
+            told, values = [found.describe()], found.settings
+        self.config = changed(self.config, values)
+        self._fitted = changed(self._fitted, values)
+        return told
 
     @property
     def files(self) -> Sequence[Path]:  # type: ignore[override]
@@ -149,6 +173,9 @@ class Reasoning(LanguageTrainer[Config]):
             "prompt_tokens_per_second": row["prompt_tokens"] / seconds,
             "written_tokens_per_second": row["generated_tokens"] / seconds,
         }
+        if int(carry.generation) == 0:
+            for hint in hints(jax.device_get(row), self.config):
+                hosts.say(f"hint: {hint}")
         carry = carry._replace(learner=learner, generation=carry.generation + 1)
         return carry, {**row, "timing": timing}
 

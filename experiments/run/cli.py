@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 from experiments.run import stopping
 from experiments.run.errors import RUN_ME_AGAIN, Interrupted, RunError, UsageError, suggestion
-from experiments.run.fields import flag, places, value_at
+from experiments.run.fields import changed, flag, places, value_at
 
 STARTED = time.perf_counter()
 Settings = TypeVar("Settings")
@@ -233,6 +233,30 @@ def _import(args: Sequence[str]) -> int:
     return 0
 
 
+def _probe(args: Sequence[str]) -> int:
+    from experiments.run.drivers import find_driver
+
+    driver = find_driver("reasoning")
+    config = parse(driver.config, driver.presets, args, "eggroll probe").settled()
+    changed(config, probe=True).check()
+    config.check_places()
+
+    from experiments.run import hosts
+
+    with hosts.joined(config.cluster):
+        from experiments.reasoning.train import Reasoning
+        from experiments.run.compilation import keep_compiled_programs
+
+        keep_compiled_programs()
+        with Reasoning(changed(config, probe=False)) as trainer:
+            for note in trainer.notes:
+                hosts.say(note)
+            found = trainer.probe()
+        if hosts.first():
+            print(found.describe())
+    return 0
+
+
 def _sample(args: Sequence[str]) -> int:
     from experiments.run.commands import SampleSettings, sample
 
@@ -307,6 +331,9 @@ def _drivers() -> dict[str, Command]:
 COMMANDS = {
     **_drivers(),
     "study": Command("compare optimizers, each at its best learning rate", _study, True),
+    "probe": Command(
+        "find the sigma of a run of reasoning before it, with the same options", _probe
+    ),
     "sweep": Command(
         "run a driver at many settings, from a file that says what varies", _sweep, True
     ),
