@@ -4,7 +4,9 @@ Reward may rise by the format alone, most questions may say nothing since all me
 a pair may write the same text, and most of an update may be lost to rounding: each has its number here.
 """
 
+import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -177,7 +179,7 @@ def samples(rows: Iterable[Mapping[str, Any]], width: int = 40) -> str:
     """A table of completions, or whatever else: a column for each key, at most `width` characters wide.
 
     What has no shape on a page (ends of lines, control and direction characters) is written as an escape.
-    Of longer texts the middle is left out, since answers are at the end.
+    Longer texts go on below, whole.
 
     Args:
         rows: each with the same keys.
@@ -191,7 +193,8 @@ def samples(rows: Iterable[Mapping[str, Any]], width: int = 40) -> str:
         ...                {"reward": 0.25, "completion": "I wonder what it may be\\x1b[2J"}], width=16))
         reward  completion
         1.0     2 + 2\\nis 4
-        0.25    I wonde…e\\x1b[2J
+        0.25    I wonder what it
+                 may be\\x1b[2J
     """
     if width < 3:
         raise ValueError(f"width must be at least 3, got {width}")
@@ -199,9 +202,13 @@ def samples(rows: Iterable[Mapping[str, Any]], width: int = 40) -> str:
     if not told:
         return ""
     table = [list(told[0])] + [[row[name] for name in told[0]] for row in told]
-    cells = [[shorten(visible(str(cell)), width) for cell in line] for line in table]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (zip(line, widths, strict=True) for line in cells)
+    cells = [[wrapped(visible(str(cell)), width) for cell in line] for line in table]
+    widths = [max(max(map(len, cell)) for cell in column) for column in zip(*cells, strict=True)]
+    lines = (
+        zip(parts, widths, strict=True)
+        for line in cells
+        for parts in itertools.zip_longest(*line, fillvalue="")
+    )
     return "\n".join("  ".join(cell.ljust(size) for cell, size in line).rstrip() for line in lines)
 
 
@@ -215,17 +222,15 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def shorten(text: str, width: int) -> str:
-    """Beginning and end of a text, `width` characters together.
+def wrapped(text: str, width: int) -> list[str]:
+    """A text in lines of `width` characters, which end at spaces where there are some. Nothing is left out.
 
     Example:
-        >>> shorten("a long text with an answer: 4", 11)
-        'a lon…er: 4'
+        >>> wrapped("a long text with an answer: 4", 11)
+        ['a long text', ' with an ', 'answer: 4']
     """
-    if len(text) <= width:
-        return text
-    tail = width // 2
-    return text[: width - 1 - tail] + "…" + text[len(text) - tail :]
+    lines = textwrap.wrap(text, width, drop_whitespace=False, break_on_hyphens=False)
+    return lines or [""]
 
 
 def _known(rewards: Table) -> list[np.ndarray]:

@@ -12,10 +12,10 @@ from experiments.reasoning.diagnostics import (
     identical_pairs,
     no_signal,
     samples,
-    shorten,
     spread,
     summary,
     visible,
+    wrapped,
 )
 
 NAN = float("nan")
@@ -112,16 +112,18 @@ def test_nothing_that_a_model_writes_moves_the_cursor() -> None:
         {"reward": 1.0, "text": "4"},
     ]
     lines = samples(rows, width=30).split("\n")
-    assert len(lines) == 3 and all(line.isprintable() for line in lines)
-    assert [len(line) for line in lines] == [12, 38, 9]
-    assert lines[1].startswith("None    \\x1b[31mred") and lines[1].endswith("2028end")
+    assert all(line.isprintable() and len(line) <= 38 for line in lines)
+    assert lines[1].startswith("None    \\x1b[31mred") and lines[-1] == "1.0     4"
+    # Nothing is left out.
+    assert "".join(line[8:] for line in lines[1:-1]) == visible(HOSTILE * 1000)
     assert samples([]) == ""
     with pytest.raises(ValueError, match="width must be at least 3, got 2"):
         samples(rows, width=2)
 
 
 @pytest.mark.parametrize("width", [3, 4, 9, 10])
-def test_a_shortened_text_is_as_wide_as_it_may_be(width: int) -> None:
-    assert shorten("0123456789", 10) == "0123456789"
-    found = shorten("0123456789a", width)
-    assert len(found) == width and found[0] == "0" and found[-1] == "a" and "…" in found
+def test_a_wrapped_text_is_whole_and_no_wider(width: int) -> None:
+    text = "so it is  2 + 2 = 4, which-is-long"
+    lines = wrapped(text, width)
+    assert "".join(lines) == text and max(map(len, lines)) <= width
+    assert wrapped("", width) == [""]
