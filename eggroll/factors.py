@@ -44,7 +44,8 @@ def factors_of(g: Generation, params: PyTree, i: Int[Array, ""]) -> dict[str, Fa
     values = jax.tree.leaves(lazy, is_leaf=lambda value: isinstance(value, LowRank))
     for leaf, noise, value in zip(g.plan.leaves, drawn, values, strict=True):
         if isinstance(value, LowRank):
-            found[leaf.path] = Factors(*value.factors, value.scale)
+            a, b = value.factors
+            found[leaf.path] = Factors(a, b, value.scale)
         elif noise:
             raise ValueError(
                 f"parameter {leaf.path!r} has dense noise, which has no factors: must have low-rank noise"

@@ -13,6 +13,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, Key, PyTree
 
 from eggroll.plan import Planner
 from experiments.models import quantised, tokens
+from experiments.models.adapters import ModuleOf
 from experiments.models.parallel import ShardingRules
 from experiments.models.tokens import AnyTokenizer
 
@@ -78,6 +79,9 @@ class Family(Generic[C]):
             folder that the model was loaded from, or None; what belongs to the model beside its
             parameters, such as its tokenizer, is copied from there.
         tokenizer: ``(folder) -> tokenizer`` of a folder that `load` reads.
+        adapter_module: ``(path) -> name``: the module of a stack of matrices, in the names of PEFT's adapters
+            (`adapters.llama_module`), or None for another parameter. None for a family that PEFT does not
+            know.
     """
 
     name: str
@@ -101,6 +105,7 @@ class Family(Generic[C]):
     load: Callable[[Path, DTypeLike | None, bool], tuple[C, Params]]
     save: Callable[[Path, C, Params, Path | None], None]
     tokenizer: Callable[[Path], AnyTokenizer] = tokens.from_folder
+    adapter_module: ModuleOf | None = None
 
     def reads(self, told: Mapping[str, Any]) -> bool:
         """Whether `load` is for the folder of a config.json.

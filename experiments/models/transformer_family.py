@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.models import hugging_face, llama_config, transformer
+from experiments.models import adapters, hugging_face, llama_config, transformer
 from experiments.models.family import Family, Params
 from experiments.models.parallel import ShardingRules
 from experiments.models.transformer import TransformerConfig
@@ -54,4 +54,5 @@ FAMILY = Family(
     architectures=tuple(llama_config.ARCHITECTURES),
     load=hugging_face.load,
     save=_save,
+    adapter_module=adapters.llama_module,
 )

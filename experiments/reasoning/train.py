@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PyTree
 
-from experiments.reasoning import diagnostics, rewards, scores, tasks
+from experiments.reasoning import adapters, diagnostics, rewards, scores, tasks
 from experiments.reasoning import probe as probing
 from experiments.reasoning.answers import extract
 from experiments.reasoning.backprop import GroupPolicy, Supervised
@@ -42,7 +42,7 @@ from experiments.run.errors import UsageError
 from experiments.run.fields import changed
 from experiments.run.plots import Curve
 from experiments.run.progress import part
-from experiments.run.trainer import Carry, Conclusion, LanguageTrainer, Outcome
+from experiments.run.trainer import Adapts, Carry, Conclusion, LanguageTrainer, Outcome
 
 Learner = Evolution | GroupPolicy | Supervised
 BY_BACKPROPAGATION: Mapping[str, Callable[..., GroupPolicy | Supervised]] = {
@@ -55,7 +55,7 @@ RIGHT = 1.0
 SAMPLES, SHOWN = 8, 8
 
 
-class Reasoning(LanguageTrainer[Config]):
+class Reasoning(LanguageTrainer[Config], Adapts):
     """Trains a language model on a task.
 
     Args:
@@ -277,6 +277,15 @@ class Reasoning(LanguageTrainer[Config]):
         save(self.base, params, folder, self.config.dtype)
         numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
         return f"Wrote a model of {numbers:,} numbers to {folder}."
+
+    def export_update(self, carry: Carry, to: Path | None, rank: int) -> str:
+        return adapters.export_update(self.config, self.base, carry, to, rank)
+
+    def export_members(self, carry: Carry, to: Path | None, members: str) -> str:
+        if not isinstance(self.learner, Evolution):
+            raise UsageError(f"--members: {self.config.algorithm} has no population")
+        chosen = adapters.numbers(members, self.config.evolution.population)
+        return adapters.export_members(self.config, self.base, self.learner.es, carry, to, chosen)
 
     def conclude(self, config: Config, outcome: Outcome) -> Conclusion:
         """The accuracy on fresh questions, in words, and the curve of that on held-out ones."""

@@ -20,6 +20,9 @@ from experiments.run.settings import SEED
 if TYPE_CHECKING:
     from experiments.run.trainer import Carry, Trainer
 
+# Of adapters that are written, where no rank is chosen.
+ADAPTER_RANK = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
@@ -44,6 +47,14 @@ class ExportSettings:
     """The run folder."""
     to: Path | None = None
     """The file, or folder; params.safetensors, or exported, in the run folder by default."""
+    adapter: bool = False
+    """Write what was learned as an adapter (LoRA, as PEFT has it) of the model that the run began with; to
+    adapter, in the run folder by default (language models)."""
+    rank: int | None = count(None)
+    """Of the adapter, at most; 16 by default."""
+    members: str | None = None
+    """Numbers of members, as in 0,1,2 or 0-7, to be written as adapters of the mean of the population; to
+    members, in the run folder by default (language models that evolve)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +204,21 @@ def _of_model(settings: SampleSettings) -> "Trainer[Any]":
 def export(settings: ExportSettings) -> str:
     """Writes the file and says what is in it."""
     check_ranges(settings)
+    if settings.adapter and settings.members is not None:
+        raise UsageError("--adapter and --members: choose one of them")
+    if settings.rank is not None and not settings.adapter:
+        raise UsageError(f"--rank {settings.rank}: it is that of --adapter")
     if settings.to is not None:
         check_writable(settings.to.parent, f"--to {settings.to}")
     with read_run(settings.run, on_host=True) as run:
-        return run.trainer.export(run.state, settings.to)
+        if not (settings.adapter or settings.members is not None):
+            return run.trainer.export(run.state, settings.to)
+
+        from experiments.run.trainer import Adapts
+
+        if not isinstance(run.trainer, Adapts):
+            flag = "--adapter" if settings.adapter else "--members"
+            raise UsageError(f"{flag}: {settings.run} is a run without adapters")
+        if settings.members is not None:
+            return run.trainer.export_members(run.state, settings.to, settings.members)
+        return run.trainer.export_update(run.state, settings.to, settings.rank or ADAPTER_RANK)

@@ -193,6 +193,36 @@ class LanguageTrainer(Trainer[Config]):
         """
 
 
+class Adapts(ABC):
+    """A trainer whose model can be written as adapters (LoRA), which servers of language models load."""
+
+    @abstractmethod
+    def export_update(self, carry: Carry, to: Path | None, rank: int) -> str:
+        """Writes what was learned as an adapter of the model that training began with; says what was written.
+
+        Args:
+            carry: the state, on the host.
+            to: the folder; adapter, in the run folder by default.
+            rank: of the adapter, at most.
+
+        Raises:
+            UsageError: where an adapter cannot hold it.
+        """
+
+    @abstractmethod
+    def export_members(self, carry: Carry, to: Path | None, members: str) -> str:
+        """Writes members of the coming generation as adapters of the mean; says what was written.
+
+        Args:
+            carry: the state, on the host.
+            to: the folder; members, in the run folder by default.
+            members: their numbers, as in "0,1,2" or "0-7".
+
+        Raises:
+            UsageError: where their noise is no adapter's, or there are no such members.
+        """
+
+
 class Films(ABC):
     """A trainer whose episodes can be drawn."""
 
