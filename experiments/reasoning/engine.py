@@ -438,4 +438,4 @@ class _Writer(NamedTuple):
 def _check_positive(**numbers: int) -> None:
     for name, number in numbers.items():
         if number < 1:
-            raise ValueError(f"{name} is {number}: at least 1 is right")
+            raise ValueError(f"{name} must be at least 1, got {number}")

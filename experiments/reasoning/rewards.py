@@ -41,6 +41,17 @@ def exact(completions: list[str], answers: list[str], **_: Any) -> list[float]:
     return [float(right(*pair)) for pair in zip(completions, answers, strict=True)]
 
 
+def number_(completions: list[str], answers: list[str], **_: Any) -> list[float]:
+    """1 where the last number of the completion is that of the answer, in whatever sentence it stands.
+
+    Example:
+        >>> number_(["3 + 4 = 7.", "It is 8", "none"], ["7", "7", "7"])
+        [1.0, 0.0, 0.0]
+    """
+    pairs = zip(completions, answers, strict=True)
+    return [float(number(said[-LIMIT:]) == number(right) is not None) for said, right in pairs]
+
+
 def countdown(
     completions: list[str], answers: list[str], *, numbers: list[Any], target: list[Any], **_: Any
 ) -> list[float]:
@@ -132,7 +143,8 @@ def format_(completions: list[str], answers: list[str], **_: Any) -> list[float]
 
 
 REWARDS: dict[str, Reward] = {
-    "exact": exact, "countdown": countdown, "math": math_, "gym": gym, "format": format_
+    "exact": exact, "number": number_, "countdown": countdown, "math": math_, "gym": gym,
+    "format": format_,
 }  # fmt: skip
 
 
@@ -208,8 +220,8 @@ def load(name: str, where: str = "--reward") -> Reward:
         >>> load("exactly")
         Traceback (most recent call last):
         ...
-        experiments.run.errors.UsageError: there is no reward 'exactly'; choose one of exact, countdown,
-        math, gym, format, or name your own as module:function or file.py:function; did you mean 'exact'?
+        experiments.run.errors.UsageError: there is no reward 'exactly'; choose one of exact, number,
+        countdown, math, gym, format, or name your own as module:function or file.py:function; did you mean 'exact'?
     """
     if name in REWARDS:
         return REWARDS[name]

@@ -89,13 +89,13 @@ def pack(prompts: Sequence[Sequence[int]], slots: int | None = None) -> Prompts:
         Prompts(tokens=array([[5, 6, 7], [8, 0, 0]], dtype=int32), lengths=array([3, 1], dtype=int32))
     """
     if not prompts:
-        raise ValueError("there are no prompts; at least one is right")
+        raise ValueError("prompts must have at least one, got none")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     slots = int(lengths.max()) if slots is None else slots
     tokens = np.full((len(prompts), slots), PAD, np.int32)
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= slots:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; 1 to {slots} is right")
+            raise ValueError(f"prompt {i} must have 1 to {slots} tokens, got {len(prompt)}")
         tokens[i, : len(prompt)] = prompt
     return Prompts(tokens, lengths)
 
@@ -236,11 +236,11 @@ def check_tokens(prompts: Prompts, vocab: int, eos: Sequence[int]) -> None:
     slots = prompts.tokens.shape[1]
     for i, length in enumerate(prompts.lengths):
         if not 1 <= length <= slots:
-            raise ValueError(f"prompt {i} has {length} tokens; 1 to {slots} is right")
+            raise ValueError(f"prompt {i} must have 1 to {slots} tokens, got {length}")
         tokens = prompts.tokens[i, :length]
         wrong = tokens[(tokens < 0) | (tokens >= vocab)]
         if wrong.size:
-            raise ValueError(f"prompt {i} has the token {wrong[0]}; 0 to {vocab - 1} is right")
+            raise ValueError(f"tokens of prompt {i} must be from 0 to {vocab - 1}, got {wrong[0]}")
     for token in eos:
         if not 0 <= token < vocab:
-            raise ValueError(f"eos is {token}; 0 to {vocab - 1} is right")
+            raise ValueError(f"eos must be from 0 to {vocab - 1}, got {token}")

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from experiments.reasoning import rewards
 from experiments.reasoning.tasks.settings import check
 from experiments.reasoning.tasks.task import Question, Task, split_by_text
+from experiments.run.errors import UsageError
 
 
 def sums(
     *,
     digits: int = 2,
+    least: int = 0,
+    most: int | None = None,
     size: int = 10_000,
     solved: int | None = None,
     held_out: float = 0.1,
@@ -21,6 +24,8 @@ def sums(
 
     Args:
         digits: of a number, at most.
+        least: of the numbers.
+        most: of the numbers; by default all of so many digits.
         size: questions at most; where there are more, a sample is drawn. For two digits all 10,000 are.
         solved: so many of those to train on have a worked solution, the others an answer alone.
         held_out: share of the questions, roughly; a+b and b+a are both held out or both not.
@@ -37,16 +42,19 @@ def sums(
         ('132', '7+5=12\\n4+8+1=13\\n132')
     """
     check(template, digits=digits, size=size, solved=solved)
-    chance, count = random.Random(seed), 10**digits
+    top = 10**digits - 1 if most is None else most
+    if not 0 <= least <= top:
+        raise UsageError(f"least must be from 0 to {top}, the largest number, got {least}")
+    chance, count = random.Random(seed), top - least + 1
     drawn = chance.sample(range(count**2), min(size, count**2))
 
     def question(index: int) -> tuple[str, Question]:
-        a, b = divmod(index, count)
+        a, b = (least + number for number in divmod(index, count))
         prompt = template.replace("{question}", f"{a}+{b}=")
         return f"{min(a, b)}+{max(a, b)}", Question(prompt, str(a + b), trace=_added(a, b))
 
     train, others, fresh = split_by_text(map(question, drawn), held_out, shuffled=True)
-    longest = _added(count - 1, count - 1)
+    longest = _added(top, top)
     return Task(
         name="sums",
         train=_solved(train, solved),
@@ -54,7 +62,7 @@ def sums(
         fresh=fresh,
         reward=rewards.exact,
         # Its end, and some to spare.
-        max_new_tokens=len(longest) + digits + 3,
+        max_new_tokens=len(longest) + len(str(top)) + 3,
     )
 
 

@@ -17,6 +17,7 @@ MOST = 10**7
 KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
+    int | None: ((int, type(None)), "a whole number"),
     str: ((str,), "a text"),
     str | None: ((str, type(None)), "a text"),
     float | str | Path: ((int, float, str, Path), "a share, or the path of a file"),

@@ -407,19 +407,19 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], words: str) 
 
 def test_prompts_that_do_not_fit_are_refused() -> None:
     for prompts, slots, words in (
-        ([], None, "there are no prompts; at least one is right"),
-        ([[1], []], None, "prompt 1 has 0 tokens; 1 to 1 is right"),
-        ([[1, 2, 3]], 2, "prompt 0 has 3 tokens; 1 to 2 is right"),
+        ([], None, "prompts must have at least one, got none"),
+        ([[1], []], None, "prompt 1 must have 1 to 1 tokens, got 0"),
+        ([[1, 2, 3]], 2, "prompt 0 must have 1 to 2 tokens, got 3"),
     ):
         with pytest.raises(ValueError, match=words):
             pack(prompts, slots)
     for prompts, eos, how, words in (
-        (pack([[1], [11]]), 0, {}, "prompt 1 has the token 11; 0 to 10 is right"),
-        (pack([[1]])._replace(lengths=np.array([2])), 0, {}, "prompt 0 has 2 tokens; 1 to 1 is"),
-        (pack([[1]]), (3, 11), {}, "eos is 11; 0 to 10 is right"),
-        (pack([[1]]), 0, dict(samples=0), "samples is 0: at least 1 is right"),
-        (pack([[1]]), 0, dict(chunk=0), "chunk is 0: at least 1 is right"),
-        (pack([[1]]), 0, dict(segment=0), "segment is 0: at least 1 is right"),
+        (pack([[1], [11]]), 0, {}, "tokens of prompt 1 must be from 0 to 10, got 11"),
+        (pack([[1]])._replace(lengths=np.array([2])), 0, {}, "prompt 0 must have 1 to 1 tokens, got 2"),
+        (pack([[1]]), (3, 11), {}, "eos must be from 0 to 10, got 11"),
+        (pack([[1]]), 0, dict(samples=0), "samples must be at least 1, got 0"),
+        (pack([[1]]), 0, dict(chunk=0), "chunk must be at least 1, got 0"),
+        (pack([[1]]), 0, dict(segment=0), "segment must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=words):
             generate(TRANSFORMER, {}, prompts, KEY, GREEDY, eos, **how)
