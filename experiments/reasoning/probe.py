@@ -94,7 +94,7 @@ def probe(
             )
     first, *tried = found
     reward = config.rewards.reward or "+".join(names(examiner.reward))
-    choice = probing.choose(first, tried, reward)
+    choice = probing.choose(first, tried, reward, config.sigma_scale == "rms")
     return Probe(first, tried, choice, *_told(config, choice))
 
 

@@ -139,13 +139,16 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose(base: Probed, tried: Sequence[Probed], reward: str = "the reward") -> Choice:
+def choose(
+    base: Probed, tried: Sequence[Probed], reward: str = "the reward", relative: bool = False
+) -> Choice:
     """The sigma whose members' rewards differ most, among those that leave the model what it can.
 
     Args:
         base: the model without noise.
         tried: what a population answered, by rising sigma.
         reward: its name, for sentences.
+        relative: whether sigma is relative to each matrix.
     """
     everything = [base, *tried]
     if not any(one.best > 0 for one in everything):
@@ -174,7 +177,7 @@ def choose(base: Probed, tried: Sequence[Probed], reward: str = "the reward") ->
             None,
             f"where pairs differ, from {first.sigma:g} on, the model has lost what it can (reward "
             f"{first.reward:.3g} of {base.reward:.3g}, ended {first.ended:.0%} of {tried[0].ended:.0%}): "
-            f"{_smaller(first, tried)}, --sigma-scale rms, or --only some matrices",
+            f"{_smaller(first, tried)}, {'' if relative else '--sigma-scale rms, '}or --only some matrices",
         )
     best = max(kept, key=lambda one: one.spread)
     return Choice(
@@ -248,7 +251,7 @@ def table(base: Probed, tried: Sequence[Probed]) -> str:
         identical pairs               -     50%
         correlation in a pair     -0.33   -0.33
         spread of members         0.354   0.354
-        chance of no signal         49%     49%
+        chance of no signal         40%     40%
         answers that ended          25%     25%
         mean reward               0.250   0.250
           exact                   0.250   0.250
@@ -262,12 +265,9 @@ def table(base: Probed, tried: Sequence[Probed]) -> str:
         ("chance of no signal", [one.no_signal for one in columns], ".0%"),
         ("answers that ended", [one.ended for one in columns], ".0%"),
         ("mean reward", [one.reward for one in columns], ".3f"),
-        *(
-            (f"  {name}", [one.rewards[name] for one in columns], ".3f")
-            for name in base.rewards
-        ),
-        ("seconds a generation", [one.seconds for one in columns], ".3g"),
-    ]  # fmt: skip
+    ]
+    rows += [(f"  {name}", [one.rewards[name] for one in columns], ".3f") for name in base.rewards]
+    rows.append(("seconds a generation", [one.seconds for one in columns], ".3g"))
     head = "".join(f"{_short(one.sigma):>8}" for one in columns)
     lines = [f"{'sigma':<23}{head}"]
     for name, values, form in rows:

@@ -248,7 +248,8 @@ def _probe(args: Sequence[str]) -> int:
         from experiments.run.compilation import keep_compiled_programs
 
         keep_compiled_programs()
-        with Reasoning(changed(config, probe=False)) as trainer:
+        trainer = Reasoning(changed(config, probe=False))
+        with trainer:
             for note in trainer.notes:
                 hosts.say(note)
             found = trainer.probe()
