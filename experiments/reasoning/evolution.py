@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Float32, PyTree
 
 import eggroll
 from eggroll.population.placement import tracing
@@ -24,6 +25,7 @@ from experiments.reasoning.start import Start
 from experiments.reasoning.tasks import Question
 from experiments.run import learners
 from experiments.run.devices import ONE, Layout
+from experiments.run.history import SCORES
 from experiments.run.learners import optimizer_of, row_of
 
 FITNESS = {"likelihood": sft.cross_entropy_score, "match": sft.exact_match_score}
@@ -148,9 +150,16 @@ class Evolution:
             solutions = self._questions.solutions(questions)
             values = self._score(self.es.placed(state), state, *solutions)
             row = {"prompt_tokens": 0, "generated_tokens": 0}
-        state, told = self._update(self.es.placed(state), state, values)
+        scores = on_host(values)
+        state, told = self.update(state, scores)
         # Identical pairs are those of answers, not of scores.
-        return state, told | row
+        return state, told | row | {SCORES: scores}
+
+    def update(
+        self, state: Any, scores: Float32[np.ndarray, "population *tasks"]
+    ) -> tuple[Any, dict[str, Any]]:
+        """An update by scores, and its figures; the state is donated."""
+        return self._update(self.es.placed(state), state, scores)
 
     def _updated(
         self, es: eggroll.EvolutionStrategy, state: Any, values: Array
@@ -231,6 +240,13 @@ class Evolution:
             late=float(np.mean([one.late for one in found])),
             tokens_read=tokens_read(prompts),
         )
+
+
+def on_host(values: Array | np.ndarray) -> Float32[np.ndarray, "population *tasks"]:
+    """Scores as an update takes them, whole in every process."""
+    if isinstance(values, jax.Array) and not values.is_fully_addressable:
+        values = multihost_utils.process_allgather(values, tiled=True)
+    return np.asarray(values, np.float32)
 
 
 def objective(rewards: np.ndarray, config: Config) -> np.ndarray:

@@ -42,7 +42,7 @@ from experiments.run.errors import UsageError
 from experiments.run.fields import changed
 from experiments.run.plots import Curve
 from experiments.run.progress import part
-from experiments.run.trainer import Adapts, Carry, Conclusion, LanguageTrainer, Outcome
+from experiments.run.trainer import Adapts, Carry, Conclusion, LanguageTrainer, Outcome, Replays
 
 Learner = Evolution | GroupPolicy | Supervised
 BY_BACKPROPAGATION: Mapping[str, Callable[..., GroupPolicy | Supervised]] = {
@@ -55,7 +55,7 @@ RIGHT = 1.0
 SAMPLES, SHOWN = 8, 8
 
 
-class Reasoning(LanguageTrainer[Config], Adapts):
+class Reasoning(LanguageTrainer[Config], Adapts, Replays):
     """Trains a language model on a task.
 
     Args:
@@ -277,6 +277,16 @@ class Reasoning(LanguageTrainer[Config], Adapts):
         save(self.base, params, folder, self.config.dtype)
         numbers = sum(leaf.size for leaf in jax.tree.leaves(params))
         return f"Wrote a model of {numbers:,} numbers to {folder}."
+
+    @property
+    def keeps_history(self) -> bool:  # type: ignore[override]
+        """Whether updates can be made again from scores alone."""
+        return self.config.algorithm == "eggroll"
+
+    def replay(self, carry: Carry, scores: np.ndarray) -> tuple[Carry, Mapping[str, Any]]:
+        assert isinstance(self.learner, Evolution)
+        learner, row = self.learner.update(carry.learner, scores)
+        return carry._replace(learner=learner, generation=carry.generation + 1), row
 
     def export_update(self, carry: Carry, to: Path | None, rank: int) -> str:
         return adapters.export_update(self.config, self.base, carry, to, rank)

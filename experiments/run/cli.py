@@ -226,6 +226,13 @@ def _export(args: Sequence[str]) -> int:
     return 0
 
 
+def _replay(args: Sequence[str]) -> int:
+    from experiments.run.replaying import ReplaySettings, replay
+
+    print(replay(_plain_cli(ReplaySettings, args, "eggroll replay")))
+    return 0
+
+
 def _import(args: Sequence[str]) -> int:
     from experiments.models.importing import ImportSettings, import_model
 
@@ -343,6 +350,7 @@ COMMANDS = {
     "sample": Command("let the language model of a run write", _sample),
     "import": Command("write the model of a GGUF file as a folder that --model takes", _import),
     "export": Command("write the trained parameters of a run as safetensors", _export),
+    "replay": Command("rebuild the model of any generation from the scores of a run", _replay),
     "doctor": Command(
         "check the installation; with run folders, say why they did not learn", _doctor
     ),

@@ -4,6 +4,7 @@
 - files.json: the digests of files that decide what the run learns, such as a task or a reward of one's own
 - versions.json: packages, Python, kind of machine, git commit; of the process that began the run
 - metrics.jsonl: one row a generation
+- history.jsonl: of language models that evolve, the scores that rebuild each update
 - checkpoints/: the two newest states
 - result.json: what the run came to
 - curve.png: the learning curve
@@ -36,7 +37,7 @@ from experiments.run.settings import RunSettings
 FILES = (
     *("config.json", "files.json", "versions.json", "metrics.jsonl", "result.json", "curve.png"),
     "episode.gif",
-    *("anchors.json", "samples.txt"),
+    *("anchors.json", "history.jsonl", "samples.txt"),
 )
 FOLDERS = ("checkpoints", "damaged", "tensorboard", "tokenizer", "wandb")
 # What is to be done about a file that is damaged.

@@ -5,7 +5,7 @@ The order of a generation g, from the state before it:
 1. every `evaluate_every` generations the state is measured (held-out); a target that is reached, and
    confirmed on data that decided nothing before, ends the run; so does the end of its patience;
 2. the generation is run: state g becomes state g + 1;
-3. row g is appended to metrics.jsonl;
+3. row g is appended to metrics.jsonl, and to history.jsonl where the trainer keeps one;
 4. now and then, and at the end, the rows are synced and then state g + 1 is saved as checkpoint g + 1.
 
 So a checkpoint g has all rows before g on disk. The order of resuming:
@@ -33,6 +33,7 @@ from experiments.run import agreement, hosts
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.driver import Column, Driver
 from experiments.run.errors import Interrupted, RunError
+from experiments.run.history import FIGURES, NAME, SCORES, HistoryFile
 from experiments.run.loggers import loggers
 from experiments.run.metrics import MetricsFile, Row, expect_names, plain
 from experiments.run.progress import Progress, speeds
@@ -99,6 +100,9 @@ class Record:
             path = folder / "metrics.jsonl"
             self._metrics = stack.enter_context(MetricsFile(path, self.generation))
             expect_names(path, self._metrics.rows, trainer.measured)
+            self._history: HistoryFile | None = None
+            if trainer.keeps_history:
+                self._history = stack.enter_context(HistoryFile(folder / NAME, self.generation))
             self._log = stack.enter_context(loggers(settings, folder, self.generation))
             self._stack = stack.pop_all()
         self._last_save = time.monotonic()
@@ -158,6 +162,10 @@ class Record:
 
     def add(self, found: Mapping[str, Any], began: float, **timing: Any) -> None:
         """Appends the row of a generation that is done."""
+        if self._history is not None:
+            found = dict(found)
+            scores, figures = found.pop(SCORES), {name: found[name] for name in FIGURES}
+            self._history.write(self.generation, scores, figures)
         row = {"generation": self.generation, **plain(found)}
         for name in self.trainer.totals:
             row[name] = self._totals[name] = _add(self._totals.get(name, 0), row[name])
@@ -187,6 +195,8 @@ class Record:
         """The rows are synced, then the state is saved, unless nothing happened since it last was."""
         if self.generation > self._saved:
             self._metrics.sync()
+            if self._history is not None:
+                self._history.sync()
             self._checkpoints.save(self.generation, state, self._totals)
             self._saved, self._last_save = self.generation, time.monotonic()
 

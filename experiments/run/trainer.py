@@ -93,6 +93,8 @@ class Trainer(ABC, Generic[Config]):
         sharding: where the state lies on several devices, a tree of which its own begins; None for one.
         notes: sentences that are said before training.
         files: whose content decides what is learned, beside the settings; with others a run does not go on.
+        keeps_history: whether rows have `scores`, which go to history.jsonl and rebuild the update
+            (:mod:`experiments.run.history`).
     """
 
     measured: tuple[str, ...]
@@ -100,6 +102,7 @@ class Trainer(ABC, Generic[Config]):
     sharding: PyTree | None = None
     notes: Sequence[str] = ()
     files: Sequence[Path] = ()
+    keeps_history: bool = False
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -220,6 +223,19 @@ class Adapts(ABC):
 
         Raises:
             UsageError: where their noise is no adapter's, or there are no such members.
+        """
+
+
+class Replays(ABC):
+    """A trainer whose updates can be made again from their scores."""
+
+    @abstractmethod
+    def replay(self, carry: Carry, scores: np.ndarray) -> tuple[Carry, Mapping[str, Any]]:
+        """The next state, and the figures of the update.
+
+        Args:
+            carry: the state before the update.
+            scores: of the members, as the history has them.
         """
 
 
