@@ -129,7 +129,7 @@ def read_history(path: Path) -> list[Line]:
     return found
 
 
-def _plain(scores: np.ndarray | np.floating) -> Any:
+def _plain(scores: Any) -> Any:
     """Lists of the shortest numbers that give the same bits in float32, None for what is not finite."""
     if scores.ndim:
         return [_plain(one) for one in scores]
