@@ -158,6 +158,9 @@ class Config(RunSettings):
     sigma_scale: Literal["same", "rms"] = "same"
     """What sigma is multiplied by: 1 for all parameters, or for each matrix its root mean square when
     training begins, so that a sigma of 0.01 moves every matrix by 1%."""
+    subspaces: int = count(1, most=64)
+    """Divide the parameters at random into so many parts, anew for every noise, and the members over them:
+    each is perturbed in its own part alone, by sigma times the root of their number (arXiv 2608.02391)."""
     probing: Flat[Probing] = Probing()
     """Finding sigma before a run."""
     noise_reuse: int = count(1)
@@ -198,12 +201,22 @@ class Config(RunSettings):
             raise UsageError(
                 f"--quantised: --algorithm {self.algorithm} trains floats alone; choose eggroll"
             )
-        for name, given in (("sigma_scale", self.sigma_scale != "same"), ("only", self.only)):
+        of_noise = {
+            "sigma_scale": self.sigma_scale != "same",
+            "only": self.only,
+            "subspaces": self.subspaces > 1,
+        }
+        for name, given in of_noise.items():
             if given and self.algorithm != "eggroll":
                 raise UsageError(
                     f"{flag(name)}: it is about noise, and --algorithm {self.algorithm} has none; "
                     "choose eggroll"
                 )
+        if self.evolution.population // 2 % self.subspaces:
+            raise UsageError(
+                f"--subspaces {self.subspaces}: must divide the {self.evolution.population // 2} pairs of "
+                f"--population {self.evolution.population}"
+            )
         self._check_probing()
         if self.quantised and self.sigma_scale != "same":
             raise UsageError(

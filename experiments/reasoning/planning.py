@@ -14,7 +14,7 @@ from experiments.run.errors import UsageError
 
 
 def planner_of(config: Config, planner: Planner, params: Callable[[Array], PyTree]) -> Planner:
-    """The plan of a model with `--only` and `--sigma-scale`.
+    """The plan of a model with `--only`, `--sigma-scale` and `--subspaces`.
 
     The factors of `--sigma-scale rms` are computed here, from the parameters that training begins with, so
     that a run that goes on and all processes of a run have the same ones.
@@ -37,7 +37,7 @@ def planner_of(config: Config, planner: Planner, params: Callable[[Array], PyTre
             planner = eggroll.plan.relative(planner, params(jnp.int32(config.seed)))
         except ValueError as error:
             raise UsageError(f"--sigma-scale rms: {error}") from error
-    return planner
+    return planner if config.subspaces == 1 else eggroll.plan.subspaces(planner, config.subspaces)
 
 
 def paths_of(planner: Planner, params: PyTree, patterns: Sequence[str]) -> list[str]:

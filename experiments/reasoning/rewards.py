@@ -221,7 +221,8 @@ def load(name: str, where: str = "--reward") -> Reward:
         Traceback (most recent call last):
         ...
         experiments.run.errors.UsageError: there is no reward 'exactly'; choose one of exact, number,
-        countdown, math, gym, format, or name your own as module:function or file.py:function; did you mean 'exact'?
+        countdown, math, gym, format, or name your own as module:function or file.py:function; did you
+        mean 'exact'?
     """
     if name in REWARDS:
         return REWARDS[name]

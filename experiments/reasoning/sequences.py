@@ -11,6 +11,8 @@ from jaxtyping import Int
 PAD = 0
 # Prompts are read at lengths in steps of so many tokens, or of an eighth of a power of two.
 STEP = 16
+# What prompts share is taken in steps of so many, so that it is the same for most sets of questions.
+SHARED_STEP = 8
 
 Ends = int | Sequence[int]
 
@@ -136,18 +138,18 @@ def padded_length(length: int) -> int:
 
 
 def shared_length(prompts: Prompts) -> int:
-    """Tokens that all prompts begin with, in steps of 16, where at least one is left of each.
+    """Tokens that all prompts begin with, in steps of 8, where at least one is left of each.
 
     Example:
         >>> prompt = list(range(40))
-        >>> shared_length(pack([prompt, prompt[:33] + [7]])), shared_length(pack([prompt[:16]]))
+        >>> shared_length(pack([prompt, prompt[:33] + [7]])), shared_length(pack([prompt[:8]]))
         (32, 0)
     """
     shortest = int(prompts.lengths.min()) - 1
     first = prompts.tokens[:, :shortest]
     same = (first == first[0]).all(axis=0)
     count = shortest if same.all() else int(same.argmin())
-    return count // STEP * STEP
+    return count // SHARED_STEP * SHARED_STEP
 
 
 def tokens_read(prompts: Prompts, samples: int = 1) -> int:

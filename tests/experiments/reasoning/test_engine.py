@@ -118,7 +118,7 @@ def test_what_all_prompts_begin_with_is_read_once(
     )
     # The last token of the shortest prompt is no part of what is shared.
     assert sequences.shared_length(prompts) == 32
-    assert sequences.shared_length(pack([begin[:32], begin])) == 16
+    assert sequences.shared_length(pack([begin[:32], begin])) == 24
     assert sequences.tokens_read(prompts) == 32 + 5 + 4 + 23
 
 
@@ -415,7 +415,12 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
             pack(prompts, slots)
     for prompts, eos, how, words in (
         (pack([[1], [11]]), 0, {}, "tokens of prompt 1 must be from 0 to 10, got 11"),
-        (pack([[1]])._replace(lengths=np.array([2])), 0, {}, "prompt 0 must have 1 to 1 tokens, got 2"),
+        (
+            pack([[1]])._replace(lengths=np.array([2])),
+            0,
+            {},
+            "prompt 0 must have 1 to 1 tokens, got 2",
+        ),
         (pack([[1]]), (3, 11), {}, "eos must be from 0 to 10, got 11"),
         (pack([[1]]), 0, dict(samples=0), "samples must be at least 1, got 0"),
         (pack([[1]]), 0, dict(chunk=0), "chunk must be at least 1, got 0"),

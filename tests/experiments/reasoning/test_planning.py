@@ -133,3 +133,20 @@ def test_a_run_trains_what_it_names_alone_and_goes_on(tmp_path: Path) -> None:
     first, last = start(whole).params(jnp.int32(1))["layers"], states[0].learner.params["layers"]
     moved = {name for name in first if not np.array_equal(first[name], last[name])}
     assert moved == {"q_proj"}
+
+
+def test_members_are_divided_over_subspaces(tmp_path: Path) -> None:
+    config = settings(subspaces=2, population=8, run_dir=tmp_path, generations=1)
+    base = start(config)
+    es = strategy(config, base)
+    state = es.init(base.params(jnp.int32(1)), 0)
+    moved = es.ask(state, [0, 2])["layers"]["up_proj"] - state.params["layers"]["up_proj"]
+    # Pairs 0 and 1 are in one half each.
+    assert np.all((moved[0] != 0) ^ (moved[1] != 0))
+    assert train(config).generations == 1
+    with pytest.raises(
+        UsageError, match="--subspaces 3: must divide the 4 pairs of --population 8"
+    ):
+        settings(subspaces=3, population=8).check()
+    with pytest.raises(UsageError, match="--subspaces: it is about noise"):
+        settings(subspaces=2, algorithm="sft").check()
