@@ -72,8 +72,8 @@ class HistoryFile:
         with full_disk_in_one_sentence(path):
             if path.is_file():
                 whole = path.read_bytes().split(b"\n")[:-1]
-                kept = [one for one in zip(whole, read_history(path), strict=True)]
-                text = b"".join(raw + b"\n" for raw, line in kept if line.generation < generation)
+                lines = zip(whole, read_history(path), strict=True)
+                text = b"".join(raw + b"\n" for raw, line in lines if line.generation < generation)
                 write_whole(path, lambda file: file.write(text))
             self._file = path.open("a")
 
@@ -107,7 +107,11 @@ def read_history(path: Path) -> list[Line]:
         RunError: for a line that is none; it names the line and the field.
     """
     found: list[Line] = []
-    for number, raw in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    for number, raw in enumerate(content.split(b"\n")[:-1], 1):
         where = f"{path}, line {number}"
         try:
             told = as_object(raw)

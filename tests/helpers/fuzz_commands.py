@@ -37,6 +37,7 @@ from experiments.run import cli, commands, doctor, hosts, report
 from experiments.run.commands import EvalSettings, ExportSettings, SampleSettings
 from experiments.run.drivers import FOLDERS, find_driver
 from experiments.run.fields import Place, flag, members, places, to_json, value_at
+from experiments.run.replaying import ReplaySettings
 from experiments.supervised.config import PRESETS as SUPERVISED
 from experiments.sweep import sweep
 from experiments.sweep.sweep import SweepSettings
@@ -49,6 +50,7 @@ PLAIN: Mapping[str, type] = {
     "eval": EvalSettings,
     "sample": SampleSettings,
     "export": ExportSettings,
+    "replay": ReplaySettings,
     "import": ImportSettings,
 }
 COMMANDS = (*FOLDERS, *FOLDERS, *PLAIN, "sweep", "sweep", "doctor")
@@ -306,6 +308,7 @@ def world() -> None:
     Path("run/config.json").write_text(json.dumps({"driver": "supervised", **to_json(run)}))
     rows = [{"generation": g, "held_out_accuracy": 0.5, "timing": {"seconds": 1.0}} for g in (0, 1)]
     Path("run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("run/history.jsonl").write_text('{"generation": 0, "scores": [0.5, null]}\n')
     Path("closed").chmod(0)
 
 

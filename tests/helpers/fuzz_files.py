@@ -39,6 +39,7 @@ from experiments.run.checkpoints import Checkpoints
 from experiments.run.errors import RunError, UsageError
 from experiments.run.fields import changed, differences, from_json, to_json
 from experiments.run.folder import open_run_folder, read_config, write_json
+from experiments.run.history import HistoryFile, read_history
 from experiments.run.metrics import MetricsFile, expect_names
 from experiments.run.samples import add_sample
 from experiments.supervised.config import PRESETS, Config
@@ -187,6 +188,9 @@ def write(folder: Path) -> None:
             timing = {"seconds": 0.25, "since_start": 0.25 * g}
             score = None if g % 2 else g / 8
             metrics.write({"generation": g, "fitness_mean": -0.5, METRIC: score, "timing": timing})
+    with HistoryFile(folder / "history.jsonl") as history:
+        for g in range(GENERATIONS):
+            history.write(g, np.arange(4.0) / 3, {"update_norm": 0.5})
     write_json(
         folder / "result.json",
         {METRIC: 0.75, f"{METRIC}_before": 0.0, "by_seed": None, "generations": GENERATIONS}
@@ -253,6 +257,18 @@ def read_rows(folder: Path) -> list[str]:
     return []
 
 
+def read_lines(folder: Path) -> list[str]:
+    """The history, as a run that goes on."""
+    path = folder / "history.jsonl"
+    with HistoryFile(path, GENERATIONS):
+        pass
+    lines = read_history(path)
+    numbers = [line.generation for line in lines]
+    if numbers != sorted(set(numbers)) or len({line.scores.shape[0] for line in lines}) > 1:
+        raise Silent(f"generations {numbers}")
+    return []
+
+
 def draw(folder: Path, x: str) -> list[str]:
     """As `eggroll report`, but for the picture."""
     name = report.held_out_name(folder)
@@ -297,6 +313,8 @@ def readers_of(file: Path, chance: random.Random) -> list[Callable[[Path], list[
         return [*drawn, read_settings]
     if file.name == "samples.txt":
         return [read_samples]
+    if file.name == "history.jsonl":
+        return [read_lines]
     if file.parent.name in ("rungs", "failed"):
         return [read_records]
     return [*drawn, read_records, read_rows]
