@@ -20,7 +20,16 @@ from experiments.run.fields import (
 from experiments.run.settings import Evolution, Flat, Optimizer, RunSettings, target_is_share
 
 PresetName = Literal[
-    "warm-start", "sft", "grpo", "eggroll", "dense-es", "rwkv7", "countdown", "gsm-symbolic", "tiny"
+    "warm-start",
+    "sft",
+    "grpo",
+    "eggroll",
+    "dense-es",
+    "rwkv7",
+    "countdown",
+    "gsm-symbolic",
+    "smollm2-sums",
+    "tiny",
 ]
 
 
@@ -396,7 +405,11 @@ HUB: dict[str, object] = dict(
 )
 
 # Settings of a preset's own task; another task that is named has none of them.
-TASK_SETTINGS: dict[str, str] = {"tiny": '{"digits": 1}'}
+TASK_SETTINGS: dict[str, str] = {
+    "tiny": '{"digits": 1}',
+    "smollm2-sums": '{"least": 1, "most": 20, "held_out": 0.4, "form": "{a}+{b}", "template": '
+    '"What is {question}?"}',
+}
 PRESETS: dict[str, Config] = {
     "warm-start": preset("warm-start", **SMALL, **SFT, max_generations=240),
     "sft": preset("sft", **WARM, **SFT, max_generations=600),
@@ -415,6 +428,23 @@ PRESETS: dict[str, Config] = {
     "rwkv7": preset("rwkv7", **SMALL, **SFT, model="rwkv7", max_generations=240),
     "countdown": preset("countdown", **HUB, task="countdown"),
     "gsm-symbolic": preset("gsm-symbolic", **HUB, task="gsm_symbolic"),
+    # SmolLM2-135M-Instruct (`make smollm2`) on sums of numbers from 1 to 20, a third of which it gets right.
+    "smollm2-sums": preset(
+        "smollm2-sums",
+        model="smollm2",
+        chat=True,
+        task="sums",
+        reward="number",
+        reward_workers=0,
+        stop=("\n",),
+        max_new_tokens=12,
+        population=32,
+        prompts=8,
+        sigma=0.003,
+        learning_rate=5e-5,
+        held_out_questions=80,
+        max_generations=60,
+    ),
     "tiny": preset(
         "tiny",
         layers=1,

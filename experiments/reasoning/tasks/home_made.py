@@ -18,6 +18,7 @@ def sums(
     solved: int | None = None,
     held_out: float = 0.1,
     seed: int = 0,
+    form: str = "{a}+{b}=",
     template: str = "{question}",
 ) -> Task:
     """Sums of two numbers, in digits, + and =; the trace adds digit by digit from the right.
@@ -30,6 +31,7 @@ def sums(
         solved: so many of those to train on have a worked solution, the others an answer alone.
         held_out: share of the questions, roughly; a+b and b+a are both held out or both not.
         seed: decides the sample and the order.
+        form: of a question, with {a} and {b} in it.
         template: with {question} in it.
 
     Raises:
@@ -43,6 +45,8 @@ def sums(
     """
     check(template, digits=digits, size=size, solved=solved)
     top = 10**digits - 1 if most is None else most
+    if "{a}" not in form or "{b}" not in form:
+        raise UsageError(f"form must have {{a}} and {{b}} in it, got {form!r}")
     if not 0 <= least <= top:
         raise UsageError(f"least must be from 0 to {top}, the largest number, got {least}")
     chance, count = random.Random(seed), top - least + 1
@@ -50,7 +54,8 @@ def sums(
 
     def question(index: int) -> tuple[str, Question]:
         a, b = (least + number for number in divmod(index, count))
-        prompt = template.replace("{question}", f"{a}+{b}=")
+        asked = form.replace("{a}", str(a)).replace("{b}", str(b))
+        prompt = template.replace("{question}", asked)
         return f"{min(a, b)}+{max(a, b)}", Question(prompt, str(a + b), trace=_added(a, b))
 
     train, others, fresh = split_by_text(map(question, drawn), held_out, shuffled=True)

@@ -58,6 +58,9 @@ def test_sums_are_all_there_and_right() -> None:
             assert evaluate(left) == int(right)
     assert set(score(task, everything, [str(q.trace) for q in everything])) == {1.0}
     assert set(score(task, everything, [f"{int(q.answer) + 1}" for q in everything])) == {0.0}
+    asked = sums(least=1, most=20, form="{a} and {b}", template="What is {question}?").train[0]
+    a, b = asked.prompt.removeprefix("What is ").removesuffix("?").split(" and ")
+    assert asked.answer == str(int(a) + int(b))
     few = everything_of(sums(least=3, most=22))
     assert {q.prompt for q in few} == {f"{a}+{b}=" for a in range(3, 23) for b in range(3, 23)}
     # Nor is the other order of what is held out trained on.
@@ -102,6 +105,7 @@ def test_a_template_goes_around_the_question() -> None:
         ("sums", dict(digit=1), "the task 'sums' has no setting 'digit'; did you mean 'digits'"),
         ("sums", dict(digits="two"), "the task 'sums': digits must be a whole number, got 'two'"),
         ("sums", dict(most="two"), "the task 'sums': most must be a whole number, got 'two'"),
+        ("sums", dict(form="{a}+"), "form must have {a} and {b} in it, got '{a}[+]'"),
         ("sums", dict(least=5, most=4), "least must be from 0 to 4, the largest number, got 5"),
         ("sums", dict(template=3), "template must be a text, got 3"),
         ("sums", dict(held_out=True), "held_out must be a number, got True"),
