@@ -171,6 +171,30 @@ def add(params: PyTree, adapter: Adapter) -> PyTree:
     return {**params, "layers": layers}
 
 
+def joined(first: Adapter, second: Adapter) -> dict[str, Factors]:
+    """One adapter in the place of two that are both added; its rank is the sum of theirs.
+
+    Args:
+        first: by path.
+        second: by path.
+
+    Example:
+        >>> one = Factors(np.ones((1, 1, 2), np.float32), np.ones((1, 3, 1), np.float32))
+        >>> joined({"layers/w": one}, {"layers/w": one, "layers/v": one})["layers/v"].a.shape
+        (1, 2, 2)
+    """
+    size = max((one.a.shape[1] for one in first.values()), default=0)
+    found = {}
+    for path, (a, b) in second.items():
+        empty = Factors(
+            np.zeros((len(a), size, a.shape[2]), a.dtype),
+            np.zeros((len(b), b.shape[1], size), b.dtype),
+        )
+        before = first.get(path, empty)
+        found[path] = Factors(np.concatenate([before.a, a], 1), np.concatenate([before.b, b], 2))
+    return found
+
+
 def _name(path: str, layer: int, module: ModuleOf) -> str:
     return f"base_model.model.model.layers.{layer}.{module(path)}"
 

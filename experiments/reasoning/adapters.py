@@ -32,6 +32,23 @@ def export_update(config: Config, base: Start, carry: Carry, to: Path | None, ra
         UsageError: where the update is no adapter's.
     """
     module = _module_of(config, base, "--adapter")
+    found = _update(config, base, carry, rank, "--adapter")
+    if not found.adapter:
+        raise UsageError("--adapter: the run has not changed the model yet, so there is no update")
+    folder = to or config.run_dir / "adapter"
+    adapters.write(folder, found.adapter, module, _name_of_start(config, base, folder))
+    count = sum(len(factors.a) for factors in found.adapter.values())
+    said = f"Wrote an adapter of rank {found.rank} for {count} matrices to {folder}."
+    return f"{said} {_left_out(found, module)}"
+
+
+def _update(config: Config, base: Start, carry: Carry, rank: int, flag: str) -> adapters.Cut:
+    """The update since the start, cut to a rank.
+
+    Raises:
+        UsageError: where more has changed than matrices.
+    """
+    module = _module_of(config, base, flag)
     before = dict(leaf_paths(jax.device_get(base.params(jnp.int32(config.seed)))))
     # Of narrow weights the float32 copies are trained.
     after = dict(leaf_paths(carry.learner.params)) | dict(getattr(carry.learner, "master", {}))
@@ -43,21 +60,19 @@ def export_update(config: Config, base: Start, carry: Carry, to: Path | None, ra
     ]  # fmt: skip
     if rest:
         raise UsageError(
-            f"--adapter: the run has also trained {', '.join(rest)}, and an adapter has matrices of layers "
-            "alone; leave --adapter out to write the whole model"
+            f"{flag}: the run has also trained {', '.join(rest)}, and an adapter has matrices of layers "
+            f"alone; leave {flag} out to write the whole model"
         )
-    found = adapters.cut(
+    return adapters.cut(
         {path: before[path] for path in matrices}, {path: after[path] for path in matrices}, rank
     )
-    if not found.adapter:
-        raise UsageError("--adapter: the run has not changed the model yet, so there is no update")
-    folder = to or config.run_dir / "adapter"
-    adapters.write(folder, found.adapter, module, _name_of_start(config, base, folder))
-    count = sum(len(factors.a) for factors in found.adapter.values())
+
+
+def _left_out(found: adapters.Cut, module: adapters.ModuleOf) -> str:
+    """What an adapter leaves out of an update, in words."""
     path, layer = found.where
     said = (
-        f"Wrote an adapter of rank {found.rank} for {count} matrices to {folder}. What it leaves out is "
-        f"{found.error:.2%} of the update over all matrices, at most {found.worst:.2%} "
+        f"What it leaves out is {found.error:.2%} of the update over all matrices, at most {found.worst:.2%} "
         f"(layers.{layer}.{module(path)})"
     )
     if found.error > 0.01 and found.needed is not None:
@@ -72,6 +87,7 @@ def export_members(
     carry: Carry,
     to: Path | None,
     members: Sequence[int],
+    rank: int | None = None,
 ) -> str:
     """Writes members of the coming generation, each exactly as an adapter of the mean; says what was written.
 
@@ -83,6 +99,8 @@ def export_members(
         to: the folder that gets member-0, member-1, ...; members, in the run folder by default. Once the
             model has changed, it gets the mean too, as the folder "mean".
         members: their numbers.
+        rank: makes them adapters of the model that training began with instead, which have the update since
+            then in this rank at most beside the noise.
 
     Raises:
         UsageError: where the noise is no adapter's, or there is no such member.
@@ -91,7 +109,12 @@ def export_members(
     generation = int(carry.generation)
     written = adapters_of(config, base, es, carry.learner, members)
     module = _module_of(config, base, "--members")
-    if generation == 0:
+    left = ""
+    if rank is not None and generation:
+        found = _update(config, base, carry, rank, "--members")
+        written = [adapters.joined(found.adapter, one) for one in written]
+        left = f" {_left_out(found, module)}" if found.adapter else ""
+    if rank is not None or generation == 0:
         mean = _name_of_start(config, base, folder)
     else:
         save(base, carry.learner.params, folder / "mean", config.dtype)
@@ -99,10 +122,10 @@ def export_members(
     for i, adapter in zip(members, written, strict=True):
         adapters.write(folder / f"member-{i}", adapter, module, mean)
     names = ", ".join(f"member-{i}" for i in members)
-    rank = next(iter(written[0].values())).a.shape[1]
+    size = next(iter(written[0].values())).a.shape[1]
     return (
-        f"Wrote {names} of generation {generation} as adapters of rank {rank} to {folder}; they are added to "
-        f"{mean}."
+        f"Wrote {names} of generation {generation} as adapters of rank {size} to {folder}; they are added to "
+        f"{mean}.{left}"
     )
 
 

@@ -291,11 +291,14 @@ class Reasoning(LanguageTrainer[Config], Adapts, Replays):
     def export_update(self, carry: Carry, to: Path | None, rank: int) -> str:
         return adapters.export_update(self.config, self.base, carry, to, rank)
 
-    def export_members(self, carry: Carry, to: Path | None, members: str) -> str:
+    def export_members(
+        self, carry: Carry, to: Path | None, members: str, rank: int | None = None
+    ) -> str:
         if not isinstance(self.learner, Evolution):
             raise UsageError(f"--members: {self.config.algorithm} has no population")
         chosen = adapters.numbers(members, self.config.evolution.population)
-        return adapters.export_members(self.config, self.base, self.learner.es, carry, to, chosen)
+        es = self.learner.es
+        return adapters.export_members(self.config, self.base, es, carry, to, chosen, rank)
 
     def conclude(self, config: Config, outcome: Outcome) -> Conclusion:
         """The accuracy on fresh questions, in words, and the curve of that on held-out ones."""

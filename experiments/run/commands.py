@@ -51,7 +51,8 @@ class ExportSettings:
     """Write what was learned as an adapter (LoRA, as PEFT has it) of the model that the run began with; to
     adapter, in the run folder by default (language models)."""
     rank: int | None = count(None)
-    """Of the adapter, at most; 16 by default."""
+    """Of the adapter, at most; 16 by default. With --members: they are added to the model that the run began
+    with, and have the update since then in this rank at most."""
     members: str | None = None
     """Numbers of members, as in 0,1,2 or 0-7, to be written as adapters of the mean of the population; to
     members, in the run folder by default (language models that evolve)."""
@@ -206,8 +207,8 @@ def export(settings: ExportSettings) -> str:
     check_ranges(settings)
     if settings.adapter and settings.members is not None:
         raise UsageError("--adapter and --members: choose one of them")
-    if settings.rank is not None and not settings.adapter:
-        raise UsageError(f"--rank {settings.rank}: it is that of --adapter")
+    if settings.rank is not None and not settings.adapter and settings.members is None:
+        raise UsageError(f"--rank {settings.rank}: it is that of --adapter or --members")
     if settings.to is not None:
         check_writable(settings.to.parent, f"--to {settings.to}")
     with read_run(settings.run, on_host=True) as run:
@@ -220,5 +221,7 @@ def export(settings: ExportSettings) -> str:
             flag = "--adapter" if settings.adapter else "--members"
             raise UsageError(f"{flag}: {settings.run} is a run without adapters")
         if settings.members is not None:
-            return run.trainer.export_members(run.state, settings.to, settings.members)
+            return run.trainer.export_members(
+                run.state, settings.to, settings.members, settings.rank
+            )
         return run.trainer.export_update(run.state, settings.to, settings.rank or ADAPTER_RANK)

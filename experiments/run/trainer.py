@@ -213,13 +213,17 @@ class Adapts(ABC):
         """
 
     @abstractmethod
-    def export_members(self, carry: Carry, to: Path | None, members: str) -> str:
+    def export_members(
+        self, carry: Carry, to: Path | None, members: str, rank: int | None = None
+    ) -> str:
         """Writes members of the coming generation as adapters of the mean; says what was written.
 
         Args:
             carry: the state, on the host.
             to: the folder; members, in the run folder by default.
             members: their numbers, as in "0,1,2" or "0-7".
+            rank: makes them adapters of the model that training began with, which have the update since then
+                in this rank at most.
 
         Raises:
             UsageError: where their noise is no adapter's, or there are no such members.

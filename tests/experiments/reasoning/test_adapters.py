@@ -129,6 +129,23 @@ def test_members_are_adapters_of_the_mean(
     np.testing.assert_allclose(logits_of_peft(folder), mine, atol=2e-4)
 
 
+def test_members_are_adapters_of_the_start(
+    run: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(run), "--members", "1", "--to", str(tmp_path), "--rank"]
+    with read_run(run) as found:
+        right = logits(model, found.trainer.learner.es.member(found.state.learner, 1))
+    _, start = hugging_face.load(model, jnp.float32, on_host=True)
+    errors = []
+    for rank in (16, 4):
+        assert main([*words, str(rank)]) == 0
+        assert f"adapters of rank {min(rank, 8) + 2}" in capsys.readouterr().out
+        adapter = adapters.read(tmp_path / "member-1", start, llama_module)
+        errors.append(relative(logits(model, adapters.add(start, adapter)), right))
+    assert errors[0] < 1e-4 < errors[1]
+    assert not (tmp_path / "mean").exists()
+
+
 def test_a_model_in_no_folder_is_written_beside(tmp_path: Path) -> None:
     """bfloat16, whose float32 copies are what an adapter is made of, and a new model."""
     config = settings(
@@ -191,7 +208,7 @@ def others(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
         ("sft", ["--members", "0"], "sft has no population"),
         ("run", ["--members", "0,4"], "has the members 0 to 3, and 4 is not among them"),
         ("run", ["--members", "one"], "write numbers as in 0,1,2"),
-        ("run", ["--rank", "3"], "it is that of --adapter"),
+        ("run", ["--rank", "3"], "it is that of --adapter or --members"),
         ("run", ["--members", "0", "--adapter"], "choose one of them"),
     ],
 )
