@@ -33,7 +33,7 @@ from experiments.models.importing import ImportSettings
 from experiments.optimizers import study
 from experiments.optimizers.study import StudySettings
 from experiments.rl import libraries
-from experiments.run import cli, commands, doctor, hosts, report
+from experiments.run import cli, commands, doctor, hosts, replaying, report
 from experiments.run.commands import EvalSettings, ExportSettings, SampleSettings
 from experiments.run.drivers import FOLDERS, find_driver
 from experiments.run.fields import Place, flag, members, places, to_json, value_at
@@ -233,6 +233,7 @@ def line_of(chance: random.Random, command: str) -> Line:
         words.append(chance.choice((*ODD, *PATHS)) if chance.random() < 0.2 else first)
     bare = ("model", "folder") if command == "import" else ("file", "run", "runs", "study")
     flags = [name for name in known if name not in bare]
+    named = {flag(name): name for name in flags}
     for name in (chance.choice(flags) for _ in range(chance.randrange(5))):
         value = value_of(chance, name, known[name])
         typed_flag = misspelt(chance, flag(name), 0.05)
@@ -241,6 +242,8 @@ def line_of(chance: random.Random, command: str) -> Line:
         together = value is not None and chance.random() < 0.2
         added = [f"{typed_flag}={value}"] if together else [typed_flag]
         added += [] if value is None or together else [value]
+        # One that is misspelt may be another.
+        name = named.get(typed_flag, name)
         typed.pop(name, None)
         if chance.random() < 0.03:
             added = added[:-1]  # a word is lost
@@ -312,6 +315,9 @@ def world() -> None:
     Path("closed").chmod(0)
 
 
+LINES_OF = replaying.lines_of
+
+
 def begins(settings: Any, *_: Any, **__: Any) -> Any:
     """In the place of what takes time."""
     raise Reached(settings)
@@ -322,6 +328,11 @@ def joined(settings: Any) -> Iterator[None]:
     """Joins nobody."""
     hosts.process_of(settings, {})
     yield
+
+
+def history(run: Path, generation: int | None = None) -> Any:
+    """Makes no update again."""
+    raise Reached(LINES_OF(run, generation))
 
 
 @contextlib.contextmanager
@@ -350,6 +361,7 @@ def stubbed() -> Iterator[None]:
                 (libraries, "names", lambda: ["CartPole-v1"]),
                 (commands, "read_run", found),
                 (commands, "_of_model", begins),
+                (replaying, "lines_of", history),
             ),
             *((study, "study", begins), (doctor, "doctor", lambda: begins(None))),
             *(
@@ -388,6 +400,8 @@ def changed_in(line: Line, settings: Any) -> str | None:
     """The first setting that has another value than was typed."""
     known = places(type(settings))
     for name, typed in line.typed.items():
+        if (name, typed) == ("task_settings", "None"):
+            continue  # those of the preset
         value = value_at(settings, known[name])
         if not same(typed, value, known[name]):
             return f"{flag(name)}: {typed!r} was typed, and it is {value!r}"

@@ -182,7 +182,8 @@ def laid_out_alike(tree, like):
         ),
         ((4, 2), dict(plan=relative(by_shape(), make_params(dtype=np.float64)))),
     ],
-    ids=str,
+    # Without addresses of functions, which differ between processes of tests.
+    ids=lambda given: re.sub("<function (.*?) at .*?>", r"\1", str(given)),
 )
 def test_sharded_weights_stay_so_and_results_are_the_same(shape, changes):
     with jax.enable_x64(True):
