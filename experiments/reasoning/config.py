@@ -398,8 +398,6 @@ HUB: dict[str, object] = dict(
     chat=True,
     population=512,
     prompts=16,
-    prompt_chunk=4,
-    chunk=128,
     sigma=1e-3,
     learning_rate=5e-6,
 )

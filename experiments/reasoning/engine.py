@@ -386,6 +386,8 @@ class _Writer(NamedTuple):
                 if members is not None:
                     written = jax.tree.map(lambda x: x[: len(members)], written)  # noqa: B023
                 yield Part(members, which, completions_of(*written, len(which), new, self.eos))
+            # Before the next one is read.
+            del prefix
 
     def _groups(self) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
         """Pairs that write at a time, and their members; of the last group some pairs do so once more."""
@@ -394,8 +396,9 @@ class _Writer(NamedTuple):
         count = self.es.population // 2
         found = list[tuple[np.ndarray | None, np.ndarray | None]]()
         most = self.es.schedule.pairs_at_once(count, self.es.mesh) * devices(self.es.mesh)
-        # All groups alike, so that they are one program.
-        size = -(-count // -(-count // most))
+        # All groups alike, so that they are one program, and whole on every device.
+        share = devices(self.es.mesh)
+        size = -(-count // (-(-count // most) * share)) * share
         for first in range(0, count, size):
             pairs = np.arange(first, first + size, dtype=np.int32) % count
             found.append((pairs, np.arange(2 * first, 2 * min(first + size, count))))

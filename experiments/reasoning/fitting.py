@@ -14,8 +14,8 @@ from experiments.run import agreement
 from experiments.run.devices import Layout
 from experiments.run.fields import changed
 
-# Rows of a product are as fast in larger ones.
-LARGEST = 4096
+# Rows of a product are hardly faster in larger ones.
+LARGEST = 512
 
 
 def fit(
@@ -52,6 +52,8 @@ def fit(
         questions.sampling(),
         budget,
         shared=shared_length(prompts),
+        members=config.evolution.chunk,
+        together=config.prompt_chunk and config.prompt_chunk * config.samples,
     )
     members = plan.members if plan.members < share else None
     few = max(1, plan.prompts // config.samples)

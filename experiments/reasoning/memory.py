@@ -34,6 +34,7 @@ class MemoryPlan(NamedTuple):
         training: of float32 copies of them and of the optimizer.
         factors: of a pair's noise, in proportion to rank x (rows + columns) of each matrix.
         prefix: of a member's state for what all prompts begin with.
+        prefix_activations: of a member while it reads this.
         cache: of a member's state for the rest of one prompt and its answer.
         logits: of one sequence: themselves, the policy's logarithms, and one temporary.
         activations: of one sequence while its prompt is read: the two largest arrays.
@@ -51,6 +52,7 @@ class MemoryPlan(NamedTuple):
     training: int
     factors: int
     prefix: int
+    prefix_activations: int
     cache: int
     logits: int
     activations: int
@@ -95,6 +97,8 @@ def plan_memory(
     budget_bytes: int,
     segment: int = 32,
     shared: int = 0,
+    members: int | None = None,
+    together: int | None = None,
 ) -> MemoryPlan:
     """As many members and prompts at a time as a budget allows: in the fewest turns, and of several ways to
     these with most members.
@@ -111,6 +115,8 @@ def plan_memory(
         budget_bytes: of the device.
         segment: as in `engine.answer`.
         shared: tokens that all prompts begin with (`sequences.shared_length`).
+        members: at a time, if that is settled.
+        together: prompts at a time, if that is settled.
 
     Raises:
         UsageError: where not even two members at a time on one prompt fit; says what takes most, and
@@ -146,13 +152,14 @@ def plan_memory(
         return _bytes(found, es.mesh, model.sharding)
 
     def read(params: Any, prefix: Any, tokens: Any, length: Any) -> Any:
-        return model.prefill(params, tokens, length, slots, prefix)
+        return model.prefill(params, tokens, length, tokens.size, prefix)
 
     plan = MemoryPlan(
         weights=weights,
         training=_bytes(state, es.mesh, model.sharding) - weights,
         factors=es.plan_of(params).noise_bytes,
         prefix=_bytes(prefix, es.mesh, model.sharding),
+        prefix_activations=_activations(read, params, None, shared) if shared else 0,
         cache=cache_bytes(sampling.max_new_tokens),
         logits=3 * 4 * model.vocab_size,
         activations=_activations(read, params, prefix, slots),
@@ -162,7 +169,15 @@ def plan_memory(
         total=0,
         budget=budget_bytes,
     )
-    fitting = [p for p in _choices(plan, prompts) if p.prompts >= 1]
+    fitting = list(_choices(plan, prompts, members, together))
+    if not fitting and (members or together) and list(_choices(plan, prompts, None, None)):
+        given = {"--chunk": members, "--prompt-chunk": together}
+        said = " and ".join(f"{name} {number}" for name, number in given.items() if number)
+        needed = _total(plan, members or 2, together or 1)
+        raise UsageError(
+            f"{said} need {_size(needed)}, and the budget is {_size(budget_bytes)}: choose less, or leave "
+            "it out for what fits"
+        )
     if not fitting:
         held = plan.weights + plan.training
         if held > budget_bytes:
@@ -201,13 +216,17 @@ def device_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _choices(plan: MemoryPlan, prompts: int) -> Iterator[MemoryPlan]:
-    """The most prompts that fit, for each number of members at a time."""
-    for members in _members(plan.population):
-        none = _total(plan, members, 0)
-        most = (plan.budget - none) // (_total(plan, members, 1) - none)
-        fits = min(prompts, most)
-        yield plan._replace(members=members, prompts=fits, total=_total(plan, members, fits))
+def _choices(
+    plan: MemoryPlan, prompts: int, members: int | None, together: int | None
+) -> Iterator[MemoryPlan]:
+    """What fits: the most prompts for each number of members at a time, or what is settled."""
+    for count in _members(plan.population) if members is None else [min(members, plan.population)]:
+        each = count * (plan.cache + plan.logits + plan.activations)
+        most = (plan.budget - _held(plan, count)) // each
+        wanted = min(prompts, most) if together is None else min(prompts, together)
+        total = _total(plan, count, wanted)
+        if wanted >= 1 and total <= plan.budget:
+            yield plan._replace(members=count, prompts=wanted, total=total)
 
 
 def _members(population: int) -> Iterator[int]:
@@ -225,14 +244,16 @@ def _halves(number: int) -> Iterator[int]:
         yield number
 
 
+def _held(plan: MemoryPlan, members: int) -> int:
+    """Bytes that are there all along."""
+    noise = members // 2 * plan.factors
+    return plan.weights + plan.training + noise + members * plan.prefix
+
+
 def _total(plan: MemoryPlan, members: int, prompts: int) -> int:
-    return (
-        plan.weights
-        + plan.training
-        + members // 2 * plan.factors
-        + members * plan.prefix
-        + members * prompts * (plan.cache + plan.logits + plan.activations)
-    )
+    """Bytes at the peak: while the prefix is read, or the prompts and answers."""
+    writing = prompts * (plan.cache + plan.logits + plan.activations)
+    return _held(plan, members) + members * max(plan.prefix_activations, writing)
 
 
 def _cache(model: LanguageModel, params: Any, slots: int, room: int, prefix: Any) -> Any:

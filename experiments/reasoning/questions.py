@@ -48,9 +48,10 @@ class Questions:
 
     def _first(self, questions: Sequence[Question]) -> Sequence[Question]:
         """As many as are measured on; a sequence that makes its questions may give them one by one alone."""
-        return list(
-            itertools.islice(filter(self._fits, questions), self._config.held_out_questions)
-        )
+        fitting = filter(self._fits, questions)
+        found = list(itertools.islice(fitting, self._config.held_out_questions))
+        # Where none fits, this says so.
+        return found if found or not len(questions) else self.fitting(questions)
 
     def _fits(self, question: Question) -> bool:
         most = self._config.max_prompt_tokens
@@ -102,19 +103,29 @@ class Questions:
             raise UsageError(
                 f"the prompt {question.prompt!r} has no tokens: give the task another template"
             )
-        context, new = self._base.model.context, self.sampling().max_new_tokens
-        if context is not None and len(found) + new > context:
-            begin = " ".join(question.prompt.split())[:40]
-            fits = (
-                f"--max-prompt-tokens {context - new} leaves such questions out"
-                if context > new
-                else f"--max-new-tokens must be less than {context}"
-            )
-            raise UsageError(
-                f"the prompt {begin!r}... has {len(found)} tokens, which with {new} to be written are more "
-                f"than the {context} that the model was made for: {fits}"
-            )
+        self.check_length(question.prompt, len(found), self.sampling().max_new_tokens)
         return found
+
+    def check_length(self, text: str, tokens: int, new: int) -> None:
+        """Raises UsageError for a prompt that with what follows is longer than the model was made for.
+
+        Args:
+            text: of the prompt, for the message.
+            tokens: that it has.
+            new: tokens of the answer, at most.
+        """
+        context = self._base.model.context
+        if context is None or tokens + new <= context:
+            return
+        fits = (
+            f"--max-prompt-tokens {context - new} leaves such questions out"
+            if context > new
+            else f"--max-new-tokens must be less than {context}"
+        )
+        raise UsageError(
+            f"the prompt {' '.join(text.split())[:40]!r}... has {tokens} tokens, which with {new} to be "
+            f"written are more than the {context} that the model was made for: {fits}"
+        )
 
     def _tokens(self, text: str) -> list[int]:
         return self._base.tokenizer.encode(self.as_asked(text))
@@ -162,6 +173,8 @@ class Questions:
         """Prompts of questions with their worked solutions behind them, to learn from."""
         encode = self._base.tokenizer.encode
         examples = [(self.prompt(one), encode(self.trace(one))) for one in questions]
+        for one, (prompt, trace) in zip(questions, examples, strict=True):
+            self.check_length(one.prompt, len(prompt), len(trace) + 1)
         length = room(max(len(prompt) + len(trace) for prompt, trace in examples) + 1)
         return pack_examples(examples, length, end=self._base.tokenizer.eos[0])
 

@@ -140,11 +140,17 @@ def padded_length(length: int) -> int:
 def shared_length(prompts: Prompts) -> int:
     """Tokens that all prompts begin with, in steps of 8, where at least one is left of each.
 
+    One prompt, however often it is asked, shares nothing: every other prompt would be a program of its own.
+
     Example:
         >>> prompt = list(range(40))
-        >>> shared_length(pack([prompt, prompt[:33] + [7]])), shared_length(pack([prompt[:8]]))
+        >>> shared_length(pack([prompt, prompt[:33] + [7]])), shared_length(pack([prompt, prompt]))
         (32, 0)
     """
+    if (prompts.tokens == prompts.tokens[0]).all() and (
+        prompts.lengths == prompts.lengths[0]
+    ).all():
+        return 0
     shortest = int(prompts.lengths.min()) - 1
     first = prompts.tokens[:, :shortest]
     same = (first == first[0]).all(axis=0)

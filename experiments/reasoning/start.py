@@ -166,6 +166,11 @@ def _of_run(config: Config) -> Start:
         if not isinstance(trainer.config, Config):
             raise UsageError(f"--start {config.start}: that run is of another driver")
         before: Start = trainer.base
+        if config.dtype != trainer.config.dtype:
+            raise UsageError(
+                f"--dtype {config.dtype}: must be {trainer.config.dtype} as in --start {config.start}; "
+                "leave it out"
+            )
         params = in_floats(before.shape, found.state.learner.params, trainer.config.dtype)
     return before._replace(model=_functions(before.shape, config), params=lambda seed: params)
 

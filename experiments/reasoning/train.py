@@ -261,6 +261,8 @@ class Reasoning(LanguageTrainer[Config], Adapts, Replays):
                 "--prompt '': this model begins with nothing; give it a text to go on from"
             )
         longest = length or asked.sampling().max_new_tokens
+        for text, tokens in zip(prompts, given, strict=True):
+            asked.check_length(text, len(tokens), longest)
         written = generate(
             base.model,
             jax.tree.map(jnp.asarray, params),

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 from eggroll import EvolutionStrategy
+from eggroll.population.placement import AXIS
 from experiments.models import rwkv7, transformer
 from experiments.reasoning import engine, sequences
 from experiments.reasoning.engine import answer, generate, stream
@@ -266,6 +268,28 @@ def test_chunks_change_nothing_and_pairs_share_keys(monkeypatch: pytest.MonkeyPa
     assert (still[:, 0] != still[:, 3]).any()  # the same prompt a second time
 
 
+def test_on_devices_every_part_lies_where_its_members_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mesh = jax.make_mesh((4,), (AXIS,), axis_types=(AxisType.Auto,))
+    es = dataclasses.replace(strategy(TRANSFORMER, 40), chunk=4, mesh=mesh)
+    one = dataclasses.replace(strategy(TRANSFORMER, 40), chunk=4)
+    state, texts, inner = one.init(params_of(TRANSFORMER), 0), list[Any](), engine._call
+    begin = [i % 6 for i in range(9)]
+    prompts = pack([[*begin, 3], [*begin, 4, 1]])
+    expected = answer(TRANSFORMER, one, state, prompts, GREEDY, (), segment=4)
+
+    def call(fn: Any, *args: Any) -> Any:
+        found = inner(fn, *args)
+        texts.append(found if isinstance(fn, engine._ReadPrefix) else found[0])
+        return found
+
+    monkeypatch.setattr(engine, "_call", call)
+    same(answer(TRANSFORMER, es, state, prompts, GREEDY, (), segment=4), expected, atol=1e-4)
+    for leaf in jax.tree.leaves(texts):
+        assert leaf.shape[0] == 16 and leaf.sharding.shard_shape(leaf.shape)[0] == 4
+
+
 @pytest.mark.parametrize("chunk", [2, 6])
 def test_a_part_of_the_members_writes_at_a_time(
     chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -350,6 +374,10 @@ def test_a_members_memory_is_that_of_its_factors() -> None:
     assert shared.prefix == 2 * 2 * 32 * 16 * 4 + 4
     assert shared.cache == 2 * 2 * 48 * 16 * 4 + 4
     assert "caches of a shared prefix 8.0 KiB a member x 64" in shared.describe()
+    # Long ones that few prompts go on from take most while they are read.
+    long = planned(prompts=1, prompt_slots=500, shared=480)
+    assert long.prefix_activations == 2 * 8 * 480**2 * 4 > 10 * long.activations
+    assert long.total > 64 * long.prefix_activations
     # Reading long prompts, attention weights of 8 heads are the largest arrays: of 256 queries at most.
     assert planned(prompt_slots=500).activations == 2 * 8 * 512**2 * 4
     assert planned(prompt_slots=2000).activations == 2 * 8 * 256 * 2048 * 4
@@ -366,6 +394,13 @@ def test_what_fits_is_within_the_budget() -> None:
     assert tight.members == 64 and tight.total + one_more > 40 * 2**20
     # So little that members go a few at a time.
     assert planned(budget=8 * 2**20, prompts=1).members < 64
+    # What is settled is so, or refused.
+    settled = planned(members=6, together=5)
+    assert (settled.members, settled.prompts) == (6, 5)
+    assert settled.total == planned(members=6, together=5, budget=settled.total).total
+    told = "--chunk 6 and --prompt-chunk 5 need .*, and the budget is .*: choose less"
+    with pytest.raises(UsageError, match=told):
+        planned(members=6, together=5, budget=settled.total - 1)
     long = Sampling(max_new_tokens=4096)
     told = (
         r"one prompt of 40 tokens with up to 4096 need .*caches 2.0 MiB.*--max-new-tokens 512 fits"

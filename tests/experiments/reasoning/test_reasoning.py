@@ -1,5 +1,6 @@
 """`eggroll reasoning`: every algorithm runs, goes on where it stopped, and learns."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from experiments.reasoning.config import PRESETS, Config
 from experiments.reasoning.evolution import Evolution, anchored, objective
 from experiments.reasoning.questions import Questions
 from experiments.reasoning.sequences import Completions
-from experiments.reasoning.start import keep_tokenizer, start
+from experiments.reasoning.start import keep_tokenizer, start, with_dtype
 from experiments.reasoning.tasks import Question
 from experiments.reasoning.train import Reasoning, describe, in_words
 from experiments.run.cli import main
@@ -451,6 +452,11 @@ def test_long_prompts_are_left_out_and_answers_end_at_texts(tmp_path: Path) -> N
     )
     with pytest.raises(UsageError, match="--max-prompt-tokens must be at least 4, .* got 3"):
         asked(max_prompt_tokens=3).trained  # noqa: B018
+    two = tasks.load("sums", digits=2)
+    long = [one for one in two.held_out if len(one.prompt) > 4]
+    apart = dataclasses.replace(two, held_out=long)
+    with pytest.raises(UsageError, match="--max-prompt-tokens must be at least 5, .* got 4"):
+        Questions(changed(config, max_prompt_tokens=4), base, lambda: apart).measured  # noqa: B018
     # Bytes have the text of one token in them, or none of two.
     stopped = asked(stop=("7", "34"))
     assert stopped.ends == (*base.tokenizer.eos, ord("7"))
@@ -472,3 +478,15 @@ def test_texts_that_are_longer_than_the_model_was_made_for_are_refused(tmp_path:
     told = "the prompt '1[+]22=1'... has 6 tokens, which with 4 .* than the 8 .*: --max-prompt-tokens 4"
     with pytest.raises(UsageError, match=told):
         questions.prompts([Question("1+22=1", "3")])
+    told = "the prompt '1[+]2='... has 4 tokens, which with 6 to be written are more than the 8"
+    with pytest.raises(UsageError, match=told):
+        questions.solutions([Question("1+2=", "3", trace="1+2=3")])
+
+
+def test_the_type_of_weights_is_that_of_the_earlier_run(tmp_path: Path) -> None:
+    first = changed(PRESETS["tiny"], run_dir=tmp_path / "first", generations=1)
+    train(first)
+    later = changed(first, run_dir=tmp_path / "later", start=tmp_path / "first")
+    assert with_dtype(later).dtype == "float32"
+    with pytest.raises(UsageError, match="--dtype bfloat16: must be float32 as in --start"):
+        start(changed(later, dtype="bfloat16"))
