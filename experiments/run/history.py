@@ -37,7 +37,7 @@ class Line(NamedTuple):
         generation: its number.
         scores: what the update was made of, ``[population]`` or ``[population, tasks]``; NaN for a score
             that was dropped.
-        figures: by the names of `FIGURES`.
+        figures: by the names of `FIGURES`, those that are finite.
     """
 
     generation: int
@@ -80,11 +80,15 @@ class HistoryFile:
     def write(
         self, generation: int, scores: Float[np.ndarray, "..."], figures: Mapping[str, Any]
     ) -> None:
-        """Appends a line; scores that are not finite become null, which drops them in an update too."""
-        told = {name: float(value) for name, value in figures.items()}
-        line = {"generation": generation, **told, "scores": _plain(np.asarray(scores, np.float32))}
+        """Appends a line.
+
+        Scores and figures that are not finite become null. A score that is null is dropped in an update,
+        as one that is not finite is.
+        """
+        finite = {name: _figure(float(value)) for name, value in figures.items()}
+        line = {"generation": generation, **finite, SCORES: _plain(np.asarray(scores, np.float32))}
         with full_disk_in_one_sentence(self.path):
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
 
     def sync(self) -> None:
@@ -103,6 +107,8 @@ class HistoryFile:
 def read_history(path: Path) -> list[Line]:
     """The lines of a history.jsonl; a last line that was never finished does not count.
 
+    A line has the figures that are finite numbers alone, so that others are not compared.
+
     Raises:
         RunError: for a line that is none; it names the line and the field.
     """
@@ -120,17 +126,21 @@ def read_history(path: Path) -> list[Line]:
         generation, last = told.get("generation"), found[-1].generation if found else -1
         if type(generation) is not int or generation <= last:
             raise RunError(
-                f"{where}: generation is {kind_of(generation)}; a whole number above {last} is right"
+                f"{where}: generation must be a whole number above {last}, got {kind_of(generation)}"
             )
         scores = _array(told.get(SCORES))
         if scores is None or (found and scores.shape[0] != found[0].scores.shape[0]):
             raise RunError(
-                f"{where}: scores are {kind_of(told.get(SCORES))}; a number or null for each member, or a "
-                "list of them, is right"
+                f"{where}: scores must be a number or null for each member, or a list of them, got "
+                f"{kind_of(told.get(SCORES))}"
             )
         figures = {name: told[name] for name in FIGURES if is_number(told.get(name))}
         found.append(Line(generation, scores, figures))
     return found
+
+
+def _figure(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _plain(scores: Any) -> Any:

@@ -37,12 +37,38 @@ class Replayed(NamedTuple):
 
     Attributes:
         state: after the last update.
-        furthest: the largest relative difference of a figure from the run's own; 0 where all are equal bit
-            for bit.
+        furthest: the largest relative difference of a figure from the run's own; 0 where all that were
+            compared are equal bit for bit.
+        compared: the number of figures that were compared.
+        figures: the number of figures of all updates. Those that the history has no number for are not
+            compared.
     """
 
     state: "Carry"
     furthest: float
+    compared: int
+    figures: int
+
+    def describe(self) -> str:
+        """How near the updates are to the run's own, in words.
+
+        Example:
+            >>> Replayed(None, 0.0, 3, 4).describe()
+            "3 of 4 figures of updates are the run's own, bit for bit; the history lacks the others"
+        """
+        if not self.compared and self.figures:
+            return f"none of {self.figures} figures of updates was compared: the history lacks them"
+        missing = self.compared < self.figures
+        rest = "; the history lacks the others" * missing
+        if self.furthest == 0 and not missing:
+            return "every figure of every update is the run's own, bit for bit"
+        which = f"{self.compared} of {self.figures} figures" if missing else "figures"
+        if self.furthest == 0:
+            return f"{which} of updates are the run's own, bit for bit{rest}"
+        return (
+            f"{which} of updates differ from the run's own by {self.furthest:.1e} at most: another machine, "
+            f"number of devices or versions{rest}"
+        )
 
 
 def replay(settings: ReplaySettings) -> str:
@@ -53,19 +79,13 @@ def replay(settings: ReplaySettings) -> str:
     lines = lines_of(settings.run, settings.generation)
     driver, config = settings_to_read(settings.run)
     with driver.load()(config) as trainer:
-        state, furthest = replayed(trainer, lines)
+        found = replayed(trainer, lines)
 
         import jax
 
-        said = trainer.export(jax.device_get(state), to)
-    how = (
-        "every figure of every update is the run's own, bit for bit"
-        if furthest == 0
-        else f"figures of updates differ from the run's own by {furthest:.1e} at most: another machine, "
-        "number of devices or versions"
-    )
+        said = trainer.export(jax.device_get(found.state), to)
     count = len(lines)
-    return f"Made {count} update{'s' * (count != 1)} again; {how}.\n{said}"
+    return f"Made {count} update{'s' * (count != 1)} again; {found.describe()}.\n{said}"
 
 
 def lines_of(run: Path, generation: int | None = None) -> "list[Line]":
@@ -113,11 +133,12 @@ def replayed(trainer: "Trainer[Any]", lines: "list[Line]") -> Replayed:
     """
     import numpy as np
 
+    from experiments.run.history import FIGURES
     from experiments.run.trainer import Replays
 
     if not isinstance(trainer, Replays):
         raise UsageError(f"{trainer.config.run_dir} is a run whose updates cannot be made again")
-    state, furthest = trainer.start(), 0.0
+    state, furthest, compared = trainer.start(), 0.0, 0
     for line in lines:
         state, figures = trainer.replay(state, line.scores)
         for name, right in line.figures.items():
@@ -128,5 +149,5 @@ def replayed(trainer: "Trainer[Any]", lines: "list[Line]") -> Replayed:
                     f"generation {line.generation}: {name} is {got:.6g} and was {right:.6g} in the run: the "
                     "model that it began with, its settings or its history are others now"
                 )
-            furthest = max(furthest, apart)
-    return Replayed(state, furthest)
+            furthest, compared = max(furthest, apart), compared + 1
+    return Replayed(state, furthest, compared, len(FIGURES) * len(lines))

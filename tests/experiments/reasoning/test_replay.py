@@ -62,9 +62,9 @@ def test_the_whole_state_is_rebuilt(name: str, run: Path, tmp_path: Path) -> Non
         train(settings(run, **RUNS[name]))
     assert [line.generation for line in lines_of(run)] == [0, 1, 2, 3]
     with trainer_of(run) as trainer:
-        state, furthest = replayed(trainer, lines_of(run))
+        state, furthest, compared, figures = replayed(trainer, lines_of(run))
         start = trainer.start()
-    assert furthest == 0
+    assert furthest == 0 and compared == figures == 8
     equal(state, state_of(run))
     moved = jax.tree.map(
         lambda a, b: bool((a != b).any()), start.learner.params, state.learner.params
@@ -126,6 +126,29 @@ def test_a_history_that_is_not_whole_is_told(
         assert main(["replay", *map(str, words)]) == code
         said = capsys.readouterr().err
         assert sentence in said and said.count("\n") == (1 if code else 0)
+
+
+def test_figures_without_a_number_are_not_called_the_run_s_own(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    lines[0]["weight_norm"] = None
+    # As earlier versions wrote it.
+    lines[1]["update_norm"] = float("nan")
+    some = copy_of(run, tmp_path / "some", [json.dumps(line) + "\n" for line in lines])
+    absent = [{k: line[k] for k in ("generation", "scores")} for line in lines]
+    none = copy_of(run, tmp_path / "none", [json.dumps(line) + "\n" for line in absent])
+    for folder, words in (
+        (
+            some,
+            "6 of 8 figures of updates are the run's own, bit for bit; the history lacks the others",
+        ),
+        (none, "none of 8 figures of updates was compared"),
+    ):
+        capsys.readouterr()
+        assert main(["replay", str(folder)]) == 0
+        said = capsys.readouterr().out
+        assert words in said and "every figure" not in said
 
 
 def test_a_start_that_is_gone_is_told(

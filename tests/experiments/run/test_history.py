@@ -1,5 +1,6 @@
 """Scores come back bit for bit; a continued run cuts what its checkpoint does not know of."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,22 @@ def test_scores_come_back_bit_for_bit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(second.scores, np.linspace(0, 1, 64).astype(np.float32))
 
 
+def test_figures_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    with HistoryFile(path) as history:
+        history.write(0, np.ones(2), {"weight_norm": np.float32("nan"), "update_norm": np.inf})
+        history.write(1, np.ones(2), {"weight_norm": 2.0, "update_norm": -np.inf})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    first, second = (
+        json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()
+    )
+    assert first["weight_norm"] is first["update_norm"] is second["update_norm"] is None
+    assert [line.figures for line in read_history(path)] == [{}, {"weight_norm": 2.0}]
+
+
 @pytest.mark.parametrize("keep", [0, 2, 3])
 @pytest.mark.parametrize("rest", ["", '{"generation": 3, "sco'])
 def test_lines_from_a_generation_on_are_cut(tmp_path: Path, keep: int, rest: str) -> None:
@@ -45,15 +62,18 @@ def test_lines_from_a_generation_on_are_cut(tmp_path: Path, keep: int, rest: str
     ("line", "sentence"),
     [
         ("junk", "line 2 is not JSON"),
-        ('{"generation": 0, "scores": [1, 2]}', "line 2: generation is 0; a whole number above 0"),
-        ('{"generation": true, "scores": [1, 2]}', "line 2: generation is True"),
-        ('{"generation": 1}', "line 2: scores are null"),
-        ('{"generation": 1, "scores": []}', "line 2: scores are"),
-        ('{"generation": 1, "scores": [1]}', "line 2: scores are"),
-        ('{"generation": 1, "scores": [[1], [1, 2]]}', "line 2: scores are"),
-        ('{"generation": 1, "scores": [[1], 2]}', "line 2: scores are"),
-        ('{"generation": 1, "scores": ["1", 2]}', "line 2: scores are"),
-        ('{"generation": 1, "scores": {"a": 2}}', "line 2: scores are"),
+        (
+            '{"generation": 0, "scores": [1, 2]}',
+            "line 2: generation must be a whole number above 0, got 0",
+        ),
+        ('{"generation": true, "scores": [1, 2]}', "line 2: generation must be .*, got True"),
+        ('{"generation": 1}', "line 2: scores must be .*, got null"),
+        ('{"generation": 1, "scores": []}', "line 2: scores must be"),
+        ('{"generation": 1, "scores": [1]}', "line 2: scores must be"),
+        ('{"generation": 1, "scores": [[1], [1, 2]]}', "line 2: scores must be"),
+        ('{"generation": 1, "scores": [[1], 2]}', "line 2: scores must be"),
+        ('{"generation": 1, "scores": ["1", 2]}', "line 2: scores must be"),
+        ('{"generation": 1, "scores": {"a": 2}}', "line 2: scores must be"),
     ],
 )
 def test_a_damaged_line_is_told(tmp_path: Path, line: str, sentence: str) -> None:
