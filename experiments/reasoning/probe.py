@@ -1,7 +1,8 @@
 """`eggroll probe`: what a population answers at several sigmas before a run, and the settings to take.
 
-All sigmas are generations of one strategy whose noise stays the same, so that one program runs them and
-the table compares sigmas alone. Nothing is trained and no run folder is written.
+All sigmas are generations of one strategy whose noise stays the same, so that one program runs them. At
+--temperature 0 the table compares sigmas alone. At a higher temperature tokens are drawn with other keys at
+each sigma, so that the columns also differ by chance. Nothing is trained and no run folder is written.
 """
 
 import dataclasses
@@ -76,7 +77,7 @@ def probe(
         state = jax.device_put(state, learner.sharding)
     found = []
     with (
-        _others(config, questions, asked) as others,
+        _RewardTables(config, questions, asked) as tables,
         Progress(len(sigmas) + 1, shown=hosts.first()) as progress,
     ):
         for i, sigma in enumerate((0.0, *sigmas)):
@@ -87,10 +88,10 @@ def probe(
             # Without noise all members are the model.
             some = slice(None) if i else slice(1)
             texts = one.texts[some]
-            others_of = others.of(texts, one.asked)
+            others = tables.of(texts, one.asked)
             ended = one.completions.ended[some]
             found.append(
-                probing.probed(sigma, one.rewards[some], texts.tolist(), ended, others_of, seconds)
+                probing.probed(sigma, one.rewards[some], texts.tolist(), ended, others, seconds)
             )
     first, *tried = found
     reward = config.rewards.reward or "+".join(names(examiner.reward))
@@ -134,7 +135,8 @@ def _learner(
     examiner: Examiner,
     layout: Layout,
 ) -> Evolution:
-    """Learning whose generation i has the i-th sigma, and the noise of generation 0."""
+    """Learning whose generation i has the i-th sigma, the noise of generation 0, and its own keys of
+    sampling."""
     learner = Evolution(config, base, questions, examiner, layout)
     learner.es = dataclasses.replace(
         learner.es,
@@ -144,8 +146,8 @@ def _learner(
     return learner
 
 
-class _others:
-    """The registered rewards that can tell something of these questions."""
+class _RewardTables:
+    """Tables of the registered rewards that are defined for these questions."""
 
     def __init__(self, config: Config, questions: Questions, asked: Sequence[Question]) -> None:
         text = ",".join(_applicable(columns(asked)))
@@ -157,7 +159,7 @@ class _others:
         handle = self._examiner.submit(texts.ravel().tolist(), list(asked) * len(texts))
         return dict(self._examiner.rewards(handle, texts.shape).parts)
 
-    def __enter__(self) -> "_others":
+    def __enter__(self) -> "_RewardTables":
         return self
 
     def __exit__(self, *error: object) -> None:

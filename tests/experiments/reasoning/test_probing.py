@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
+from experiments.reasoning import probing
 from experiments.reasoning.config import PRESETS, Config
 from experiments.reasoning.hints import hints
 from experiments.reasoning.probing import (
@@ -198,6 +199,19 @@ def test_the_command_prints_a_table_and_the_settings(
     assert "sums: " in found.err and "a pair x 4 pairs" in found.err
     last = found.out.strip().split("\n")[-1]
     assert last.startswith("Take --sigma 0.") and "--sigma-scale rms --learning-rate" in last
+
+
+def test_sigmas_share_their_noise_and_at_temperature_0_all_else(
+    constant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two columns of one sigma differ by the keys of sampling alone."""
+    found: list[Any] = []
+    monkeypatch.setattr(probing, "probed", lambda *given: found.append(given) or probed(*given))
+    words = ["--preset", "tiny", "--reward", constant, "--probe-sigmas", "0.3", "0.3"]
+    for temperature in ("0", "1"):
+        assert main(["probe", *words, "--temperature", temperature]) == 0
+        first, second = (given[2] for given in found[-2:])
+        assert (first == second) == (temperature == "0")
 
 
 def test_a_sigma_that_is_too_small_is_named(
