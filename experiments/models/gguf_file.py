@@ -136,7 +136,7 @@ class GGUFFile:
         return found
 
     def _wrong(self, key: str, right: str) -> UsageError:
-        return UsageError(f"{self.path}: {key} is {shown(self.settings[key])}; it must be {right}")
+        return UsageError(f"{self.path}: {key} must be {right}, got {shown(self.settings[key])}")
 
 
 def open_gguf(path: Path) -> GGUFFile:

@@ -4,9 +4,11 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -46,6 +48,8 @@ UNSUPPORTED = (
 # Llama 3 stretches rotary positions by these, of which a file has the factors of each frequency alone.
 LOW, HIGH, LENGTH = 1.0, 4.0, 8192
 FREQUENCIES = "rope_freqs.weight"
+# Seconds without a write after which an unfinished folder belongs to no process any more.
+STALE = 24 * 3600
 
 
 class _Part(NamedTuple):
@@ -135,20 +139,36 @@ def _beside(folder: Path, overwrite: bool) -> Iterator[Path]:
     )
     with full_disk_in_one_sentence(folder):
         make_folder(folder.parent)
+        _remove_stale(folder)
         try:
             part.mkdir()
             yield part
             if overwrite and folder.exists():
                 folder.rename(old)
-            try:
-                part.rename(folder)
-            except OSError:
-                if old.exists():
-                    old.rename(folder)
-                raise
+            part.rename(folder)
             sync_folder(folder.parent)
         finally:
+            # After any error between the two renames, such as Ctrl-C, the old folder alone has a model.
+            if old.exists() and not folder.exists():
+                old.rename(folder)
             for one in (part, old):
+                shutil.rmtree(one, ignore_errors=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Removes what killed conversions to this folder have left beside it.
+
+    Another process may be converting to the same folder, so only folders without a write for
+    `STALE` seconds are removed.
+    """
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.part")
+    for one in folder.parent.iterdir():
+        if name.fullmatch(one.name) is None:
+            continue
+        # It may be renamed or removed at any time.
+        with contextlib.suppress(OSError):
+            newest = max(path.stat().st_mtime for path in (one, *one.iterdir()))
+            if time.time() - newest > STALE:
                 shutil.rmtree(one, ignore_errors=True)
 
 
@@ -268,8 +288,8 @@ def _parts(file: GGUFFile, config: dict[str, Any]) -> list[_Part]:
         shape = file.tensors[part.source].shape
         if shape != part.shape:
             raise UsageError(
-                f"{file.path}: {part.source} has the shape {list(shape)}; {list(part.shape)} is right by "
-                "the settings"
+                f"{file.path}: {part.source} must have the shape {list(part.shape)} by the settings, got "
+                f"{list(shape)}"
             )
     rest = sorted(file.tensors.keys() - {part.source for part in parts} - {FREQUENCIES})
     if rest:

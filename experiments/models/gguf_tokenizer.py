@@ -170,8 +170,8 @@ def _model(file: GGUFFile, cut: Cut, vocab: dict[str, int], begin: list[str]) ->
         left, _, right = line.partition(" ")
         if not left or not right or " " in right:
             raise UsageError(
-                f"{file.path}: tokenizer.ggml.merges has {shown(line)}; two parts with a space between "
-                "are right"
+                f"{file.path}: an entry of tokenizer.ggml.merges must be two parts with a space between, got "
+                f"{shown(line)}"
             )
         merges.append((left, right))
     try:

@@ -1,7 +1,9 @@
 """GGUF files as folders: against transformers, every quantisation, and what is wrong with a file is said."""
 
 import json
+import os
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -275,16 +277,16 @@ REFUSED = {
     ),
     "wrong type": (
         setting("llama.block_count", "two"),
-        "llama.block_count is 'two'; it must be a whole number of at least 1",
+        "llama.block_count must be a whole number of at least 1, got 'two'",
     ),
-    "zero": (setting("llama.attention.head_count", 0), "llama.attention.head_count is 0; it must"),
+    "zero": (setting("llama.attention.head_count", 0), "llama.attention.head_count must be a whole number of at least 1, got 0"),
     "heads by layer": (
         setting("llama.attention.head_count_kv", [2, 2]),
-        "llama.attention.head_count_kv is [2, 2]; it must be a whole number",
+        "llama.attention.head_count_kv must be a whole number of at least 1, got [2, 2]",
     ),
     "epsilon": (
         setting("llama.attention.layer_norm_rms_epsilon", float("nan")),
-        "llama.attention.layer_norm_rms_epsilon is nan; it must be a positive number",
+        "llama.attention.layer_norm_rms_epsilon must be a positive number, got nan",
     ),
     "experts": (setting("llama.expert_count", 8), "llama.expert_count 8 is not supported"),
     "window": (
@@ -320,7 +322,7 @@ REFUSED = {
     ),
     "shape": (
         tensor("output_norm.weight", 7),
-        "output_norm.weight has the shape [7]; [64] is right by the settings",
+        "output_norm.weight must have the shape [64] by the settings, got [7]",
     ),
 }  # fmt: skip
 # What is seen when the tokenizer is made.
@@ -331,7 +333,7 @@ LATER = {
     ),
     "merge": (
         setting("tokenizer.ggml.merges", ["t o", "t"]),
-        "tokenizer.ggml.merges has 't'; two parts with a space between are right",
+        "an entry of tokenizer.ggml.merges must be two parts with a space between, got 't'",
     ),
     "merge of no tokens": (
         setting("tokenizer.ggml.merges", ["t o", "zz zz"]),
@@ -356,7 +358,7 @@ LATER = {
     ),
     "layers": (
         setting("llama.attention.head_count_kv", 3),
-        "blk.0.attn_k.weight has the shape [64, 64]; [96, 64] is right by the settings",
+        "blk.0.attn_k.weight must have the shape [96, 64] by the settings, got [64, 64]",
     ),
 }
 
@@ -454,6 +456,51 @@ def test_nothing_is_left_where_writing_fails(tmp_path: Path, monkeypatch: Any) -
         convert(path, out, overwrite=True)
     assert {one.name: one.read_bytes() for one in out.iterdir()} == before
     assert sorted(one.name for one in tmp_path.iterdir()) == ["model.gguf", "out"]
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_an_interrupt_between_the_renames_loses_no_model(
+    tmp_path: Path, monkeypatch: Any, rename: int
+) -> None:
+    path, out = written(tmp_path), tmp_path / "out"
+    convert(path, out)
+    before = (out / "model.safetensors").read_bytes()
+    calls, real = [], Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        """The signal arrives after the first rename, or instead of the second."""
+        calls.append(target)
+        if rename == len(calls) == 2:
+            raise KeyboardInterrupt
+        found = real(self, target)
+        if rename == len(calls) == 1:
+            raise KeyboardInterrupt
+        return found
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(path, out, "bfloat16", overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == before
+    assert sorted(one.name for one in tmp_path.iterdir()) == sorted([path.name, "out"])
+
+
+def test_what_a_killed_conversion_left_is_removed(tmp_path: Path) -> None:
+    path, old = written(tmp_path), time.time() - 2 * 24 * 3600
+    for name in (
+        ".out.0123abcd.part",
+        ".other.0123abcd.part",
+        ".out.0123abcd",
+        ".out.89abcdef.part",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+        os.utime(tmp_path / name / "model.safetensors", (old, old))
+        os.utime(tmp_path / name, (old, old))
+    # Another process is writing this one.
+    (tmp_path / ".out.89abcdef.part" / "model.safetensors").write_bytes(b"more")
+    convert(path, tmp_path / "out")
+    hidden = sorted(one.name for one in tmp_path.iterdir() if one.name.startswith("."))
+    assert hidden == [".other.0123abcd.part", ".out.0123abcd", ".out.89abcdef.part"]
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: Any) -> None:
