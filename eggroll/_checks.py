@@ -137,12 +137,12 @@ def parameters(plan: Plan, params: PyTree) -> None:
 
 
 def members(given: Any, population: int, axes: int) -> Array:
-    """Indices of members as an int32 array with ``axes`` axes; traced indices are not checked."""
+    """Indices of members as an int32 array with ``axes`` axes; values that are traced are not checked."""
     return _indices("member", given, population, population, axes)
 
 
 def pairs(given: Any, population: int) -> Array:
-    """Numbers of pairs as an int32 array; traced numbers are not checked."""
+    """Numbers of pairs as an int32 array; values that are traced are not checked."""
     found = _indices("pair", given, population // 2, population, axes=1)
     if not found.shape[0]:
         raise ValueError("pairs is empty: must have at least one number")
@@ -150,11 +150,19 @@ def pairs(given: Any, population: int) -> Array:
 
 
 def _indices(what: str, given: Any, count: int, population: int, axes: int) -> Array:
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given)):
-        return jnp.asarray(given, jnp.int32)
+    right = "a list of integers" if axes else "an integer"
+    leaves = jax.tree.leaves(given)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        whole = all(jnp.issubdtype(jax.dtypes.result_type(x), jnp.integer) for x in leaves)
+        traced = jnp.asarray(given, jnp.int32)
+        if traced.ndim != axes or not whole:
+            kind = jax.dtypes.result_type(*leaves)
+            raise ValueError(
+                f"{what}: must be {right} from 0 to {count - 1}, got traced {kind}{list(traced.shape)}"
+            )
+        return traced
     ids = np.asarray(given)
     if ids.ndim != axes or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        right = "a list of integers" if axes else "an integer"
         raise ValueError(f"{what} {given!r}: must be {right} from 0 to {count - 1}")
     wrong = ids[(ids < 0) | (ids >= count)].tolist()
     if wrong:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from eggroll.inputs import Generation
@@ -16,7 +17,10 @@ class Factors(NamedTuple):
     Attributes:
       a: ``[rank, *axes]``; ``axes`` are those of the parameter, of size 1 along its columns.
       b: ``[rank, *axes]``, of size 1 along the rows.
-      scale: the sign of the member times sigma over the square root of the rank; float32 ``[]``.
+      scale: ``sign * sigma * factor * sqrt(subspaces) / sqrt(rank)``, where ``factor`` is the plan's factor
+        on sigma for the parameter; float32 ``[]``. Factors on sigma that vary along axes, such as one a
+        layer of a stack, are in ``b``, or in ``a`` where they vary along the rows. Outside the member's
+        subspace, ``b`` is 0 where columns are divided, and ``a`` where rows are.
     """
 
     a: Float[Array, "rank ..."]
@@ -43,6 +47,11 @@ def factors_of(g: Generation, params: PyTree, i: Int[Array, ""]) -> dict[str, Fa
     found = {}
     values = jax.tree.leaves(lazy, is_leaf=lambda value: isinstance(value, LowRank))
     for leaf, noise, value in zip(g.plan.leaves, drawn, values, strict=True):
+        if noise and leaf.dtype == jnp.int8:
+            raise ValueError(
+                f"parameter {leaf.path!r} is int8, and its noise is in units of its quantisation step: must "
+                "be a float parameter"
+            )
         if isinstance(value, LowRank):
             a, b = value.factors
             found[leaf.path] = Factors(a, b, value.scale)

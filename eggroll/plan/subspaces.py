@@ -32,15 +32,16 @@ def subspaces(planner: Planner, count: Count = 4) -> Planner:
     Args:
       planner: chooses the treatments.
       count: the number of subspaces, K; must divide the number of pairs. The paper finds 4 best of those it
-        tried, and 8 worse. 1 changes nothing. For int8 parameters its square root must be a power of two.
+        tried, and 8 worse. 1 returns the planner itself. For int8 parameters its square root must be a
+        power of two.
 
     Returns:
       A planner, for ``EvolutionStrategy(plan=...)``.
 
     Raises:
-      ValueError: ``count`` is not an integer of at least 1; (from the planner) a parameter has node noise,
-        is divided already, or is int8 and ``count`` is not 4, 16 or 64; (from the strategy) ``count`` does
-        not divide the number of pairs.
+      ValueError: ``count`` is not an integer of at least 1; (from the planner, unless ``count``
+        is 1) a parameter has node noise, is divided already, or is int8 and ``count`` is not 4, 16 or 64;
+        (from the strategy) ``count`` does not divide the number of pairs.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,6 +57,8 @@ def subspaces(planner: Planner, count: Count = 4) -> Planner:
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"subspaces: count={count!r}: must be an integer of at least 1")
+    if count == 1:
+        return planner
 
     def planner_of(params: PyTree, rank: Rank) -> Plan:
         plan = planner(params, rank)

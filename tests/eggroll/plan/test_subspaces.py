@@ -174,7 +174,10 @@ def test_low_rank_noise_stays_low_rank_and_nothing_is_built():
 
 def test_one_subspace_is_none():
     params = make_params()
-    assert subspaces(PLAIN, 1)(params, 1) == PLAIN(params, 1)
+    for planner in (PLAIN, by_shape({"tall": Nodes()}), subspaces(PLAIN, 2)):
+        assert subspaces(planner, 1)(params, 1) == planner(params, 1)
+    whole = make(PLAIN, perturb="nodes", shaping=None).describe(params)
+    assert make(subspaces(PLAIN, 1), perturb="nodes", shaping=None).describe(params) == whole
 
 
 def test_the_division_is_drawn_with_the_noise():

@@ -60,6 +60,20 @@ def test_members(given, axes, message):
         checks.members(given, 8, axes)
 
 
+@pytest.mark.parametrize(
+    ("given", "axes", "message"),
+    [
+        (jnp.arange(2), 0, r"member: must be an integer from 0 to 7, got traced int32\[2\]"),
+        (jnp.int32(0), 1, r"member: must be a list of integers from 0 to 7, got traced int32\[\]"),
+        (jnp.float32(0), 0, r"member: must be an integer from 0 to 7, got traced float32\[\]"),
+        ([jnp.arange(2)], 1, r"member: must be a list of integers .*, got traced int32\[1, 2\]"),
+    ],
+)
+def test_traced_members(given, axes, message):
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda given: checks.members(given, 8, axes))(given)
+
+
 def test_members_in_every_form():
     for given in (range(3), [0, 1, 2], np.arange(3), jnp.arange(3), (np.int8(0), 1, jnp.int32(2))):
         found = checks.members(given, 8, axes=1)

@@ -25,8 +25,9 @@ def strategy(**settings):
     [
         plan.by_shape(overrides=LAYERS),
         plan.relative(plan.by_shape(overrides=LAYERS), PARAMS),
+        plan.subspaces(plan.by_shape(overrides=LAYERS), 4),
     ],
-    ids=["by shape", "relative"],
+    ids=["by shape", "relative", "subspaces"],
 )
 def test_the_mean_and_the_factors_are_the_member(planner):
     es = strategy(plan=planner)
@@ -44,6 +45,14 @@ def test_the_mean_and_the_factors_are_the_member(planner):
         state, _ = es.update(state, np.arange(8.0) * (generation + 1))
 
 
+def test_the_scale_has_the_factor_of_the_leaf_and_of_subspaces():
+    layers = {"w": Matrix(rows=0, columns=1, sigma=3.0)}
+    es = strategy(plan=plan.subspaces(plan.by_shape(layers), 4))
+    state = es.init({"w": PARAMS["w"]}, 0)
+    found = [float(es.factors(state, i)["w"].scale) for i in (0, 1)]
+    np.testing.assert_allclose(found, np.array([1, -1]) * 0.1 * 3 * np.sqrt(4 / 2), rtol=1e-6)
+
+
 def test_an_index_may_be_traced():
     es = strategy()
     state = es.init({"w": PARAMS["stack"][0]}, 0)
@@ -59,6 +68,10 @@ def test_noise_without_factors_is_refused():
         es.factors(state, 0)
     with pytest.raises(ValueError, match="must be"):
         es.factors(state, 8)
+    quantised = strategy(plan=plan.by_shape({"w": Matrix(rows=0, columns=1, sigma=40.0)}))
+    beside = {"w": jnp.ones((8, 12), jnp.int8), "s": jnp.ones((8, 12))}
+    with pytest.raises(ValueError, match="'w' is int8, and its noise is in units of its quantisa"):
+        quantised.factors(quantised.init(beside, 0), 0)
     nodes = strategy(perturb="nodes", shaping=None)
     with pytest.raises(ValueError, match="has node noise"):
         nodes.factors(nodes.init({"w": jnp.zeros((8, 8))}, 0), 0)
