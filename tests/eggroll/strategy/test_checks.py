@@ -74,6 +74,13 @@ def test_traced_members(given, axes, message):
         jax.jit(lambda given: checks.members(given, 8, axes))(given)
 
 
+def test_traced_pairs_without_an_axis():
+    with pytest.raises(
+        ValueError, match=r"pair: must be a list .* from 0 to 3, got traced int32\[\]"
+    ):
+        jax.jit(lambda given: checks.pairs(given, 8))(2)
+
+
 def test_members_in_every_form():
     for given in (range(3), [0, 1, 2], np.arange(3), jnp.arange(3), (np.int8(0), 1, jnp.int32(2))):
         found = checks.members(given, 8, axes=1)
