@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import model_folders
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from benchmarks import (
     forward,
     nodes,
     pretraining,
+    real_models,
     reasoning,
     saving,
     scaling,
@@ -255,3 +257,21 @@ def test_nodes(tmp_path: Path, capsys: pytest.CaptureFixture, model: str, title:
     document = json.loads(path.read_text())
     assert document["factor_memory"] == 1024
     assert all(row["seconds"] > 0 for row in document["rows"])
+
+
+def test_real_models(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("jinja2")
+    model = model_folders.qwen3(tmp_path / "qwen")
+    words = ["--model", str(model), "--out", str(tmp_path / "runs"), "--seconds", "0.01"]
+    words += ["--seeds", "1", "--methods", "EGGROLL", "--more", "population=4"]
+    words += ["prompts=2", "held-out-questions=4", "max-new-tokens=3"]
+    for _ in range(2):  # the second time the runs are there
+        real_models.main(words)
+        head, _, base, eggroll = capsys.readouterr().out.strip().split("\n")
+        cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
+        assert [cells(line)[0] for line in (base, eggroll)] == ["as it is", "EGGROLL"]
+        assert {len(cells(line)) for line in (head, base, eggroll)} == {9}
+        assert cells(eggroll)[6] == "2" and 0.05 < float(cells(eggroll)[8]) < 50
+        # A model of random numbers knows no text.
+        assert float(cells(base)[5]) > 3

@@ -155,8 +155,7 @@ class Config(RunSettings):
     prompts: int = count(16)
     """Questions of a generation."""
     optimizer: Flat[Optimizer] = Optimizer(name="sgd", learning_rate=2e-4)
-    """What moves the parameters. SGD at 0.2 sigma^2 sqrt(population) moves weights by a fifth of sigma an
-    update."""
+    """What moves the parameters. SGD at sigma^2 sqrt(population) moves weights by about sigma an update."""
     gradient_norm: float = positive(1.0)
     """Gradients of backpropagation are scaled down to this norm."""
     grpo: Grpo = Grpo()

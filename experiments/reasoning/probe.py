@@ -123,7 +123,7 @@ def _told(config: Config, choice: Choice) -> tuple[dict[str, float], str]:
     if config.optimizer.name == "sgd":
         rate = probing.learning_rate(choice.sigma, config.evolution.population)
         settings["learning_rate"] = rate
-        words += f" --learning-rate {rate:g} (0.2 sigma^2 sqrt(population))"
+        words += f" --learning-rate {rate:g} (sigma^2 sqrt(population))"
     return settings, f"{words}: {choice.why}."
 
 

@@ -221,13 +221,13 @@ def _without_reward(everything: Sequence[Probed], reward: str) -> str:
 
 
 def learning_rate(sigma: float, population: int) -> float:
-    """The rate of SGD that moves weights by about a fifth of sigma an update, to three digits.
+    """The rate of SGD that moves weights by about sigma an update, to three digits.
 
     Example:
         >>> learning_rate(0.01, 64)
-        0.00016
+        0.0008
     """
-    return float(f"{0.2 * sigma**2 * math.sqrt(population):.3g}")
+    return float(f"{sigma**2 * math.sqrt(population):.3g}")
 
 
 def ladder(sigma: float) -> tuple[float, ...]:

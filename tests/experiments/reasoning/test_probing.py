@@ -148,7 +148,7 @@ def test_the_table_fits_a_terminal() -> None:
 
 
 def test_rates_and_ladders() -> None:
-    assert learning_rate(0.003, 32) == 1.02e-5
+    assert learning_rate(0.003, 32) == 5.09e-5
     assert ladder(0.003) == (0.00075, 0.0015, 0.003, 0.006, 0.012)
 
 
