@@ -110,7 +110,7 @@ def check(batch, es, state, built):
         raise
 
 
-BATCHES = st.lists(programs(), min_size=1, max_size=16)
+BATCHES = st.lists(programs(), min_size=8, max_size=10)
 NO_SHRINKING = (hypothesis.Phase.explicit, hypothesis.Phase.reuse, hypothesis.Phase.generate)
 CONFIGURATIONS = st.tuples(st.sampled_from(list(PLANS)), st.sampled_from([1, 2]))
 
