@@ -183,9 +183,16 @@ class Config(RunSettings):
     many as fit."""
     anchor: float = from_zero(0.0)
     """Share of the way back to the model that training began with, times the learning rate, an update."""
-    fitness: Literal["reward", "likelihood", "match"] = "reward"
+    fitness: Literal["reward", "likelihood", "match", "teachers"] = "reward"
     """Of a member: rewards of its answers; the mean log-probability of worked solutions, which "sft" raises
-    too; or the share of them that it would write, each token after the right ones before it."""
+    too; the share of them that it would write, each token after the right ones before it; or how near its
+    predictions on them are to those of teachers."""
+    teachers: tuple[str, ...] = ()
+    """Models that "teachers" learns from: run folders of this driver, or what --model takes, with the same
+    tokenizer."""
+    teacher_temperature: float = positive(1.0)
+    """Of the weights of several teachers, for each question by how well they predict its solution: the
+    smaller, the more the best one counts."""
     objective: Literal["mean", "best"] = "mean"
     """Of several samples of a member for a question: their mean reward, or the best of them (pass@k)."""
     samples: int = count(1)
@@ -247,6 +254,12 @@ class Config(RunSettings):
                 else "members of an evolution strategy have one; choose --algorithm eggroll"
             )
             raise UsageError(f"--fitness {self.fitness}: {why}")
+        if (self.fitness == "teachers") != bool(self.teachers):
+            raise UsageError(
+                "--fitness teachers: learns from models; name them by --teachers"
+                if not self.teachers
+                else f"--teachers {' '.join(self.teachers)}: they are those of --fitness teachers; add it"
+            )
         if self.tokenizer == "bpe" and self.vocabulary < 258:
             raise UsageError(
                 f"--vocabulary {self.vocabulary}: bytes and two special tokens make 258; choose as many"
@@ -292,6 +305,11 @@ class Config(RunSettings):
                 raise UsageError(f"--start: {error}") from error
             if other != self.driver:
                 raise UsageError(f"--start {self.start}: that run is of another driver")
+        for name in self.teachers:
+            if (Path(name) / "checkpoints").is_dir():
+                check_run(Path(name))
+            else:
+                check_model(name)
         tasks.check(self.task, **self.task_arguments())
         if self.rewards.reward is not None:
             rewards.check(self.rewards.reward)

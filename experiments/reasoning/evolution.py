@@ -17,6 +17,7 @@ from eggroll.population.placement import tracing
 from experiments.models import parallel
 from experiments.reasoning import diagnostics, scores, sft
 from experiments.reasoning.config import Config
+from experiments.reasoning.distilling import Teachers, teacher_score
 from experiments.reasoning.engine import Share, stream, unseen
 from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.questions import Questions, repeated
@@ -28,7 +29,11 @@ from experiments.run.devices import ONE, Layout
 from experiments.run.history import SCORES
 from experiments.run.learners import optimizer_of, row_of
 
-FITNESS = {"likelihood": sft.cross_entropy_score, "match": sft.exact_match_score}
+FITNESS: dict[str, Any] = {
+    "likelihood": sft.cross_entropy_score,
+    "match": sft.exact_match_score,
+    "teachers": teacher_score,
+}
 
 
 def strategy(config: Config, base: Start, layout: Layout = ONE) -> eggroll.EvolutionStrategy:
@@ -147,8 +152,10 @@ class Evolution:
             values, row = self._rewards(state, questions, share)
         else:
             # Scores of worked solutions, with no answer written.
-            solutions = self._questions.solutions(questions)
-            values = self._score(self.es.placed(state), state, *solutions)
+            given: tuple[Any, ...] = self._questions.solutions(questions)
+            if self._config.fitness == "teachers":
+                given = (*given, self._teachers.mixture(*map(jnp.asarray, given)))
+            values = self._score(self.es.placed(state), state, *given)
             row = {"prompt_tokens": 0, "generated_tokens": 0}
         scores = on_host(values)
         state, told = self.update(state, scores)
@@ -173,9 +180,12 @@ class Evolution:
         """Scores of all members on worked solutions."""
         score = functools.partial(FITNESS[self._config.fitness], self._base.model)
         return self._layout.jit(
-            lambda es, state, tokens, mask: es.evaluate(state, score, tokens, mask),
-            static_argnums=0,
+            lambda es, state, *given: es.evaluate(state, score, *given), static_argnums=0
         )
+
+    @functools.cached_property
+    def _teachers(self) -> Teachers:
+        return Teachers(self._config, self._base)
 
     def _rewards(
         self, state: Any, questions: Sequence[Question], share: Share

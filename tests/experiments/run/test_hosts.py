@@ -146,7 +146,8 @@ def test_integers_of_two_processes_are_those_of_one_though_one_was_killed(tmp_pa
     assert "Continuing" in told and "Continuing" not in silent
     assert "Metrics, checkpoints" in told and "Metrics, checkpoints" not in silent
     alone(command, tmp_path / "one", *total)
-    assert_same(tmp_path / "two", tmp_path / "one")
+    # The state to the bit; a mean of float losses may be summed in another order.
+    assert_same(tmp_path / "two", tmp_path / "one", of_rows=1e-6)
     samples = [(tmp_path / name / "samples.txt").read_text() for name in ("one", "two")]
     assert samples[0] == samples[1]
 
