@@ -106,8 +106,8 @@ def mixture(
         >>> models = [LanguageModel(2, *[None] * 6)._replace(apply=lambda p, tokens: p)] * 2
         >>> tokens, mask = jnp.array([[0, 1, 1]]), jnp.array([[False, True, True]])
         >>> found = mixture(models, 1.0, [sure, flat], tokens, mask)
-        >>> print(found.weights.round(3), found.chances[0, 0].round(3))
-        [[0.643 0.357]] [0.243 0.757]
+        >>> [f"{x:.3f}" for x in (*found.weights[0], *found.chances[0, 0])]
+        ['0.643', '0.357', '0.243', '0.757']
     """
     every = jnp.stack(
         [_predicted(model, p, tokens) for model, p in zip(models, params, strict=True)]
