@@ -40,7 +40,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(folder: Path, model: Path, *words: str) -> list[str]:
-    own = ["--model", str(model), "--run-dir", str(folder / "run")]
+    # As on an accelerator.
+    own = ["--model", str(model), "--dtype", "bfloat16", "--run-dir", str(folder / "run")]
     task = ["--task-settings", '{"size": 20, "held_out": 2}']
     return [*SMALL, *own, *task, "--reward", REWARD, *words]
 
