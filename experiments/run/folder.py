@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from experiments.run import hosts
 from experiments.run.errors import InUse, RunError, UsageError
@@ -409,6 +409,44 @@ def full_disk_in_one_sentence(path: Path) -> Iterator[None]:
             f"{error.filename or path} could not be written: {error.strerror or error}; "
             "make room, or let it be written, and run the same command again to continue"
         ) from error
+
+
+# Not Self: the checks of the test run know it in decorated classes alone.
+Appended = TypeVar("Appended", bound="AppendedFile")
+
+
+class AppendedFile:
+    """A file of lines that only grows; a line is in the file before `append` returns.
+
+    Args:
+        path: the file, made where there is none.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with full_disk_in_one_sentence(path):
+            self._file = path.open("a")
+
+    def append(self, line: str) -> None:
+        """Adds a line, given without its end."""
+        with full_disk_in_one_sentence(self.path):
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when all lines would survive a loss of power."""
+        with full_disk_in_one_sentence(self.path):
+            os.fsync(self._file.fileno())
+
+    def __enter__(self: Appended) -> Appended:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        with full_disk_in_one_sentence(self.path):
+            self._file.close()
 
 
 def versions() -> dict[str, Any]:

@@ -6,7 +6,6 @@ generation, where a checkpoint has the whole model.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from jaxtyping import Float, Float32
 
 from experiments.run.errors import RunError
 from experiments.run.folder import (
+    AppendedFile,
     as_object,
     full_disk_in_one_sentence,
     is_number,
@@ -45,7 +45,7 @@ class Line(NamedTuple):
     figures: Mapping[str, float]
 
 
-class HistoryFile:
+class HistoryFile(AppendedFile):
     """Appends lines to a history.jsonl, in the order of rows in metrics.jsonl.
 
     Args:
@@ -68,14 +68,13 @@ class HistoryFile:
     """
 
     def __init__(self, path: Path, generation: int = 0) -> None:
-        self.path = path
         with full_disk_in_one_sentence(path):
             if path.is_file():
                 whole = path.read_bytes().split(b"\n")[:-1]
                 lines = zip(whole, read_history(path), strict=True)
                 text = b"".join(raw + b"\n" for raw, line in lines if line.generation < generation)
                 write_whole(path, lambda file: file.write(text))
-            self._file = path.open("a")
+        super().__init__(path)
 
     def write(
         self, generation: int, scores: Float[np.ndarray, "..."], figures: Mapping[str, Any]
@@ -87,21 +86,7 @@ class HistoryFile:
         """
         finite = {name: _figure(float(value)) for name, value in figures.items()}
         line = {"generation": generation, **finite, SCORES: _plain(np.asarray(scores, np.float32))}
-        with full_disk_in_one_sentence(self.path):
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-            self._file.flush()
-
-    def sync(self) -> None:
-        """Returns when all lines would survive a loss of power."""
-        with full_disk_in_one_sentence(self.path):
-            os.fsync(self._file.fileno())
-
-    def __enter__(self) -> "HistoryFile":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        with full_disk_in_one_sentence(self.path):
-            self._file.close()
+        self.append(json.dumps(line, allow_nan=False))
 
 
 def read_history(path: Path) -> list[Line]:

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.run.errors import RunError
 from experiments.run.folder import (
+    AppendedFile,
     as_object,
     full_disk_in_one_sentence,
     is_figure,
@@ -20,7 +20,7 @@ from experiments.run.folder import (
 Row = dict[str, Any]
 
 
-class MetricsFile:
+class MetricsFile(AppendedFile):
     """Appends rows to a metrics.jsonl; every row is in the file before `write` returns.
 
     Args:
@@ -40,7 +40,6 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, generation: int = 0) -> None:
-        self.path = path
         with full_disk_in_one_sentence(path):
             rows = read_metrics(path)[:generation]
             if len(rows) < generation:
@@ -51,29 +50,15 @@ class MetricsFile:
             if path.is_file():
                 text = "".join(json.dumps(row) + "\n" for row in rows)
                 write_whole(path, lambda file: file.write(text.encode()))
-            self._file = path.open("a")
+        super().__init__(path)
         self.rows = rows
 
     def write(self, row: Mapping[str, Any]) -> Row:
         """Append one row; numbers that are not finite become null, as JSON has no name for them."""
         row = {name: plain(value) for name, value in row.items()}
-        with full_disk_in_one_sentence(self.path):
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+        self.append(json.dumps(row))
         self.rows.append(row)
         return row
-
-    def sync(self) -> None:
-        """Returns when all rows would survive a loss of power."""
-        with full_disk_in_one_sentence(self.path):
-            os.fsync(self._file.fileno())
-
-    def __enter__(self) -> "MetricsFile":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        with full_disk_in_one_sentence(self.path):
-            self._file.close()
 
 
 def read_metrics(path: Path) -> list[Row]:
