@@ -170,14 +170,12 @@ def test_a_model_in_no_folder_is_written_beside(tmp_path: Path) -> None:
     with read_run(config.run_dir, on_host=True) as found:
         final, master = found.state.learner.params, found.state.learner.master
     added = adapters.add(params, adapter)
-    if master:
-        for path, right in master.items():
-            name = path.removeprefix("layers/")
-            a, b = adapter[path]
-            product = np.einsum("lri,lor->lio", a, b)
-            np.testing.assert_allclose(
-                product, right - np.float32(params["layers"][name]), atol=1e-6
-            )
+    assert master
+    for path, right in master.items():
+        name = path.removeprefix("layers/")
+        a, b = adapter[path]
+        product = np.einsum("lri,lor->lio", a, b)
+        np.testing.assert_allclose(product, right - np.float32(params["layers"][name]), atol=1e-6)
     np.testing.assert_allclose(
         np.float32(added["layers"]["up_proj"]), np.float32(final["layers"]["up_proj"]), atol=2e-3
     )
@@ -268,7 +266,7 @@ def test_damaged_adapters_are_told(tmp_path: Path) -> None:
     found = adapters.read(tmp_path, params, llama_module)
     jax.tree.map(np.testing.assert_array_equal, found, one)
     with pytest.raises(
-        UsageError, match=r"layers.1.self_attn.q_proj has no factors of \[6, 5\]|no factors"
+        UsageError, match=r"layers\.0\.self_attn\.q_proj has no factors of \[6, 5\]"
     ):
         adapters.read(tmp_path, {"layers": {"q_proj": np.zeros((2, 6, 5))}}, llama_module)
     with pytest.raises(UsageError, match="has factors that the model does not"):
@@ -277,5 +275,5 @@ def test_damaged_adapters_are_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is not a whole safetensors file"):
         adapters.read(tmp_path, params, llama_module)
     (tmp_path / "adapter_config.json").write_text('{"r": 0}')
-    with pytest.raises(UsageError, match="lora_alpha|r is"):
+    with pytest.raises(UsageError, match="lora_alpha"):
         adapters.read(tmp_path, params, llama_module)

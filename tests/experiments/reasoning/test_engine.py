@@ -300,7 +300,7 @@ def test_a_part_of_the_members_writes_at_a_time(
     whole = answer(TRANSFORMER, whole_es, state, PROMPTS, RANDOM, 6)
     calls.clear()
     parts = list(stream(TRANSFORMER, es, state, PROMPTS, RANDOM, 6, chunk=3))
-    # Of 5 pairs, 1 at a time, or 3 and 2.
+    # Five pairs: one at a time, or three and two.
     found = [part.members.tolist() for part in parts if part.which[0] == 0]
     assert found == [list(range(10))[i : i + chunk] for i in range(0, 10, chunk)]
     assert len(parts) == 2 * len(found) and len(calls) == 2 * len(parts)

@@ -15,6 +15,7 @@ pytest.importorskip("tokenizers")
 import eggroll
 from experiments.reasoning.config import PRESETS, Config
 from experiments.reasoning.evolution import in_noise_units, strategy
+from experiments.reasoning.planning import planner_of
 from experiments.reasoning.start import start
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed
@@ -52,7 +53,16 @@ def test_two_starts_have_the_same_factors_and_another_seed_others() -> None:
 
 def test_one_learning_rate_moves_every_matrix_by_the_same_share() -> None:
     config = settings(sigma_scale="rms", sigma=0.1, optimizer="sgd", learning_rate=0.01)
-    base = start(config)
+    plain = start(settings(sigma=0.1))
+
+    def unequal(seed: jax.Array) -> Any:
+        """New models have one size for all matrices, which one sigma fits."""
+        params = plain.params(seed)
+        layers = params["layers"]
+        return {**params, "layers": {**layers, "up_proj": 8 * layers["up_proj"]}}
+
+    plan = planner_of(config, plain.model.plan, unequal)
+    base = plain._replace(params=unequal, model=plain.model._replace(plan=plan))
     es = strategy(config, base)
     state = es.init(base.params(jnp.int32(1)), 0)
     new, _ = es.update(state, jax.random.normal(jax.random.key(0), (8, 4)))

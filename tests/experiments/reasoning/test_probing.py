@@ -257,7 +257,9 @@ def test_the_first_generation_says_what_cannot_be_right(
     config = settings(run_dir=tmp_path / "run", sigma=1e-9, max_new_tokens=2)
     train(config)
     found = [line for line in capsys.readouterr().err.split("\n") if line.startswith("hint: ")]
-    assert len(found) == 2 and "--max-new-tokens 2" in found[0] and "--sigma 1e-09" in found[1]
+    assert (
+        len(found) == 2 and "--max-new-tokens 2" in found[0] and "--sigma above 1e-09" in found[1]
+    )
 
 
 @pytest.mark.parametrize(
