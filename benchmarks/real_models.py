@@ -1,10 +1,10 @@
-"""EGGROLL, its variants, GRPO and supervised learning on a language model that people know: one table.
+"""EGGROLL, its variants, GRPO and supervised learning on SmolLM2-135M, at equal seconds: one table.
 
     make smollm2
     python -m benchmarks.real_models --seconds 900 --seeds 3 --out runs/real-models
 
-Every method gets the same seconds of generations, on the preset smollm2-sums: two generations are run first,
-which tell what one takes, and the run is then continued for as many as fit. What stands in the table is
+Every method gets the same seconds of generations, on the preset smollm2-sums: two generations are run first;
+the second, in which nothing is compiled, is timed, and the run is continued for as many as fit. The table is
 measured afterwards, on questions that were not trained on:
 
 * accuracy of greedy answers on the held-out and fresh questions together, with a band of 95% (Wilson);
@@ -21,9 +21,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,8 @@ class Figures(NamedTuple):
     """What a model can do.
 
     Attributes:
-        right: of all questions that were not trained on, which were answered right.
-        beyond: of sums of larger numbers.
+        right: whether each held-out and fresh question was answered right.
+        beyond: the same for sums of larger numbers.
         passed: pass@k by k, the mean over some questions.
         bits: a byte of an English text.
     """
@@ -122,7 +122,7 @@ def bits_a_byte(trainer: Reasoning, params: PyTree, length: int = 512) -> float:
     return float(-total / jnp.log(2) / len(read))
 
 
-def line(name: str, found: Sequence[Figures], more: dict[str, Any]) -> str:
+def line(name: str, found: Sequence[Figures], more: Mapping[str, str]) -> str:
     """A row of the table: means over seeds; in brackets each seed's own accuracy."""
     right = np.array([one.right.mean() for one in found])
     low, high = wilson(right.mean(keepdims=True), sum(one.right.size for one in found))
@@ -135,7 +135,7 @@ def line(name: str, found: Sequence[Figures], more: dict[str, Any]) -> str:
         f"{np.mean([one.beyond.mean() for one in found]):.1%}",
         ", ".join(passed),
         f"{np.mean([one.bits for one in found]):.3f}",
-        *(str(value) for value in more.values()),
+        *more.values(),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -166,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             memory = max(memory, train(words, folder, args.seconds))
             result = json.loads((folder / "result.json").read_text())
             with read_run(folder, on_host=True) as run:
-                trainer: Any = run.trainer
+                trainer = run.trainer
+                assert isinstance(trainer, Reasoning)
                 if base is None:
                     base = figures(trainer, trainer.base.params(jnp.int32(seed)))
                     print(line("as it is", [base], dict.fromkeys(head[6:], "")), flush=True)

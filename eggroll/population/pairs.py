@@ -167,8 +167,8 @@ def map_pairs(
       some: numbers of the pairs to map over; all by default.
 
     Returns:
-      The same tree with leaves ``[2 * pairs, ...]``: members 2p and 2p + 1 are pair p. Of some pairs,
-      leaves ``[2 * some, ...]`` in their order.
+      The same tree with leaves ``[2 * pairs, ...]``: members 2p and 2p + 1 are pair p. For some
+      pairs, the leaves are ``[2 * some, ...]``, in the order of the pairs.
 
     Example:
       >>> fn = lambda pairs, data: jnp.stack([pairs, -pairs], 1) * data[:, None]

@@ -107,7 +107,7 @@ def attend_causally(
 ) -> Float[Array, "*batch length heads width"]:
     """:func:`attend` of a text on itself: every token sees itself, those before it, and `before`.
 
-    Of a long text, queries are taken a block at a time, also in the backward pass, so that no array has
+    The queries of a long text are taken a block at a time, also in the backward pass, so that no array has
     an entry for each pair of tokens.
     """
     length, places = q.shape[-3], jnp.arange(q.shape[-3])

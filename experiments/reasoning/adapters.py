@@ -29,7 +29,8 @@ def export_update(config: Config, base: Start, carry: Carry, to: Path | None, ra
         rank: of the adapter, at most.
 
     Raises:
-        UsageError: where the update is no adapter's.
+        UsageError: if nothing has changed, if more than matrices of layers has, for a family without adapters
+            in PEFT, and for matrices in int8.
     """
     module = _module_of(config, base, "--adapter")
     found = _update(config, base, carry, rank, "--adapter")
@@ -50,7 +51,7 @@ def _update(config: Config, base: Start, carry: Carry, rank: int, flag: str) -> 
     """
     module = _module_of(config, base, flag)
     before = dict(leaf_paths(jax.device_get(base.params(jnp.int32(config.seed)))))
-    # Of narrow weights the float32 copies are trained.
+    # The float32 copies of narrow weights are trained.
     after = dict(leaf_paths(carry.learner.params)) | dict(getattr(carry.learner, "master", {}))
     matrices = [path for path in before if module(path) is not None]
     rest = [
@@ -103,7 +104,7 @@ def export_members(
             then in this rank at most beside the noise.
 
     Raises:
-        UsageError: where the noise is no adapter's, or there is no such member.
+        UsageError: if the noise has no low-rank factors, or there is no such member.
     """
     folder = to or config.run_dir / "members"
     generation = int(carry.generation)
@@ -139,7 +140,7 @@ def adapters_of(
     """The members of the coming generation as adapters of the mean. Arguments as in :func:`export_members`.
 
     Raises:
-        UsageError: where the noise is no adapter's, or there is no such member.
+        UsageError: if the noise has no low-rank factors, or there is no such member.
     """
     module = _module_of(config, base, "--members")
     try:

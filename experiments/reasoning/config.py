@@ -107,8 +107,8 @@ class Config(RunSettings):
     """Where the other settings start from."""
 
     model: str = "transformer"
-    """"transformer" or "rwkv7" for a new one; else a folder or hub id of the Llama, Qwen2 or Qwen3 family,
-    or a folder that RWKV-7 was exported to."""
+    """"transformer" or "rwkv7" for a new one; else a folder, a hub id or a GGUF file of the Llama, Qwen2 or
+    Qwen3 family, "smollm2" (after `eggroll import smollm2`), or a folder that RWKV-7 was converted to."""
     start: Path | None = None
     """Run folder of this driver whose model is trained on. A model that is named takes the place of a
     preset's start."""
@@ -121,16 +121,16 @@ class Config(RunSettings):
     vocabulary: int = count(512)
     """Tokens of "bpe", at most."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the weights that are read; evolution strategies and backpropagation train float32 copies. "auto" is
-    float32 on a CPU, which has no products in bfloat16 that are as fast, and bfloat16 elsewhere; that of the
+    """The type of weights that are read; evolution strategies and backpropagation train float32 copies.
+    "auto" is float32 on a CPU, where products in bfloat16 are slower, and bfloat16 elsewhere; that of the
     earlier run for --start, and float32 for a new model."""
     quantised: bool = False
     """Hold the matrices in int8, with float32 copies that collect their updates, and train their scales."""
     trained: tuple[str, ...] = ()
     """What is trained beside the matrices of layers: any of "embeddings", "head", "vectors"."""
     only: tuple[str, ...] = ()
-    """Names or patterns of parameters that evolve, such as "q_proj" or "layers/*_proj"; by default all that
-    --trained names. A name stands for that matrix of every layer."""
+    """Names or patterns of parameters that evolve, such as "q_proj" or "layers/*_proj"; by default the
+    matrices of layers and what --trained adds. A name stands for that matrix of every layer."""
     chat: bool = False
     """Ask in the model's chat template."""
     chat_settings: str = "{}"
@@ -184,15 +184,16 @@ class Config(RunSettings):
     anchor: float = from_zero(0.0)
     """Share of the way back to the model that training began with, times the learning rate, an update."""
     fitness: Literal["reward", "likelihood", "match", "teachers"] = "reward"
-    """Of a member: rewards of its answers; the mean log-probability of worked solutions, which "sft" raises
-    too; the share of them that it would write, each token after the right ones before it; or how near its
-    predictions on them are to those of teachers."""
+    """What a member is scored by: "reward", the rewards of its answers; "likelihood", the mean
+    log-probability of worked solutions, which "sft" raises too; "match", the share of them that it would
+    write, each token after the right ones before it; "teachers", how near its predictions on them are to
+    those of teachers."""
     teachers: tuple[str, ...] = ()
     """Models that "teachers" learns from: run folders of this driver, or what --model takes, with the same
     tokenizer."""
     teacher_temperature: float = positive(1.0)
-    """Of the weights of several teachers, for each question by how well they predict its solution: the
-    smaller, the more the best one counts."""
+    """How little the mixture prefers the teachers that predict a question's solution better: near 0 the best
+    alone counts, a large number weighs all alike."""
     objective: Literal["mean", "best"] = "mean"
     """Of several samples of a member for a question: their mean reward, or the best of them (pass@k)."""
     samples: int = count(1)

@@ -9,11 +9,11 @@ token. No gradient passes through student or teachers, so a student may hold its
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from experiments.models.tokens import AnyTokenizer
 from experiments.reasoning.config import Config
@@ -30,11 +30,11 @@ class Mixture(NamedTuple):
     """What teachers predict after each token but the last.
 
     Attributes:
-        chances: of every token, mixed by the weights.
+        probabilities: of every token after each one, the teachers' mixed by the weights.
         weights: of the teachers, for each question; they sum to 1.
     """
 
-    chances: Float[Array, "tasks predicted vocab"]
+    probabilities: Float[Array, "tasks predicted vocab"]
     weights: Float[Array, "tasks teachers"]
 
 
@@ -106,7 +106,7 @@ def mixture(
         >>> models = [LanguageModel(2, *[None] * 6)._replace(apply=lambda p, tokens: p)] * 2
         >>> tokens, mask = jnp.array([[0, 1, 1]]), jnp.array([[False, True, True]])
         >>> found = mixture(models, 1.0, [sure, flat], tokens, mask)
-        >>> [f"{x:.3f}" for x in (*found.weights[0], *found.chances[0, 0])]
+        >>> [f"{x:.3f}" for x in (*found.weights[0], *found.probabilities[0, 0])]
         ['0.643', '0.357', '0.243', '0.757']
     """
     every = jnp.stack(
@@ -120,7 +120,7 @@ def mixture(
 def teacher_score(
     model: LanguageModel,
     params: PyTree,
-    key: Any,
+    key: Key[Array, ""] | None,
     tokens: Int[Array, "tasks length"],
     mask: Bool[Array, "tasks length"],
     mixed: Mixture,
@@ -145,7 +145,7 @@ def teacher_score(
         True
     """
     own = _predicted(model, params, tokens)
-    aims = mixed.chances
+    aims = mixed.probabilities
     each = (jnp.where(aims > 0, aims * (own - jnp.log(jnp.where(aims > 0, aims, 1))), 0)).sum(-1)
     return _mean(each, mask[:, 1:])
 

@@ -8,10 +8,10 @@ caches of all sequences handed from call to call in place; between segments the 
 sequences have ended. A loop on the device that each sequence leaves in its own time would have to copy
 every cache at every token.
 
-What is drawn for a prompt depends on the key, its number and the token's, and it is read at a length that
-depends on its own and on what all have in common. So neither the order of prompts nor how many are written
-at once changes a text, as far as products of another size, which may be summed in another order, decide no
-near tie.
+The draw for a token depends on the key and on the numbers of its prompt and token. A prompt is read at a
+length that depends on its own and on what all prompts share. Hence a text does not depend on how many prompts
+are written at once, nor on which are written first, unless a near tie is decided by rounding (products of
+another size may be summed in another order).
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Learning from rewards by evolution strategies: every member answers all questions of a generation."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ from experiments.run.devices import ONE, Layout
 from experiments.run.history import SCORES
 from experiments.run.learners import optimizer_of, row_of
 
-FITNESS: dict[str, Any] = {
+FITNESS: Mapping[str, Callable[..., Float[Array, "tasks"]]] = {
     "likelihood": sft.cross_entropy_score,
     "match": sft.exact_match_score,
     "teachers": teacher_score,
@@ -122,7 +122,7 @@ class Evolution:
             donate_argnums=1,
         )
 
-    def start(self, seed: Array) -> Any:
+    def start(self, seed: Array) -> eggroll.State:
         """The state before generation 0."""
         params = self._on_devices(self._base.params(seed))
         return self.es.init(params, jax.random.fold_in(jax.random.key(seed), 1))
@@ -144,8 +144,8 @@ class Evolution:
         return jax.tree.map(put, whole, parallel.shardings(whole, self._layout.mesh, rules))
 
     def generation(
-        self, state: Any, generation: int, share: Share = unseen
-    ) -> tuple[Any, dict[str, Any]]:
+        self, state: eggroll.State, generation: int, share: Share = unseen
+    ) -> tuple[eggroll.State, dict[str, Any]]:
         """Scores of every member, and an update."""
         questions = self._questions.of_generation(generation)
         if self._config.fitness == "reward":
@@ -163,14 +163,14 @@ class Evolution:
         return state, told | row | {SCORES: scores}
 
     def update(
-        self, state: Any, scores: Float32[np.ndarray, "population *tasks"]
-    ) -> tuple[Any, dict[str, Any]]:
+        self, state: eggroll.State, scores: Float32[np.ndarray, "population *tasks"]
+    ) -> tuple[eggroll.State, dict[str, Any]]:
         """An update by scores, and its figures; the state is donated."""
         return self._update(self.es.placed(state), state, scores)
 
     def _updated(
-        self, es: eggroll.EvolutionStrategy, state: Any, values: Array
-    ) -> tuple[Any, dict[str, Array | None]]:
+        self, es: eggroll.EvolutionStrategy, state: eggroll.State, values: Array
+    ) -> tuple[eggroll.State, dict[str, Array | None]]:
         new, metrics = es.update(state, values)
         changed = diagnostics.changed_weights(state.params, new.params, self._config.narrow_type)
         return new, row_of(metrics, es, state) | changed
@@ -188,7 +188,7 @@ class Evolution:
         return Teachers(self._config, self._base)
 
     def _rewards(
-        self, state: Any, questions: Sequence[Question], share: Share
+        self, state: eggroll.State, questions: Sequence[Question], share: Share
     ) -> tuple[Float[np.ndarray, "population prompts"], dict[str, Any]]:
         """Scores of what every member answers, and a row about the answers."""
         found, members = self.answers(state, questions, share), self._config.evolution.population
@@ -208,7 +208,9 @@ class Evolution:
         row["generated_tokens"] = int(completions.lengths.sum())
         return objective(found.rewards, self._config), row
 
-    def answers(self, state: Any, questions: Sequence[Question], share: Share = unseen) -> Answers:
+    def answers(
+        self, state: eggroll.State, questions: Sequence[Question], share: Share = unseen
+    ) -> Answers:
         """What every member of the coming generation answers, and its rewards."""
         config, examiner = self._config, self._examiner
         asked = repeated(questions, config.samples)

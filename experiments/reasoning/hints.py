@@ -6,9 +6,9 @@ from typing import Any
 
 from experiments.reasoning.config import Config
 
-# Of completions that `exact` takes for right while the reward takes none.
+# Largest share of completions that `exact` may take for right if the reward takes none.
 EXACT = 0.2
-# Of pairs whose members wrote the same.
+# Largest share of pairs whose members may write the same.
 IDENTICAL = 0.9
 
 
@@ -22,7 +22,7 @@ def hints(row: Mapping[str, Any], config: Config) -> list[str]:
     Example:
         >>> from experiments.reasoning.config import PRESETS
         >>> hints({"ended": 1.0, "identical_pairs": 0.95, "reward_best": 1.0}, PRESETS["tiny"])
-        ['95% of pairs wrote the same: raise --sigma 0.01 (eggroll probe finds one)']
+        ['95% of pairs wrote the same: raise --sigma above 0.01 (eggroll probe finds a value)']
     """
     found, value = [], lambda name: row.get(name, math.nan)
     if value("reward_best") <= 0 and value("exact_answers") > EXACT:
@@ -40,6 +40,6 @@ def hints(row: Mapping[str, Any], config: Config) -> list[str]:
     if value("identical_pairs") > IDENTICAL and config.algorithm == "eggroll":
         found.append(
             f"{value('identical_pairs'):.0%} of pairs wrote the same: raise --sigma "
-            f"{config.evolution.sigma:g} (eggroll probe finds one)"
+            f"above {config.evolution.sigma:g} (eggroll probe finds a value)"
         )
     return found

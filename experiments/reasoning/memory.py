@@ -100,8 +100,8 @@ def plan_memory(
     members: int | None = None,
     together: int | None = None,
 ) -> MemoryPlan:
-    """As many members and prompts at a time as a budget allows: in the fewest turns, and of several ways to
-    these with most members.
+    """The numbers of members and prompts at a time that fit a budget: those with the fewest passes, and among
+    these the one with most members.
 
     Args:
         model: what its functions are.

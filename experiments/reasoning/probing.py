@@ -115,7 +115,8 @@ def no_signal_chance(
     """The chance that a pair learns nothing from a batch, since both members have the same reward for it.
 
     About 1 / sqrt(4 pi B p (1 - p) (1 - rho)) for B questions of which a share p is answered right, and the
-    correlation rho. Rewards between 0 and 1 count by their variance, others in units of their range.
+    correlation rho. The variance is that of the rewards in units of their range, p (1 - p) for rewards 0
+    and 1.
 
     Example:
         >>> round(no_signal_chance(np.array([0.0, 1.0]), 0.0, 64), 4) == round(1 / (64 * np.pi) ** 0.5, 4)
@@ -131,8 +132,8 @@ class Choice(NamedTuple):
     """The sigma to take.
 
     Attributes:
-        sigma: it; None where none will do.
-        why: the reason, the end of a sentence; or where there is no sigma, a sentence with what to do.
+        sigma: the sigma to take; None if none will do.
+        why: the reason, without a full stop; if sigma is None, also what to change.
     """
 
     sigma: float | None

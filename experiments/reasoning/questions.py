@@ -47,7 +47,8 @@ class Questions:
         return self._first(self.task.fresh)
 
     def _first(self, questions: Sequence[Question]) -> Sequence[Question]:
-        """As many as are measured on; a sequence that makes its questions may give them one by one alone."""
+        """The first that fit, as many as are measured on; read one by one, since a sequence may make its
+        questions on demand."""
         fitting = filter(self._fits, questions)
         found = list(itertools.islice(fitting, self._config.held_out_questions))
         # Where none fits, this says so.

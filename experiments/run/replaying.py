@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from experiments.run.history import Line
     from experiments.run.trainer import Carry, Trainer
 
-# Beyond this relative difference of a figure, an update is another one and not rounded otherwise.
+# A figure that differs by more than this (relative) is that of another update; less is rounding.
 ROUNDING = 1e-3
 
 

@@ -226,7 +226,7 @@ class Adapts(ABC):
                 in this rank at most.
 
         Raises:
-            UsageError: where their noise is no adapter's, or there are no such members.
+            UsageError: if the noise has no low-rank factors, or there is no such member.
         """
 
 
