@@ -121,7 +121,7 @@ class Config(RunSettings):
     vocabulary: int = count(512)
     """Tokens of "bpe", at most."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """The type of weights that are read; evolution strategies and backpropagation train float32 copies.
+    """The type of the weights; evolution strategies and backpropagation train float32 copies of bfloat16.
     "auto" is float32 on a CPU, where products in bfloat16 are slower, and bfloat16 elsewhere; that of the
     earlier run for --start, and float32 for a new model."""
     quantised: bool = False

@@ -110,7 +110,11 @@ def _new(config: Config, task: Callable[[], Task] | None) -> Start:
     except ValueError as error:
         raise UsageError(f"--width {config.width}: {error}") from error
     model = _functions(shape, config)
-    return Start(model, shape, tokenizer, lambda seed: model.init(jax.random.key(seed)))
+
+    def params(seed: Array) -> PyTree:
+        return jax.tree.map(lambda x: x.astype(config.dtype), model.init(jax.random.key(seed)))
+
+    return Start(model, shape, tokenizer, params)
 
 
 # Questions that byte pairs are learned from, at most.

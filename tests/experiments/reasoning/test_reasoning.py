@@ -490,3 +490,12 @@ def test_the_type_of_weights_is_that_of_the_earlier_run(tmp_path: Path) -> None:
     assert with_dtype(later).dtype == "float32"
     with pytest.raises(UsageError, match="--dtype bfloat16: must be float32 as in --start"):
         start(changed(later, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("family", ["transformer", "rwkv7"])
+def test_new_models_are_of_the_type_that_is_named(family: str, tmp_path: Path) -> None:
+    config = changed(PRESETS["tiny"], run_dir=tmp_path, model=family, width=64, generations=1)
+    method = dict(algorithm="sft") if family == "transformer" else {}
+    train(changed(config, dtype="bfloat16", **method))
+    trained = jax.tree.leaves(state_of(tmp_path).learner.params)
+    assert {x.dtype.name for x in trained} == {"bfloat16"}
