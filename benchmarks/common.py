@@ -109,10 +109,10 @@ def parse(p: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Na
     if any(n < 2 or n % 2 for n in args.population):
         p.error(f"--population {args.population}: even numbers of at least 2 are right")
     if args.chunk is not None and (args.chunk < 2 or args.chunk % 2):
-        p.error(f"--chunk {args.chunk}: an even number of at least 2 is right")
+        p.error(f"--chunk {args.chunk}: must be an even number of at least 2")
     for name in ("rounds", "tries"):
         if getattr(args, name) < 1:
-            p.error(f"--{name} {getattr(args, name)}: at least 1 is right")
+            p.error(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.quick:
         args.rounds = min(args.rounds, 5)
         for name in ("dims", "population", "observations", "rank"):

@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         p.error(f"--population {args.population}: even numbers of at least 2 are right")
     for name in ("tokens", "rank", "rounds", "tries"):
         if getattr(args, name) < 1:
-            p.error(f"--{name} {getattr(args, name)}: at least 1 is right")
+            p.error(f"--{name} {getattr(args, name)}: must be at least 1")
 
     m, config = common.machine(), egg.CONFIGS[args.model]
     print(f"{m['cpu']}, {m['cores']} cores, device {m['device']}, JAX {m['jax']}")

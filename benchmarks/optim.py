@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     p.add_argument("--json", type=Path, help="also write the table to this file")
     args = p.parse_args(argv)
     if args.rounds < 1:
-        p.error(f"--rounds {args.rounds}: at least 1 is right")
+        p.error(f"--rounds {args.rounds}: must be at least 1")
     m = common.machine()
     print(f"{m['cpu']}, {m['cores']} cores, device {m['device']}, JAX {m['jax']}")
     rows: list[Row] = []

@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     if any(n < 2 or n % 2 for n in args.population):
         p.error(f"--population {args.population}: even numbers of at least 2 are right")
     if args.hidden < HEAD_DIM or args.hidden % HEAD_DIM:
-        p.error(f"--hidden {args.hidden}: a multiple of {HEAD_DIM} is right")
+        p.error(f"--hidden {args.hidden}: must be a multiple of {HEAD_DIM}")
     for name in (
         "layers",
         "vocab",
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         "tries",
     ):
         if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is right")
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
 
     m = common.machine()
     print(f"{m['cpu']}, {m['cores']} cores, device {m['device']}, JAX {m['jax']}")

@@ -166,7 +166,7 @@ def test_reasoning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert document["tokens"] == 3 and len(document["rows"]) == 3
     with pytest.raises(SystemExit):
         reasoning.main(["--hidden", "33"])
-    assert "--hidden 33: a multiple of 32 is right" in capsys.readouterr().err
+    assert "--hidden 33: must be a multiple of 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
-        raise UsageError(f"{path} holds {type(found).__name__}; a JSON object is right")
+        raise UsageError(f"{path} must hold a JSON object, got {type(found).__name__}")
     return found
 
 

@@ -42,9 +42,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.layers < 1:
-            raise ValueError(f"layers={self.layers}; at least 1 is right")
+            raise ValueError(f"layers must be at least 1, got {self.layers}")
         if not 1 <= self.width <= 4096:
-            raise ValueError(f"width={self.width}; 1 to 4096 is right")
+            raise ValueError(f"width must be from 1 to 4096, got {self.width}")
 
     @property
     def parameters(self) -> int:

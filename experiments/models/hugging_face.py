@@ -258,7 +258,7 @@ def _opened(folder: Path) -> _Files:
         raise UsageError(f"{folder / INDEX} has no weight_map from tensors to files")
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise UsageError(f"{folder / INDEX} names {name!r}; a file of its folder is right")
+            raise UsageError(f"{folder / INDEX} must name files of its folder, got {name!r}")
         if not (folder / name).exists():
             raise UsageError(f"{folder / INDEX} names {name}, which is absent")
     return _Files([folder / name for name in sorted(set(names.values()))])
@@ -270,7 +270,7 @@ def _check(folder: Path, files: _Files, one: _Tensor) -> None:
     shape, kind = files.facts(one.name)
     if shape != one.shape:
         raise UsageError(
-            f"{folder}: {one.name} has the shape {list(shape)}; {list(one.shape)} is right by config.json"
+            f"{folder}: {one.name} must have the shape {list(one.shape)} by config.json, got {list(shape)}"
         )
     if kind not in TYPES:
         raise UsageError(f"{folder}: {one.name} is of type {kind}; {', '.join(TYPES)} are read")
@@ -329,11 +329,11 @@ def _check_params(config: TransformerConfig, params: Params) -> str:
         shape, dtype = given[path].shape, given[path].dtype.name
         if shape != leaf.shape:
             raise UsageError(
-                f"parameter {path} has the shape {list(shape)}; {list(leaf.shape)} is right by the config"
+                f"parameter {path} must have the shape {list(leaf.shape)} by the config, got {list(shape)}"
             )
         if dtype not in kinds:
             raise UsageError(
-                f"parameter {path} is {dtype}; one of {', '.join(sorted(kinds))} is right"
+                f"parameter {path} must be one of {', '.join(sorted(kinds))}, got {dtype}"
             )
     found = {leaf.dtype.name for leaf in given.values()}
     return found.pop() if len(found) == 1 else "float32"

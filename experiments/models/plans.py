@@ -44,7 +44,7 @@ def by_group(
     for name in train:
         if name not in GROUPS:
             raise ValueError(
-                f"train names {name!r}; any of {', '.join(map(repr, GROUPS))} is right"
+                f"train must name some of {', '.join(map(repr, GROUPS))}, got {name!r}"
             )
 
     def treatment(path: str) -> Treatment:

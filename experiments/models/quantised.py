@@ -155,7 +155,7 @@ def planner(
             return Dense(sigma=own.sigma / LARGEST)
         if steps is None:
             raise ValueError(
-                f"parameter {path!r} is quantised: plan(..., steps=quantised.steps(params)) is right"
+                f"plan(steps=None): must be quantised.steps(params), since parameter {path!r} is quantised"
             )
         return dataclasses.replace(own, sigma=own.sigma / steps[stem])
 

@@ -88,7 +88,7 @@ class RWKV7Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value < 1:
-                raise ValueError(f"{field.name} is {value}: at least 1 is right")
+                raise ValueError(f"{field.name} must be at least 1, got {value}")
         if hidden % self.head_dim:
             raise ValueError(f"hidden_size {hidden} is no multiple of head_dim {self.head_dim}")
 

@@ -175,7 +175,7 @@ def _params(
         # Some write [hidden] for [1, 1, hidden].
         if x.shape not in (shape, shape[2:] if shape[:2] == (1, 1) else shape):
             raise UsageError(
-                f"{file}: the tensor {name} is {list(x.shape)}; {list(shape)} is right"
+                f"{file}: the tensor {name} must have the shape {list(shape)}, got {list(x.shape)}"
             )
         x = x.reshape(shape[2:] if shape[:2] == (1, 1) else shape)
         parts.setdefault(path, []).append(x.T if transposed else x)
@@ -237,7 +237,7 @@ def _read_config(file: Path) -> RWKV7Config:
     content = read_json(file)
     kind = content.pop("model_type", None)
     if kind != MODEL_TYPE:
-        raise UsageError(f"{file} has the model_type {fields.shown(kind)}; {MODEL_TYPE!r} is right")
+        raise UsageError(f"{file}: model_type must be {MODEL_TYPE!r}, got {fields.shown(kind)}")
     names = [field.name for field in dataclasses.fields(RWKV7Config)]
     extra = sorted(set(content) - set(names))
     if extra:

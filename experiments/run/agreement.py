@@ -43,8 +43,8 @@ def same(value: int, what: str) -> None:
     if len(set(values)) > 1:
         told = ", ".join(f"{'none' if v < 0 else v} in process {i}" for i, v in enumerate(values))
         raise RunError(
-            f"the processes of this run do not see the same files: {what} is {told}; a --run-dir on a file "
-            "system that all hosts share is right"
+            f"the processes of this run do not see the same files: {what} is {told}; --run-dir must "
+            "lie on a file system that all hosts share"
         )
 
 

@@ -224,7 +224,7 @@ class Checkpoints:
             if wanted.get(name) != saved.get(name):
                 raise RunError(
                     f"the checkpoint of generation {generation} does not fit the settings: {name} "
-                    f"is {saved.get(name, 'absent')} where {wanted.get(name, 'absent')} is right"
+                    f"must be {wanted.get(name, 'absent')}, got {saved.get(name, 'absent')}"
                 )
 
     def _set_aside(self, generation: int) -> Path:

@@ -59,7 +59,7 @@ def read_run(path: Path, axis: Axis, y: str) -> Run:
         raise UsageError(f"{path} has no metric {y!r}{suggestion(y, rows[0])}")
     if not (target_of(config) is None or is_number(target_of(config))):
         raise UsageError(
-            f"{path}/config.json: target is {kind_of(target_of(config))}; a number or null is right"
+            f"{path}/config.json: target must be a number or null, got {kind_of(target_of(config))}"
         )
     expect_names(path / "metrics.jsonl", rows, [y])
     at = positions(rows, axis, path / "metrics.jsonl")
@@ -101,8 +101,8 @@ def questions_of(path: Path, config: Mapping[str, Any], rows: Sequence[Row]) -> 
     count = setting(config, name) if counted is None else counted
     if count is not None and (not isinstance(count, int) or count < 1):
         raise UsageError(
-            f"{path}: {name if counted is None else 'held_out_count'} is {kind_of(count)}; "
-            "a whole number of at least 1 is right"
+            f"{path}: {name if counted is None else 'held_out_count'} must be a whole number of at least 1, "
+            f"got {kind_of(count)}"
         )
     return count
 

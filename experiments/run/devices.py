@@ -89,7 +89,7 @@ def layout_of(
         }
         for what, given in asked.items():
             if given:
-                raise UsageError(f"{what}: {alone}, so one device is right")
+                raise UsageError(f"{what}: must be left out, since {alone}")
         return ONE
     if hosts.several():
         wanted = len(there)

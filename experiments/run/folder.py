@@ -221,7 +221,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any] | None:
         >>> _ = path.write_text("[]")
         >>> read_object(path, "remove it")
         Traceback (most recent call last):
-        experiments.run.errors.UsageError: .../result.json holds an array where an object is right; remove it
+        experiments.run.errors.UsageError: .../result.json must hold an object, got an array; remove it
     """
     try:
         return as_object(path.read_bytes())
@@ -262,7 +262,7 @@ def as_object(content: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"has a number that is too long: {error}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"holds {kind_of(found)} where an object is right")
+        raise ValueError(f"must hold an object, got {kind_of(found)}")
     return found
 
 
@@ -344,7 +344,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
     if wrong is not None:
         name, right = wrong
         raise UsageError(
-            f"{file}: {name} is {kind_of(found[name]) if name in found else 'missing'}; {right} is right; "
+            f"{file}: {name} must be {right}, got {kind_of(found[name]) if name in found else 'nothing'}; "
             f"{WRITE_AGAIN}"
         )
     return found

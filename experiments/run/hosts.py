@@ -73,7 +73,7 @@ def process_of(settings: Cluster, environment: Mapping[str, str]) -> Process | N
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UsageError(
-            f"--coordinator {address}: HOST:PORT of process 0 is right, or {AUTO!r} on a cluster that JAX "
+            f"--coordinator {address}: must be HOST:PORT of process 0, or {AUTO!r} on a cluster that JAX "
             "knows"
         )
     if processes is None or process is None:
@@ -97,7 +97,7 @@ def _whole(given: int | None, flag: str, name: str, environment: Mapping[str, st
         return int(environment[name])
     except ValueError as error:
         raise UsageError(
-            f"{name}={environment[name]!r}: a whole number is right, as for {flag}"
+            f"{name}={environment[name]!r}: must be a whole number, as for {flag}"
         ) from error
 
 

@@ -73,7 +73,7 @@ def read_metrics(path: Path) -> list[Row]:
         >>> _ = path.write_text('{"generation": 0, "score": 0.5}\\n{"generation": "x"}\\n')
         >>> read_metrics(path)
         Traceback (most recent call last):
-        experiments.run.errors.RunError: .../metrics.jsonl, line 2: generation is 'x'; 1 is right
+        experiments.run.errors.RunError: .../metrics.jsonl, line 2: generation must be 1, got 'x'
     """
     if not path.is_file():
         return []
@@ -94,8 +94,8 @@ def read_metrics(path: Path) -> list[Row]:
 
 def wrong(path: Path, line: int, row: Row, name: str, right: str) -> RunError:
     """What is said of a field of a row."""
-    found = kind_of(row[name]) if name in row else "missing"
-    return RunError(f"{path}, line {line}: {name} is {found}; {right} is right")
+    found = kind_of(row[name]) if name in row else "nothing"
+    return RunError(f"{path}, line {line}: {name} must be {right}, got {found}")
 
 
 def expect_names(path: Path, rows: Sequence[Row], names: Iterable[str]) -> None:

@@ -106,8 +106,8 @@ class Records:
             one is None or type(one) is float or is_number(one) for one in values
         ):
             raise UsageError(
-                f"{self.spec.file}: metric.name: {self.spec.metric} is {kind_of(result)} in a result; "
-                "a number is right"
+                f"{self.spec.file}: metric.name: {self.spec.metric} must be a number in every result, got "
+                f"{kind_of(result)}"
             )
         return _finite(result)
 
@@ -148,8 +148,8 @@ class Records:
         for name, value in found.items():
             if not (name.isascii() and name.isdigit() and (value is None or is_number(value))):
                 raise UsageError(
-                    f"{path}: {name!r} is {kind_of(value)}; a number of generations with a number or null "
-                    f"is right; {RESUME}"
+                    f"{path}: {name!r} must be a number of generations with a number or null, got "
+                    f"{kind_of(value)}; {RESUME}"
                 )
         return found
 
@@ -163,7 +163,7 @@ class Records:
             return None
         if not isinstance(found.get("error"), str):
             raise UsageError(
-                f"{path}: error is {kind_of(found.get('error'))}; a text is right; {RESUME}"
+                f"{path}: error must be a text, got {kind_of(found.get('error'))}; {RESUME}"
             )
         return found["error"]
 

@@ -73,4 +73,4 @@ def test_memory_of_llamas(model: str, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_wrong_arguments_are_named(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--rounds", "0"])
-    assert "--rounds 0: at least 1 is right" in capsys.readouterr().err
+    assert "--rounds 0: must be at least 1" in capsys.readouterr().err

@@ -337,7 +337,7 @@ def cut(tensors: dict[str, np.ndarray]) -> None:
     [
         (lambda t: t.pop("blocks.2.att.g1"), "lacks the tensor blocks.2.att.g1"),
         (add, "has the tensor blocks.1.ffn.s_emb.weight, which RWKV-7 with 3 layers does not"),
-        (cut, r"blocks.1.att.key.weight is \[16, 15\]; \[16, 16\] is right"),
+        (cut, r"blocks.1.att.key.weight must have the shape \[16, 16\], got \[16, 15\]"),
     ],
 )  # fmt: skip
 def test_wrong_tensors_are_named(change: Callable, words: str, params: Any, tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_wrong_tensors_are_named(change: Callable, words: str, params: Any, tmp_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, "has the model_type 'llama'; 'rwkv7' is right"),
+        ({"model_type": "llama"}, "model_type must be 'rwkv7', got 'llama'"),
         ({"hidden_size": "16"}, "config.json: hidden_size '16' must be a whole number from 1"),
         ({"hidden_size": True}, "config.json: hidden_size True must be a whole number"),
         ({"head_dim": 8.0}, "config.json: head_dim 8.0 must be a whole number"),
@@ -403,10 +403,10 @@ def test_files_that_are_missing_or_torn_are_named(params: Any, tmp_path: Path) -
 def test_sizes_and_parts_that_there_are_not_are_refused() -> None:
     with pytest.raises(ValueError, match="hidden_size 16 is no multiple of head_dim 7"):
         dataclasses.replace(CONFIG, head_dim=7)
-    with pytest.raises(ValueError, match="num_hidden_layers is 0: at least 1 is right"):
+    with pytest.raises(ValueError, match="num_hidden_layers must be at least 1, got 0"):
         dataclasses.replace(CONFIG, num_hidden_layers=0)
     with pytest.raises(
-        ValueError, match="train names 'biases'; any of 'embeddings', 'head', 'vectors' is right"
+        ValueError, match="train must name some of 'embeddings', 'head', 'vectors', got 'biases'"
     ):
         rwkv7.plan(["biases"])
 

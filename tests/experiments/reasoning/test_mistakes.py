@@ -43,7 +43,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (lambda x: tensors(x, lambda held: held.pop(NORM)), f"has no tensor {NORM}"),
     "misshapen": (
         lambda x: tensors(x, lambda held: held.update({DOWN: held[DOWN][:, 1:].copy()})),
-        f"{DOWN} has the shape [64, 191]; [64, 192] is right by config.json",
+        f"{DOWN} must have the shape [64, 192] by config.json, got [64, 191]",
     ),
     "architecture": (
         lambda x: edit(x, architectures=["Qwen3MoeForCausalLM"]),
@@ -78,7 +78,7 @@ def test_an_rwkv7_without_its_tensor_is_told(
     folder = model_folders.rwkv(tmp_path / "rwkv", vocabulary=300)
     words = ["--model", str(folder), "--run-dir", str(tmp_path / "run")]
     tensors(folder, lambda held: held.update({"ln_out.weight": np.ones(3, np.float32)}))
-    assert "ln_out.weight is [3]; [32] is right" in refused(words, capsys)
+    assert "ln_out.weight must have the shape [32], got [3]" in refused(words, capsys)
     tensors(folder, lambda held: held.pop("ln_out.weight"))
     assert "lacks the tensor ln_out.weight" in refused(words, capsys)
 

@@ -34,11 +34,14 @@ def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"[]", "result.json holds an array where an object is right; remove it"),
+        (b"[]", "result.json must hold an object, got an array; remove it"),
         (b'{"a": \xff}', "result.json is not text in UTF-8: byte 0xff at position 6"),
         (b'{\n"a" 1}', "result.json is not JSON: Expecting ':' delimiter at line 2, column 5"),
-        (b'{"sentence": "x"}', "result.json: generations is missing; a whole number of at least 0"),
-        (b'{"generations": 1, "sentence": []}', "sentence is an array; a text is right"),
+        (
+            b'{"sentence": "x"}',
+            "result.json: generations must be a whole number of at least 0, got nothing",
+        ),
+        (b'{"generations": 1, "sentence": []}', "sentence must be a text, got an array"),
         (
             b'{"generations": 1, "sentence": "x", "held_out_a": "x"}',
             "held_out_a is 'x'; a number, null or a list of them",

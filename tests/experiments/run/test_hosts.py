@@ -335,7 +335,7 @@ def test_which_process_this_is(flags: Any, environment: Any, right: Process | No
     [
         ({"processes": 2}, {}, "need --coordinator HOST:PORT"),
         ({"coordinator": "auto", "process": 1}, {}, "leave --processes and --process out"),
-        ({"coordinator": "host"}, {}, "--coordinator host: HOST:PORT of process 0 is right"),
+        ({"coordinator": "host"}, {}, "--coordinator host: must be HOST:PORT of process 0"),
         ({"coordinator": "host:99999"}, {}, "--coordinator host:99999: HOST:PORT"),
         ({"coordinator": "h:1", "processes": 2}, {}, "with --process which this one is"),
         ({"coordinator": "h:1", "processes": 2, "process": 2}, {}, "--process 2: .* 0 to 1"),

@@ -61,10 +61,10 @@ def test_a_full_disk_gets_one_sentence() -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b"[]", "line 2 holds an array where an object is right"),
+        (b"[]", "line 2 must hold an object, got an array"),
         (b"\xff", "line 2 is not text in UTF-8: byte 0xff at position 0"),
-        (b'{"score": 1}', "line 2: generation is missing; 1 is right"),
-        (b'{"generation": 2}', "line 2: generation is 2; 1 is right"),
+        (b'{"score": 1}', "line 2: generation must be 1, got nothing"),
+        (b'{"generation": 2}', "line 2: generation must be 1, got 2"),
         (b'{"generation": 1, "score": "x"}', "line 2: score is 'x'; a number, null"),
         (b'{"generation": 1, "score": 1e999}', "line 2: score is inf; a number, null"),
     ],
@@ -88,5 +88,5 @@ def test_seeds_are_as_many_in_every_row(value: object) -> None:
             expect_names(path, rows, ["score"])
     with pytest.raises(RunError, match="line 1: loss is missing"):
         expect_names(path, rows, ["loss"])
-    with pytest.raises(RunError, match="line 1: timing is missing; an object with seconds"):
+    with pytest.raises(RunError, match="line 1: timing must be an object with seconds"):
         seconds_of(path, rows)
