@@ -1,5 +1,6 @@
 """Settings of every test: eight host devices, checked shapes, a compilation cache, fixed examples."""
 
+import collections
 import gc
 import os
 from importlib.metadata import version
@@ -12,6 +13,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # At the lowest optimisation and by XLA's older emitters, which compile a third faster, since the tests
 # compile more than they run. Flags that are given count; `make soak` has the emitters that users have.
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# One thread compiles a program: there are as many processes as cores.
+flags += " --xla_cpu_parallel_codegen_split_count=1"
 if version("jax") < "0.11":  # later versions have no older emitters, and stop at the flag
     flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
@@ -56,18 +59,26 @@ def _forget_programs() -> Iterator[None]:
         jax.clear_caches()
 
 
-SLOW = {
-    line
-    for line in (Path(__file__).parent / "tests" / "slow.txt").read_text().splitlines()
-    if not line.startswith("#")
-}
+def _listed(name: str) -> frozenset[str]:
+    """The tests in a file of this name beside them."""
+    lines = (Path(__file__).parent / "tests" / name).read_text().splitlines()
+    return frozenset(line for line in lines if not line.startswith("#"))
+
+
+SLOW, SAMPLED = _listed("slow.txt"), _listed("sampled.txt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of tests/slow.txt as slow, beside those that say so themselves."""
+    """Marks the tests of tests/slow.txt as slow, beside those that say so themselves, and two of three cases
+    of those of tests/sampled.txt as soak."""
+    cases = collections.Counter[str]()
     for item in items:
-        if item.nodeid.split("[")[0] in SLOW:
+        name = item.nodeid.split("[")[0]
+        if name in SLOW:
             item.add_marker("slow")
+        if name in SAMPLED and cases[name] % 3:
+            item.add_marker("soak")
+        cases[name] += 1
 
 
 ORACLES = (

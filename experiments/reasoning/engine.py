@@ -172,16 +172,28 @@ def stream(
 # ---------------------------------------------------------------- what the device runs
 
 
-class _Text(NamedTuple):
-    """A sequence that is being written: all that it leaves between calls."""
+class Text(NamedTuple):
+    """A sequence that is being written: all that it leaves between calls.
+
+    Attributes:
+        cache: of all tokens but the last.
+        token: the last one, which the model has not read yet.
+        ended: whether it is the end.
+    """
 
     cache: Any
-    token: Int[Array, ""]  # the last one, which the model has not read yet
+    token: Int[Array, ""]
     ended: Bool[Array, ""]
 
 
-class _Written(NamedTuple):
-    """A token, or with an axis more those of a segment; arrays of JAX, on the host of NumPy."""
+class Written(NamedTuple):
+    """A token, or with an axis more those of a segment; arrays of JAX, on the host of NumPy.
+
+    Attributes:
+        token: `PAD` behind the end.
+        log_prob: of the token.
+        entropy: of what it was drawn from.
+    """
 
     token: Any
     log_prob: Any
@@ -192,7 +204,7 @@ class _Own(NamedTuple):
     """What a member, or the model, has of its own."""
 
     prefix: Any  # the cache of what all prompts begin with, or None
-    texts: _Text | None  # what is being written
+    texts: Text | None  # what is being written
 
 
 # Functions of a member's parameters. They are objects that are equal where what they are made of is, so
@@ -228,12 +240,12 @@ class _ReadPrompts:
         ids: Int[Array, "prompts"],
         tokens: Int[Array, "prompts slots"],
         lengths: Int[Array, "prompts"],
-    ) -> tuple[_Text, _Written]:
-        def one(i: Array, tokens: Array, length: Array) -> tuple[_Text, _Written]:
+    ) -> tuple[Text, Written]:
+        def one(i: Array, tokens: Array, length: Array) -> tuple[Text, Written]:
             slots = tokens.size + self.room
             logits, cache = self.model.prefill(params, tokens, length, slots, own.prefix)
             start, key_of_token = jnp.bool_(False), _key(key, i, jnp.int32(0))
-            text, written = _write(logits, cache, start, key_of_token, self.sampling, eos)
+            text, written = write(logits, cache, start, key_of_token, self.sampling, eos)
             return text, jax.tree.map(lambda x: x[None], written)
 
         return jax.vmap(one)(ids, tokens, lengths)
@@ -255,12 +267,12 @@ class _WriteSegment:
         eos: Int[Array, "ends"],
         ids: Int[Array, "prompts"],
         first: Int[Array, ""],
-    ) -> tuple[_Text, _Written]:
-        def one(text: _Text, i: Array) -> tuple[_Text, _Written]:
-            def token(text: _Text, t: Array) -> tuple[_Text, _Written]:
+    ) -> tuple[Text, Written]:
+        def one(text: Text, i: Array) -> tuple[Text, Written]:
+            def token(text: Text, t: Array) -> tuple[Text, Written]:
                 logits, cache = self.model.decode(params, text.cache, text.token, t, own.prefix)
                 key_of_token = _key(key, i, t + 1)
-                return _write(logits, cache, text.ended, key_of_token, self.sampling, eos)
+                return write(logits, cache, text.ended, key_of_token, self.sampling, eos)
 
             return lax.scan(token, text, first + jnp.arange(self.steps, dtype=jnp.int32))
 
@@ -272,22 +284,22 @@ def _key(key: Key[Array, ""], i: Int[Array, ""], t: Int[Array, ""]) -> Key[Array
     return jax.random.fold_in(jax.random.fold_in(key, i), t)
 
 
-def _write(
+def write(
     logits: Float[Array, "vocab"],
     cache: Any,
     ended: Bool[Array, ""],
     key: Key[Array, ""],
     sampling: Sampling,
     eos: Int[Array, "ends"],
-) -> tuple[_Text, _Written]:
+) -> tuple[Text, Written]:
     """Chooses a token, unless the text has ended."""
     token = choose(logits, key, sampling)
     policy = jax.nn.log_softmax(logits.astype(jnp.float32) / (sampling.temperature or 1))
     # A token that cannot come has no part in the entropy: 0 and not 0 * -inf.
     entropy = -jnp.sum(jnp.where(policy > -jnp.inf, jnp.exp(policy) * policy, 0))
     unless = lambda x, pad: jnp.where(ended, jnp.asarray(pad, x.dtype), x)
-    written = _Written(unless(token, PAD), unless(policy[token], 0), unless(entropy, 0))
-    return _Text(cache, written.token, ended | jnp.any(token == eos)), written
+    written = Written(unless(token, PAD), unless(policy[token], 0), unless(entropy, 0))
+    return Text(cache, written.token, ended | jnp.any(token == eos)), written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,10 +328,10 @@ def _called(
     es: EvolutionStrategy | None,
     source: Any,
     who: Any,
-    texts: _Text | None,
+    texts: Text | None,
     prefix: Any,
     args: tuple,
-) -> tuple[_Text, Bool[Array, ""], _Written]:
+) -> tuple[Text, Bool[Array, ""], Written]:
     """A function that writes, as :func:`_mapped`.
 
     Texts stay where their members are; whether all have ended, and what was written, is for every host.
@@ -418,7 +430,7 @@ class _Writer(NamedTuple):
         tokens: np.ndarray,
         lengths: np.ndarray,
         tell: Callable[[int], None],
-    ) -> _Written:
+    ) -> Written:
         """All tokens of some answers, until the last has ended; tells how many of each are written."""
         eos = np.array(self.eos, np.int32)
         eos, ids, tokens, lengths = jax.device_put((eos, ids, tokens, lengths))

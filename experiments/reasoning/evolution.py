@@ -52,16 +52,20 @@ def strategy(config: Config, base: Start, layout: Layout = ONE) -> eggroll.Evolu
         optimizer = optax.chain(optimizer, anchored(config.optimizer.learning_rate * config.anchor))
     planned = base.model.plan(jax.eval_shape(base.params, jnp.int32(0)), config.evolution.rank)
     sigmas = {leaf.path: leaf.scale for leaf in planned.leaves}
-    return learners.strategy(
-        config.evolution,
-        config.optimizer,
-        layout,
+    how: dict[str, Any] = dict(
         optimizer=in_noise_units(optimizer, sigmas),
         plan=base.model.plan,
         # Questions differ in how hard they are: members are compared on each by itself.
         shaping=eggroll.shaping.per_task(),
         noise_reuse=config.noise_reuse,
     )
+    if config.perturb == "nodes":
+        # A member for every answer, whose tokens are its rows.
+        answers = config.evolution.population * config.prompts * config.samples
+        how |= dict(
+            perturb="nodes", population=answers, shaping=None, credit=eggroll.credit.causal()
+        )
+    return learners.strategy(config.evolution, config.optimizer, layout, **how)
 
 
 class Answers(NamedTuple):
@@ -86,8 +90,8 @@ class Answers(NamedTuple):
     tokens_read: int
 
 
-class Evolution:
-    """Learning by :func:`strategy`.
+class Population:
+    """What evolution strategies on answers share: a strategy and its state.
 
     Args:
         config: the settings, with the numbers of members and questions at a time.
@@ -115,12 +119,6 @@ class Evolution:
         if layout.mesh is not None:
             shapes = jax.eval_shape(self.start, jnp.int32(0))
             self.sharding = parallel.shardings(shapes, layout.mesh, base.model.sharding)
-        self._update = layout.jit(
-            self._updated,
-            (self.sharding, layout.everywhere),
-            static_argnums=0,
-            donate_argnums=1,
-        )
 
     def start(self, seed: Array) -> eggroll.State:
         """The state before generation 0."""
@@ -142,6 +140,21 @@ class Evolution:
 
         rules = self._base.model.sharding
         return jax.tree.map(put, whole, parallel.shardings(whole, self._layout.mesh, rules))
+
+    def _told(
+        self,
+        es: eggroll.EvolutionStrategy,
+        before: eggroll.State,
+        after: eggroll.State,
+        metrics: eggroll.Metrics,
+    ) -> dict[str, Array | None]:
+        """An update as a row, inside a program."""
+        changed = diagnostics.changed_weights(before.params, after.params, self._config.narrow_type)
+        return row_of(metrics, es, before) | changed
+
+
+class Evolution(Population):
+    """Learning by weight noise: members answer with parameters of their own."""
 
     def generation(
         self, state: eggroll.State, generation: int, share: Share = unseen
@@ -168,12 +181,16 @@ class Evolution:
         """An update by scores, and its figures; the state is donated."""
         return self._update(self.es.placed(state), state, scores)
 
-    def _updated(
-        self, es: eggroll.EvolutionStrategy, state: eggroll.State, values: Array
-    ) -> tuple[eggroll.State, dict[str, Array | None]]:
-        new, metrics = es.update(state, values)
-        changed = diagnostics.changed_weights(state.params, new.params, self._config.narrow_type)
-        return new, row_of(metrics, es, state) | changed
+    @functools.cached_property
+    def _update(self) -> Any:
+        def updated(
+            es: eggroll.EvolutionStrategy, state: eggroll.State, values: Array
+        ) -> tuple[eggroll.State, dict[str, Array | None]]:
+            new, metrics = es.update(state, values)
+            return new, self._told(es, state, new, metrics)
+
+        where = (self.sharding, self._layout.everywhere)
+        return self._layout.jit(updated, where, static_argnums=0, donate_argnums=1)
 
     @functools.cached_property
     def _score(self) -> Any:
@@ -191,21 +208,9 @@ class Evolution:
         self, state: eggroll.State, questions: Sequence[Question], share: Share
     ) -> tuple[Float[np.ndarray, "population prompts"], dict[str, Any]]:
         """Scores of what every member answers, and a row about the answers."""
-        found, members = self.answers(state, questions, share), self._config.evolution.population
-        completions = found.completions
-        row: dict[str, Any] = diagnostics.summary(
-            found.rewards,
-            found.texts.tolist(),
-            found.parts if len(found.parts) > 1 else None,
-            completions.lengths,
-            completions.ended,
-            completions.entropy,
-        )
-        right = [one.answer for one in found.asked] * members
-        row |= diagnostics.of_rewards(found.rewards.ravel(), found.texts.ravel().tolist(), right)
-        row["late_rewards"] = found.late
-        row["prompt_tokens"] = members * found.tokens_read
-        row["generated_tokens"] = int(completions.lengths.sum())
+        found = self.answers(state, questions, share)
+        tokens = self._config.evolution.population * found.tokens_read
+        row = row_of_answers(found) | {"prompt_tokens": tokens}
         return objective(found.rewards, self._config), row
 
     def answers(
@@ -252,6 +257,22 @@ class Evolution:
             late=float(np.mean([one.late for one in found])),
             tokens_read=tokens_read(prompts),
         )
+
+
+def row_of_answers(found: Answers) -> dict[str, Any]:
+    """What a row tells of answers."""
+    completions = found.completions
+    row: dict[str, Any] = diagnostics.summary(
+        found.rewards,
+        found.texts.tolist(),
+        found.parts if len(found.parts) > 1 else None,
+        completions.lengths,
+        completions.ended,
+        completions.entropy,
+    )
+    right = [one.answer for one in found.asked] * len(found.rewards)
+    row |= diagnostics.of_rewards(found.rewards.ravel(), found.texts.ravel().tolist(), right)
+    return row | {"late_rewards": found.late, "generated_tokens": int(completions.lengths.sum())}
 
 
 def on_host(values: Array | np.ndarray) -> Float32[np.ndarray, "population *tasks"]:

@@ -37,17 +37,20 @@ def fit(
     prompts = questions.prompts(questions.of_generation(0))
     shapes = jax.eval_shape(base.params, jnp.int32(0))
     # Every device, or group of them, has the members of at most so many pairs.
-    share = 2 * -(-config.evolution.population // (2 * layout.groups))
+    es = strategy(config, base, layout)
+    share = 2 * -(-es.population // (2 * layout.groups))
+    nodes = config.perturb == "nodes"
     # The same for all processes, whose programs are one.
     budget = agreement.least(
         device_bytes() if config.memory_gib is None else int(config.memory_gib * 2**30)
     )
     plan = plan_memory(
         base.model,
-        strategy(config, base, layout),
+        es,
         shapes,
         share,
-        config.prompts * config.samples,
+        # Under node noise each member writes one answer.
+        1 if nodes else config.prompts * config.samples,
         prompts.tokens.shape[1],
         questions.sampling(),
         budget,
@@ -57,11 +60,8 @@ def fit(
     )
     members = plan.members if plan.members < share else None
     few = max(1, plan.prompts // config.samples)
-    settled = changed(
-        config,
-        chunk=config.evolution.chunk or members,
-        prompt_chunk=config.prompt_chunk or (few if few < config.prompts else None),
-    )
+    together = config.prompt_chunk or (few if few < config.prompts and not nodes else None)
+    settled = changed(config, chunk=config.evolution.chunk or members, prompt_chunk=together)
     # Devices of a CPU share its cores.
     devices = 1 if jax.default_backend() == "cpu" else layout.devices
     sequences = plan.members * plan.prompts

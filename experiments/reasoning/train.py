@@ -29,6 +29,7 @@ from experiments.reasoning.evolution import Evolution
 from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.fitting import fit
 from experiments.reasoning.hints import hints
+from experiments.reasoning.node_answers import OutputNoise
 from experiments.reasoning.questions import Questions, repeated
 from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import Completions, pack
@@ -44,7 +45,7 @@ from experiments.run.plots import Curve
 from experiments.run.progress import part
 from experiments.run.trainer import Adapts, Carry, Conclusion, LanguageTrainer, Outcome, Replays
 
-Learner = Evolution | GroupPolicy | Supervised
+Learner = Evolution | OutputNoise | GroupPolicy | Supervised
 BY_BACKPROPAGATION: Mapping[str, Callable[..., GroupPolicy | Supervised]] = {
     "grpo": GroupPolicy,
     "sft": Supervised,
@@ -94,7 +95,8 @@ class Reasoning(LanguageTrainer[Config], Adapts, Replays):
         """What makes an update; it holds no arrays, so that it may be first asked for inside a trace."""
         parts = (self._fitted, self.base, self.questions, self.examiner)
         if self.config.algorithm == "eggroll":
-            return Evolution(*parts, self.layout)
+            kind = OutputNoise if self.config.perturb == "nodes" else Evolution
+            return kind(*parts, self.layout)
         return BY_BACKPROPAGATION[self.config.algorithm](*parts)
 
     @functools.cached_property
@@ -283,7 +285,7 @@ class Reasoning(LanguageTrainer[Config], Adapts, Replays):
     @property
     def keeps_history(self) -> bool:  # type: ignore[override]
         """Whether updates can be made again from scores alone."""
-        return self.config.algorithm == "eggroll"
+        return self.config.algorithm == "eggroll" and self.config.perturb == "weights"
 
     def replay(self, carry: Carry, scores: np.ndarray) -> tuple[Carry, Mapping[str, Any]]:
         assert isinstance(self.learner, Evolution)
@@ -297,7 +299,9 @@ class Reasoning(LanguageTrainer[Config], Adapts, Replays):
         self, carry: Carry, to: Path | None, members: str, rank: int | None = None
     ) -> str:
         if not isinstance(self.learner, Evolution):
-            raise UsageError(f"--members: {self.config.algorithm} has no population")
+            raise UsageError(
+                f"--members: a run {how(self.config)} has no members with weights of their own"
+            )
         chosen = adapters.numbers(members, self.config.evolution.population)
         es = self.learner.es
         return adapters.export_members(self.config, self.base, es, carry, to, chosen, rank)
@@ -355,5 +359,6 @@ def how(config: Config) -> str:
     if config.algorithm == "eggroll":
         rank = config.evolution.rank
         kind = "dense ES" if rank == "full" else f"EGGROLL of rank {rank}"
+        kind = "node noise" if config.perturb == "nodes" else kind
         return f"by {kind} with a population of {config.evolution.population}"
     return f"by {config.algorithm.upper()} and {config.optimizer.name}"

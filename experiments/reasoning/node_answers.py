@@ -1,0 +1,298 @@
+"""Learning from rewards by node noise: what comes out of layers is perturbed anew for every token written.
+
+A member of weight noise turns all its answers into a number for each question, which tells about every weight
+at once. Under node noise the members of a pair see ``y_t + sigma e_t`` and ``y_t - sigma e_t`` at every
+product of every token that they write, and the difference of the two rewards tells about those outputs
+alone: of a matrix, ``x_t (outer) (r+ - r-) e_t / (2 sigma)``, where x_t is the mean of the two members'
+inputs. There are as many outputs as the widths of the layers times the tokens of an answer, and many more
+weights.
+
+Prompts are read once, without noise, up to their last token. An answer is written from there under the noise
+of its member; then it is read once more under the same noise, to sum up what every product received.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+import eggroll
+from eggroll.interpret.node_pass import Rows
+from experiments.reasoning import diagnostics
+from experiments.reasoning.engine import Share, Text, Written, unseen, write
+from experiments.reasoning.evolution import Answers, Population, objective, row_of_answers
+from experiments.reasoning.language_model import LanguageModel
+from experiments.reasoning.questions import repeated
+from experiments.reasoning.sampling import Sampling
+from experiments.reasoning.sequences import (
+    PAD,
+    Completions,
+    Prompts,
+    check_tokens,
+    completions_of,
+    padded_length,
+    shared_length,
+    tokens_read,
+)
+from experiments.reasoning.tasks import Question
+
+# Answers are read again up to a multiple of this: few programs, and few tokens behind the longest.
+STEP = 4
+# Stands for a token that is chosen.
+CHOSEN = -1
+
+
+class Read(NamedTuple):
+    """Prompts that were read without noise up to their last token.
+
+    Attributes:
+        caches: leaves ``[prompts, ...]``.
+        last: the last token of each; int32 ``[prompts]``.
+        prefix: the cache of what all prompts begin with, or None.
+    """
+
+    caches: PyTree
+    last: Any
+    prefix: PyTree
+
+
+class Own(NamedTuple):
+    """What a member has of its own.
+
+    Attributes:
+        prompt: the number of its prompt; int32 ``[]``.
+        given: the tokens of its answer, `CHOSEN` for those to be written; int32 ``[steps]``.
+    """
+
+    prompt: Any
+    given: Any
+
+
+class OutputNoise(Population):
+    """Learning by node noise; tables are those of weight noise.
+
+    Each member has a noise of its own for every question, so that the members of the strategy are as many
+    as a generation's answers: pair p of the strategy answers question ``p % asked``.
+    """
+
+    def generation(
+        self, state: eggroll.State, generation: int, share: Share = unseen
+    ) -> tuple[eggroll.State, dict[str, Any]]:
+        """Answers of every member, their rewards, and an update by both."""
+        questions = self._questions.of_generation(generation)
+        found, read = self._answered(state, questions, share)
+        row = row_of_answers(found) | {"prompt_tokens": found.tokens_read}
+        values = self._values(found)
+        steps = found.completions.tokens.shape[-1]
+        used = min(steps, -(-int(found.completions.lengths.max()) // STEP) * STEP)
+        own = Own(self._prompts(len(found.asked)), _flat(found.completions.tokens)[:, :used])
+        es = dataclasses.replace(self.es, rows=Rows(used, pick=0))
+        placed = rows_of(values, _flat(found.completions.lengths), used)
+        given = (self._writes, read, np.array(self._questions.ends, np.int32))
+        state, told = self._update_by(es.placed(state), state, placed, own, *given)
+        return state, told | _fitness(found.rewards) | row
+
+    @functools.cached_property
+    def _writes(self) -> "Writes":
+        return Writes(self._base.model, self._questions.sampling())
+
+    def _prompts(self, asked: int) -> Int[np.ndarray, "answers"]:
+        """The number of the prompt of every member of the strategy."""
+        return (np.arange(self.es.population) // 2 % asked).astype(np.int32)
+
+    def answers(
+        self, state: eggroll.State, questions: Sequence[Question], share: Share = unseen
+    ) -> Answers:
+        return self._answered(state, questions, share)[0]
+
+    def _answered(
+        self, state: eggroll.State, questions: Sequence[Question], share: Share
+    ) -> tuple[Answers, Read]:
+        """What every member answers with its rewards, and the prompts as they were read."""
+        asked = repeated(questions, self._config.samples)
+        prompts = self._questions.prompts(asked)
+        ends, sampling = self._questions.ends, self._questions.sampling()
+        check_tokens(prompts, self._base.model.vocab_size, ends)
+        read = read_prompts(self._base.model, state.params, prompts, sampling.max_new_tokens)
+        steps, members = sampling.max_new_tokens, self.es.population
+        own = Own(self._prompts(len(asked)), np.full((members, steps), CHOSEN, np.int32))
+        es, eos = self.es.placed(state), np.array(ends, np.int32)
+        share(0, steps, "tokens")
+        written = jax.device_get(self._map(es, state, self._writes, own, read, eos))
+        share(steps, steps, "tokens")
+        token, log_prob, entropy = (x[:, None] for x in written)
+        one = completions_of(token, log_prob, entropy, 1, steps, ends)
+        completions = Completions(*(_table(x[:, 0], len(asked)) for x in one))
+        texts = self._questions.texts(completions)
+        rows = len(completions.lengths)
+        handle = self._examiner.submit(texts, [*asked] * rows)
+        found = self._examiner.rewards(handle, completions.lengths.shape)
+        answers = Answers(
+            asked=asked,
+            texts=np.array(texts, object).reshape(completions.lengths.shape),
+            completions=completions,
+            rewards=found.rewards,
+            parts=found.parts,
+            late=found.late,
+            # Every prompt is read once.
+            tokens_read=tokens_read(prompts),
+        )
+        return answers, read
+
+    def _values(self, found: Answers) -> Float[np.ndarray, "answers"]:
+        """The score of every answer, compared on each question by itself; NaN where it is not known."""
+        scores = objective(found.rewards, self._config)
+        known = np.isfinite(scores)
+        shaped = eggroll.shaping.per_task()(
+            jnp.asarray(np.where(known, scores, 0)), jnp.asarray(known), None
+        )
+        values = np.where(known, np.asarray(shaped), np.nan)
+        return _flat(np.repeat(values, self._config.samples, axis=1))
+
+    @functools.cached_property
+    def _map(self) -> Any:
+        def mapped(es: Any, state: Any, fn: Any, own: Own, *args: Any) -> Written:
+            return es.map(state, fn, *args, members=own)
+
+        return self._layout.jit(mapped, static_argnums=(0, 2))
+
+    @functools.cached_property
+    def _update_by(self) -> Any:
+        def updated(
+            es: eggroll.EvolutionStrategy,
+            state: eggroll.State,
+            values: Array,
+            own: Own,
+            fn: Any,
+            *args: Any,
+        ) -> tuple[eggroll.State, dict[str, Any]]:
+            new, metrics = es.update(state, values, fn, *args, members=own)
+            return new, self._told(es, state, new, metrics)
+
+        where = (self.sharding, self._layout.everywhere)
+        return self._layout.jit(updated, where, static_argnums=(0, 4), donate_argnums=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Writes:
+    """Writes or reads the answer of a member, as a function of its parameters.
+
+    Attributes:
+        model: what its functions are.
+        sampling: how tokens are chosen.
+    """
+
+    model: LanguageModel
+    sampling: Sampling
+
+    def __call__(
+        self, params: PyTree, key: Key[Array, ""], own: Own, read: Read, eos: Int[Array, "ends"]
+    ) -> Written:
+        def token(text: Text, at: tuple[Array, Array]) -> tuple[Text, Written]:
+            t, given = at
+            logits, cache = self.model.decode(params, text.cache, text.token, t, read.prefix)
+            key_of_token = jax.random.fold_in(key, t)
+            text, written = write(logits, cache, text.ended, key_of_token, self.sampling, eos)
+            return text._replace(token=jnp.where(given == CHOSEN, text.token, given)), written
+
+        mine = lambda whole: lax.dynamic_index_in_dim(whole, own.prompt, keepdims=False)
+        start = Text(jax.tree.map(mine, read.caches), mine(read.last), jnp.bool_(False))
+        steps = jnp.arange(own.given.shape[0], dtype=jnp.int32)
+        return lax.scan(token, start, (steps, own.given))[1]
+
+
+def read_prompts(model: LanguageModel, params: PyTree, prompts: Prompts, room: int) -> Read:
+    """Reads prompts up to their last token.
+
+    Args:
+        model: what its functions are.
+        params: of the model.
+        prompts: of `sequences.pack`, each of at least two tokens.
+        room: tokens that are read afterwards: the last of the prompt, and all but the last of an answer.
+
+    Raises:
+        ValueError: for a prompt of one token.
+    """
+    if (prompts.lengths < 2).any():
+        raise ValueError(
+            f"prompt {int(prompts.lengths.argmin())} must have at least 2 tokens, got 1: node noise begins "
+            "at the last"
+        )
+    begun = Prompts(prompts.tokens, prompts.lengths - 1)
+    shared = shared_length(begun)
+    rest = begun.lengths - shared
+    slots = padded_length(int(rest.max()))
+    tokens = np.full((len(rest), slots), PAD, np.int32)
+    width = min(slots, prompts.tokens.shape[1] - shared)
+    tokens[:, :width] = prompts.tokens[:, shared : shared + width]
+    last = np.take_along_axis(prompts.tokens, begun.lengths[:, None], 1)[:, 0]
+    prefix = _prefix(model, params, prompts.tokens[0, :shared]) if shared else None
+    return Read(_caches(model, params, tokens, rest, slots + room, prefix), last, prefix)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _prefix(model: LanguageModel, params: PyTree, tokens: Array) -> PyTree:
+    return model.prefill(params, tokens, tokens.size, tokens.size, None)[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _caches(
+    model: LanguageModel, params: PyTree, tokens: Array, lengths: Array, slots: int, prefix: PyTree
+) -> PyTree:
+    read = lambda tokens, length: model.prefill(params, tokens, length, slots, prefix)[1]
+    return jax.vmap(read)(tokens, lengths)
+
+
+def rows_of(
+    values: Float[np.ndarray, "answers"], lengths: Int[np.ndarray, "answers"], steps: int
+) -> Float[np.ndarray, "answers steps"]:
+    """Scores of answers as scores of tokens: that of a pair is told at the end of its longer answer, so that
+    no token behind both gets any of it.
+
+    They are multiplied by the number of rows, over which a strategy takes the mean.
+
+    Example:
+        >>> print(rows_of(np.array([1.0, -1.0]), np.array([1, 2]), 3))
+        [[ 0.  3.  0.]
+         [ 0. -3.  0.]]
+    """
+    ends = np.repeat(lengths.reshape(-1, 2).max(1), 2) - 1
+    return np.where(np.arange(steps) == ends[:, None], values[:, None] * steps, 0).astype(
+        np.float32
+    )
+
+
+def _fitness(rewards: Float[np.ndarray, "population asked"]) -> dict[str, float]:
+    """The figures of members that an update of weight noise has, from the mean rewards of each."""
+    means = np.array([diagnostics.known_mean(own) for own in rewards])
+    known = means[np.isfinite(means)]
+    if not known.size:
+        return {}
+    figures = {"mean": known.mean(), "best": known.max(), "worst": known.min(), "std": known.std()}
+    return {f"fitness_{name}": float(x) for name, x in figures.items()}
+
+
+def _table(x: np.ndarray, asked: int) -> np.ndarray:
+    """Of the strategy's members ``[answers, ...]``, as ``[population, asked, ...]`` with pairs side by side.
+
+    Example:
+        >>> print(_table(np.array([0, 1, 10, 11, 2, 3, 12, 13]), 2))
+        [[ 0 10]
+         [ 1 11]
+         [ 2 12]
+         [ 3 13]]
+    """
+    pairs = x.reshape(-1, asked, 2, *x.shape[1:])
+    return np.moveaxis(pairs, 2, 1).reshape(-1, asked, *pairs.shape[3:])
+
+
+def _flat(table: np.ndarray) -> np.ndarray:
+    """The inverse of `_table`."""
+    pairs = table.reshape(-1, 2, *table.shape[1:])
+    return np.moveaxis(pairs, 1, 2).reshape(-1, *table.shape[2:])
