@@ -1,5 +1,7 @@
 """How many members write at a time, and to how many questions: settled before anything is built."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -44,6 +46,8 @@ def fit(
     budget = agreement.least(
         device_bytes() if config.memory_gib is None else int(config.memory_gib * 2**30)
     )
+    # Those of a token beside those of all tokens before it.
+    trained = sum(math.prod(leaf.shape) for leaf in es.plan_of(shapes).leaves if leaf.trainable)
     plan = plan_memory(
         base.model,
         es,
@@ -57,6 +61,7 @@ def fit(
         shared=shared_length(prompts),
         members=config.evolution.chunk,
         together=config.prompt_chunk and config.prompt_chunk * config.samples,
+        sums=2 * 4 * trained if nodes else 0,
     )
     members = plan.members if plan.members < share else None
     few = max(1, plan.prompts // config.samples)

@@ -31,7 +31,7 @@ class MemoryPlan(NamedTuple):
 
     Attributes:
         weights: of the parameters.
-        training: of float32 copies of them and of the optimizer.
+        training: of float32 copies of them, of the optimizer, and of sums that an update makes.
         factors: of a pair's noise, in proportion to rank x (rows + columns) of each matrix.
         prefix: of a member's state for what all prompts begin with.
         prefix_activations: of a member while it reads this.
@@ -99,6 +99,7 @@ def plan_memory(
     shared: int = 0,
     members: int | None = None,
     together: int | None = None,
+    sums: int = 0,
 ) -> MemoryPlan:
     """The numbers of members and prompts at a time that fit a budget: those with the fewest passes, and among
     these the one with most members.
@@ -117,6 +118,7 @@ def plan_memory(
         shared: tokens that all prompts begin with (`sequences.shared_length`).
         members: at a time, if that is settled.
         together: prompts at a time, if that is settled.
+        sums: bytes of the sums that an update makes beside, as of node noise.
 
     Raises:
         UsageError: where not even two members at a time on one prompt fit; says what takes most, and
@@ -156,7 +158,7 @@ def plan_memory(
 
     plan = MemoryPlan(
         weights=weights,
-        training=_bytes(state, es.mesh, model.sharding) - weights,
+        training=_bytes(state, es.mesh, model.sharding) - weights + sums,
         factors=es.plan_of(params).noise_bytes,
         prefix=_bytes(prefix, es.mesh, model.sharding),
         prefix_activations=_activations(read, params, None, shared) if shared else 0,

@@ -13,7 +13,7 @@ of its member; then it is read once more under the same noise, to sum up what ev
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,13 @@ import eggroll
 from eggroll.interpret.node_pass import Rows
 from experiments.reasoning import diagnostics
 from experiments.reasoning.engine import Share, Text, Written, unseen, write
-from experiments.reasoning.evolution import Answers, Population, objective, row_of_answers
+from experiments.reasoning.evolution import (
+    Answers,
+    Evolution,
+    Population,
+    objective,
+    row_of_answers,
+)
 from experiments.reasoning.language_model import LanguageModel
 from experiments.reasoning.questions import repeated
 from experiments.reasoning.sampling import Sampling
@@ -177,6 +183,13 @@ class OutputNoise(Population):
 
         where = (self.sharding, self._layout.everywhere)
         return self._layout.jit(updated, where, static_argnums=(0, 4), donate_argnums=1)
+
+
+# The learner of each `--perturb`.
+LEARNERS: Mapping[str, type[Evolution] | type[OutputNoise]] = {
+    "weights": Evolution,
+    "nodes": OutputNoise,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from experiments.reasoning import probing, rewards
 from experiments.reasoning.config import Config
 from experiments.reasoning.evolution import Evolution
 from experiments.reasoning.examiner import Examiner
+from experiments.reasoning.node_answers import LEARNERS, OutputNoise
 from experiments.reasoning.probing import Choice, Probed
 from experiments.reasoning.questions import Questions
 from experiments.reasoning.reward_values import names
@@ -120,7 +121,7 @@ def _told(config: Config, choice: Choice) -> tuple[dict[str, float], str]:
     settings, words = {"sigma": choice.sigma}, f"Take --sigma {choice.sigma:g}"
     if config.sigma_scale == "rms":
         words += " --sigma-scale rms"
-    if config.optimizer.name == "sgd":
+    if config.optimizer.name == "sgd" and config.perturb == "weights":
         rate = probing.learning_rate(choice.sigma, config.evolution.population)
         settings["learning_rate"] = rate
         words += f" --learning-rate {rate:g} (sigma^2 sqrt(population))"
@@ -134,10 +135,10 @@ def _learner(
     questions: Questions,
     examiner: Examiner,
     layout: Layout,
-) -> Evolution:
+) -> Evolution | OutputNoise:
     """Learning whose generation i has the i-th sigma, the noise of generation 0, and its own keys of
     sampling."""
-    learner = Evolution(config, base, questions, examiner, layout)
+    learner = LEARNERS[config.perturb](config, base, questions, examiner, layout)
     learner.es = dataclasses.replace(
         learner.es,
         sigma=lambda generation: jnp.asarray(sigmas, jnp.float32)[generation],

@@ -29,7 +29,7 @@ from experiments.reasoning.evolution import Evolution
 from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.fitting import fit
 from experiments.reasoning.hints import hints
-from experiments.reasoning.node_answers import OutputNoise
+from experiments.reasoning.node_answers import LEARNERS, OutputNoise
 from experiments.reasoning.questions import Questions, repeated
 from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import Completions, pack
@@ -95,8 +95,7 @@ class Reasoning(LanguageTrainer[Config], Adapts, Replays):
         """What makes an update; it holds no arrays, so that it may be first asked for inside a trace."""
         parts = (self._fitted, self.base, self.questions, self.examiner)
         if self.config.algorithm == "eggroll":
-            kind = OutputNoise if self.config.perturb == "nodes" else Evolution
-            return kind(*parts, self.layout)
+            return LEARNERS[self.config.perturb](*parts, self.layout)
         return BY_BACKPROPAGATION[self.config.algorithm](*parts)
 
     @functools.cached_property
