@@ -29,6 +29,7 @@ PresetName = Literal[
     "countdown",
     "gsm-symbolic",
     "smollm2-sums",
+    "smollm2-nodes",
     "tiny",
 ]
 
@@ -443,11 +444,29 @@ HUB: dict[str, object] = dict(
     learning_rate=5e-6,
 )
 
+# SmolLM2-135M-Instruct (`make smollm2`) on sums of numbers from 1 to 20, a third of which it gets right.
+SMOLLM2: dict[str, object] = dict(
+    model="smollm2",
+    chat=True,
+    task="sums",
+    reward="number",
+    reward_workers=0,
+    stop=("\n",),
+    max_new_tokens=12,
+    population=32,
+    prompts=8,
+    held_out_questions=80,
+)
+SMOLLM2_SUMS = (
+    '{"least": 1, "most": 20, "held_out": 0.4, "form": "{a}+{b}", "template": '
+    '"What is {question}?"}'
+)
+
 # Settings of a preset's own task; another task that is named has none of them.
 TASK_SETTINGS: dict[str, str] = {
     "tiny": '{"digits": 1}',
-    "smollm2-sums": '{"least": 1, "most": 20, "held_out": 0.4, "form": "{a}+{b}", "template": '
-    '"What is {question}?"}',
+    "smollm2-sums": SMOLLM2_SUMS,
+    "smollm2-nodes": SMOLLM2_SUMS,
 }
 PRESETS: dict[str, Config] = {
     "warm-start": preset("warm-start", **SMALL, **SFT, max_generations=240),
@@ -467,22 +486,17 @@ PRESETS: dict[str, Config] = {
     "rwkv7": preset("rwkv7", **SMALL, **SFT, model="rwkv7", max_generations=240),
     "countdown": preset("countdown", **HUB, task="countdown"),
     "gsm-symbolic": preset("gsm-symbolic", **HUB, task="gsm_symbolic"),
-    # SmolLM2-135M-Instruct (`make smollm2`) on sums of numbers from 1 to 20, a third of which it gets right.
     "smollm2-sums": preset(
-        "smollm2-sums",
-        model="smollm2",
-        chat=True,
-        task="sums",
-        reward="number",
-        reward_workers=0,
-        stop=("\n",),
-        max_new_tokens=12,
-        population=32,
-        prompts=8,
-        sigma=0.003,
-        learning_rate=5e-5,
-        held_out_questions=80,
-        max_generations=60,
+        "smollm2-sums", **SMOLLM2, sigma=0.003, learning_rate=5e-5, max_generations=60
+    ),
+    "smollm2-nodes": preset(
+        "smollm2-nodes",
+        **SMOLLM2,
+        perturb="nodes",
+        optimizer="adam",
+        sigma=0.007,
+        learning_rate=1e-3,
+        max_generations=100,
     ),
     "tiny": preset(
         "tiny",

@@ -217,3 +217,48 @@ def test_what_does_not_go_together_is_refused(
     assert main([*given, *words]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_devices_change_rounding_alone(plain: str, tmp_path: Path) -> None:
+    usual = dict(generations=2, optimizer="sgd", learning_rate=0.05, sigma=0.1, reward=plain)
+    one, two = (settings(tmp_path / str(n), **usual, devices=n, reward_workers=0) for n in (1, 2))
+    train(one)
+    train(two)
+    rows = [read_metrics(each.run_dir / "metrics.jsonl")[0] for each in (one, two)]
+    assert rows[0]["reward_mean"] == rows[1]["reward_mean"]
+    assert rows[0]["update_norm"] == pytest.approx(rows[1]["update_norm"], rel=1e-4)
+
+
+def test_a_run_has_no_members_to_export_and_no_history_to_replay(
+    plain: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train(settings(run, generations=1, reward=plain, reward_workers=0))
+    assert main(["export", str(run), "--members", "0"]) == 2
+    assert "--members: a run by node noise" in capsys.readouterr().err
+    assert main(["replay", str(run)]) == 2
+    assert "history.jsonl" in capsys.readouterr().err
+
+
+def test_the_probe_compares_sigmas(
+    plain: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "probe",
+        "--preset",
+        "tiny",
+        "--perturb",
+        "nodes",
+        "--reward",
+        plain,
+        "--reward-workers",
+        "0",
+    ]
+    words += ["--run-dir", str(tmp_path / "run"), "--probe-sigmas", "0.001", "1"]
+    main(words)
+    said = capsys.readouterr().out
+    identical = next(line for line in said.splitlines() if line.startswith("identical pairs"))
+    small, large = (int(share[:-1]) for share in identical.split()[-2:])
+    assert small > 50 > large
+    assert "learning-rate" not in said
