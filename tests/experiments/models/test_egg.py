@@ -279,7 +279,7 @@ def test_it_learns_to_predict_a_text():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [(dict(layers=0), "layers=0"), (dict(width=5000), "width=5000; 1 to 4096")]
+    ("changes", "message"), [(dict(layers=0), "layers must be at least 1, got 0"), (dict(width=5000), "width must be from 1 to 4096, got 5000")]
 )  # fmt: skip
 def test_shapes_out_of_range_are_named(changes, message):
     with pytest.raises(ValueError, match=message):

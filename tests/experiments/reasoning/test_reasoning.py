@@ -307,7 +307,7 @@ def test_the_anchor_pulls_back() -> None:
         (["--task-settings", '{"digit": 1}'], "no setting 'digit'; did you mean 'digits'"),
         (["--reward", "exat"], "did you mean 'exact'"),
         (["--model", "nowhere"], "nowhere is no folder, nor OWNER/NAME"),
-        (["--trained", "heads"], "--trained: train names 'heads'"),
+        (["--trained", "heads"], "--trained: train must name some of"),
         (["--optimizer", "sdg"], "did you mean 'sgd'"),
         (["--anchor", "-1"], "--anchor -1.0: choose 0 or a positive number"),
         (["--width", "33"], "--width 33: it is divided among 1 heads of an even width"),

@@ -373,7 +373,7 @@ def test_other_shapes_are_an_error_and_no_damage(tmp_path: Path) -> None:
         Checkpoints(tmp_path / "c") as checkpoints,
         pytest.raises(
             RunError,
-            match=r"does not fit the settings: es/\S*w is float32\[3, 4\] where float32\[3, 5\]",
+            match=r"does not fit the settings: es/\S*w must be float32\[3, 5\], got float32\[3, 4\]",
         ),
     ):
         checkpoints.restore(functools.partial(start, 5))

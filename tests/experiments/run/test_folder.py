@@ -44,7 +44,7 @@ def test_a_folder_that_is_gone_is_told(tmp_path: Path) -> None:
         (b'{"generations": 1, "sentence": []}', "sentence must be a text, got an array"),
         (
             b'{"generations": 1, "sentence": "x", "held_out_a": "x"}',
-            "held_out_a is 'x'; a number, null or a list of them",
+            "held_out_a must be a number, null or a list of them, got 'x'",
         ),
     ],
 )

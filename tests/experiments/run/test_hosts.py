@@ -336,10 +336,14 @@ def test_which_process_this_is(flags: Any, environment: Any, right: Process | No
         ({"processes": 2}, {}, "need --coordinator HOST:PORT"),
         ({"coordinator": "auto", "process": 1}, {}, "leave --processes and --process out"),
         ({"coordinator": "host"}, {}, "--coordinator host: must be HOST:PORT of process 0"),
-        ({"coordinator": "host:99999"}, {}, "--coordinator host:99999: HOST:PORT"),
+        ({"coordinator": "host:99999"}, {}, "--coordinator host:99999: must be HOST:PORT"),
         ({"coordinator": "h:1", "processes": 2}, {}, "with --process which this one is"),
         ({"coordinator": "h:1", "processes": 2, "process": 2}, {}, "--process 2: .* 0 to 1"),
-        ({"coordinator": "h:1"}, {PROCESSES: "two"}, "JAX_NUM_PROCESSES='two': a whole number"),
+        (
+            {"coordinator": "h:1"},
+            {PROCESSES: "two"},
+            "JAX_NUM_PROCESSES='two': must be a whole number",
+        ),
     ],
 )
 def test_mistakes_about_processes(flags: Any, environment: Any, words: str) -> None:
@@ -351,8 +355,12 @@ def test_mistakes_about_processes(flags: Any, environment: Any, words: str) -> N
     ("flags", "alone", "words"),
     [
         ({"devices": 9}, None, "--devices 9: there are 8"),
-        ({"devices": 2}, "--seeds 2 are one program", "--devices 2: --seeds 2 are one program"),
-        ({"same_bits": True}, "it has none", "--same-bits: it has none"),
+        (
+            {"devices": 2},
+            "--seeds 2 are one program",
+            "--devices 2: must be left out, since --seeds 2 are one program",
+        ),
+        ({"same_bits": True}, "it has none", "--same-bits: must be left out, since it has none"),
     ],
 )
 def test_mistakes_about_devices(flags: Any, alone: str | None, words: str) -> None:
@@ -365,7 +373,11 @@ def test_mistakes_about_devices(flags: Any, alone: str | None, words: str) -> No
     [
         (4, None, "--tensor-parallel 3: it does not divide the 4 devices of the run"),
         (None, None, "--tensor-parallel 3: it does not divide the 1 device of the run"),
-        (None, "it has no population", "--tensor-parallel 3: it has no population, so one"),
+        (
+            None,
+            "it has no population",
+            "--tensor-parallel 3: must be left out, since it has no population",
+        ),
     ],
 )
 def test_mistakes_about_shared_weights(devices: int | None, alone: str | None, words: str) -> None:

@@ -65,8 +65,11 @@ def test_a_full_disk_gets_one_sentence() -> None:
         (b"\xff", "line 2 is not text in UTF-8: byte 0xff at position 0"),
         (b'{"score": 1}', "line 2: generation must be 1, got nothing"),
         (b'{"generation": 2}', "line 2: generation must be 1, got 2"),
-        (b'{"generation": 1, "score": "x"}', "line 2: score is 'x'; a number, null"),
-        (b'{"generation": 1, "score": 1e999}', "line 2: score is inf; a number, null"),
+        (b'{"generation": 1, "score": "x"}', "line 2: score must be a number, null"),
+        (
+            b'{"generation": 1, "score": 1e999}',
+            "line 2: score must be a number, null, or several of them, got inf",
+        ),
     ],
 )
 def test_a_line_that_is_no_row_is_told(tmp_path: Path, line: bytes, words: str) -> None:
@@ -84,9 +87,11 @@ def test_seeds_are_as_many_in_every_row(value: object) -> None:
     if value is None:
         expect_names(path, rows, ["score"])
     else:
-        with pytest.raises(RunError, match="line 2: score is"):
+        with pytest.raises(RunError, match="line 2: score must be"):
             expect_names(path, rows, ["score"])
-    with pytest.raises(RunError, match="line 1: loss is missing"):
+    with pytest.raises(
+        RunError, match="line 1: loss must be a number, null or a list of them, got nothing"
+    ):
         expect_names(path, rows, ["loss"])
     with pytest.raises(RunError, match="line 1: timing must be an object with seconds"):
         seconds_of(path, rows)

@@ -197,7 +197,12 @@ def test_positions_need_what_they_count() -> None:
     rows = rows_of([1.0, 2.0])
     with pytest.raises(UsageError, match="do not count 'bytes_read'; choose another --x"):
         positions(rows, BYTES_READ)
-    with pytest.raises(RunError, match=re.escape("line 2: environment_steps is 'x'")):
+    with pytest.raises(
+        RunError,
+        match=re.escape(
+            "line 2: environment_steps must be a number, null or a list of them, got 'x'"
+        ),
+    ):
         positions([rows[0], {**rows[1], "environment_steps": "x"}], ENVIRONMENT_STEPS)
 
 
