@@ -164,9 +164,9 @@ class Config(RunSettings):
 
     evolution: Flat[Evolution] = Evolution(population=64, sigma=0.01)
     """Evolution strategies, whose members all answer the questions of a generation."""
-    perturb: Literal["weights", "nodes"] = "weights"
-    """What the noise of members is on: "weights", or "nodes", which is what comes out of the products with
-    matrices, anew for every token of an answer."""
+    perturb: Literal["weights", "answers", "nodes"] = "weights"
+    """What the noise of members is on: "weights", the same for all answers of a member; "answers", weights,
+    anew for every answer; "nodes", what comes out of products with matrices, anew for every token."""
     sigma_scale: Literal["same", "rms"] = "same"
     """What sigma is multiplied by: 1 for all parameters, or for each matrix its root mean square when
     training begins, so that a sigma of 0.01 moves every matrix by 1%."""
@@ -232,8 +232,8 @@ class Config(RunSettings):
                     f"{flag(name)}: it is about noise, and --algorithm {self.algorithm} has none; "
                     "choose eggroll"
                 )
-        if self.perturb == "nodes":
-            self._check_nodes()
+        if self.perturb != "weights":
+            self._check_answers()
         if self.evolution.population // 2 % self.subspaces:
             raise UsageError(
                 f"--subspaces {self.subspaces}: must divide the {self.evolution.population // 2} pairs of "
@@ -280,22 +280,25 @@ class Config(RunSettings):
         if self.chat_arguments() and not self.chat:
             raise UsageError(f"--chat-settings {self.chat_settings!r}: they are those of --chat")
 
-    def _check_nodes(self) -> None:
-        """Raises UsageError for what node noise does not go with."""
+    def _check_answers(self) -> None:
+        """Raises UsageError for what noise of its own for every answer does not go with."""
         others = {
             f"--algorithm {self.algorithm}": self.algorithm != "eggroll",
-            f"--rank {self.evolution.rank}": self.evolution.rank != 1,
-            f"--sigma-scale {self.sigma_scale}": self.sigma_scale != "same",
-            f"--subspaces {self.subspaces}": self.subspaces > 1,
             f"--fitness {self.fitness}": self.fitness != "reward",
             f"--prompt-chunk {self.prompt_chunk}": self.prompt_chunk is not None,
-            "--quantised": self.quantised,
         }
+        if self.perturb == "nodes":
+            others |= {
+                f"--rank {self.evolution.rank}": self.evolution.rank != 1,
+                f"--sigma-scale {self.sigma_scale}": self.sigma_scale != "same",
+                f"--subspaces {self.subspaces}": self.subspaces > 1,
+                "--quantised": self.quantised,
+            }
         for what, given in others.items():
             if given:
                 raise UsageError(
-                    f"{what}: must be left out with --perturb nodes, whose noise is on what comes out of "
-                    "products while answers are written"
+                    f"{what}: must be left out with --perturb {self.perturb}, whose noise is that of single "
+                    "answers"
                 )
 
     def _check_probing(self) -> None:

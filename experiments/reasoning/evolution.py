@@ -20,6 +20,7 @@ from experiments.reasoning.config import Config
 from experiments.reasoning.distilling import Teachers, teacher_score
 from experiments.reasoning.engine import Share, stream, unseen
 from experiments.reasoning.examiner import Examiner
+from experiments.reasoning.planning import on_outputs
 from experiments.reasoning.questions import Questions, repeated
 from experiments.reasoning.sequences import Completions, joined, tokens_read
 from experiments.reasoning.start import Start
@@ -59,12 +60,14 @@ def strategy(config: Config, base: Start, layout: Layout = ONE) -> eggroll.Evolu
         shaping=eggroll.shaping.per_task(),
         noise_reuse=config.noise_reuse,
     )
-    if config.perturb == "nodes":
-        # A member for every answer, whose tokens are its rows.
+    if config.perturb != "weights":
+        # A member for every answer; answers are compared on each question before they are told.
         answers = config.evolution.population * config.prompts * config.samples
-        how |= dict(
-            perturb="nodes", population=answers, shaping=None, credit=eggroll.credit.causal()
-        )
+        how |= dict(population=answers, shaping=None)
+    if config.perturb == "nodes":
+        # The tokens of an answer are its rows.
+        plan, credit = on_outputs(base.model.plan), eggroll.credit.causal()
+        how |= dict(perturb="nodes", plan=plan, credit=credit)
     return learners.strategy(config.evolution, config.optimizer, layout, **how)
 
 
@@ -141,6 +144,23 @@ class Population:
         rules = self._base.model.sharding
         return jax.tree.map(put, whole, parallel.shardings(whole, self._layout.mesh, rules))
 
+    def update(
+        self, state: eggroll.State, scores: Float32[np.ndarray, "population *tasks"]
+    ) -> tuple[eggroll.State, dict[str, Any]]:
+        """An update by scores, and its figures; the state is donated."""
+        return self._update(self.es.placed(state), state, scores)
+
+    @functools.cached_property
+    def _update(self) -> Any:
+        def updated(
+            es: eggroll.EvolutionStrategy, state: eggroll.State, values: Array
+        ) -> tuple[eggroll.State, dict[str, Array | None]]:
+            new, metrics = es.update(state, values)
+            return new, self._told(es, state, new, metrics)
+
+        where = (self.sharding, self._layout.everywhere)
+        return self._layout.jit(updated, where, static_argnums=0, donate_argnums=1)
+
     def _told(
         self,
         es: eggroll.EvolutionStrategy,
@@ -174,23 +194,6 @@ class Evolution(Population):
         state, told = self.update(state, scores)
         # Identical pairs are those of answers, not of scores.
         return state, told | row | {SCORES: scores}
-
-    def update(
-        self, state: eggroll.State, scores: Float32[np.ndarray, "population *tasks"]
-    ) -> tuple[eggroll.State, dict[str, Any]]:
-        """An update by scores, and its figures; the state is donated."""
-        return self._update(self.es.placed(state), state, scores)
-
-    @functools.cached_property
-    def _update(self) -> Any:
-        def updated(
-            es: eggroll.EvolutionStrategy, state: eggroll.State, values: Array
-        ) -> tuple[eggroll.State, dict[str, Array | None]]:
-            new, metrics = es.update(state, values)
-            return new, self._told(es, state, new, metrics)
-
-        where = (self.sharding, self._layout.everywhere)
-        return self._layout.jit(updated, where, static_argnums=0, donate_argnums=1)
 
     @functools.cached_property
     def _score(self) -> Any:

@@ -41,7 +41,8 @@ def fit(
     # Every device, or group of them, has the members of at most so many pairs.
     es = strategy(config, base, layout)
     share = 2 * -(-es.population // (2 * layout.groups))
-    nodes = config.perturb == "nodes"
+    # A member writes one answer.
+    own = config.perturb != "weights"
     # The same for all processes, whose programs are one.
     budget = agreement.least(
         device_bytes() if config.memory_gib is None else int(config.memory_gib * 2**30)
@@ -53,19 +54,18 @@ def fit(
         es,
         shapes,
         share,
-        # Under node noise each member writes one answer.
-        1 if nodes else config.prompts * config.samples,
+        1 if own else config.prompts * config.samples,
         prompts.tokens.shape[1],
         questions.sampling(),
         budget,
         shared=shared_length(prompts),
         members=config.evolution.chunk,
         together=config.prompt_chunk and config.prompt_chunk * config.samples,
-        sums=2 * 4 * trained if nodes else 0,
+        sums=2 * 4 * trained if config.perturb == "nodes" else 0,
     )
     members = plan.members if plan.members < share else None
     few = max(1, plan.prompts // config.samples)
-    together = config.prompt_chunk or (few if few < config.prompts and not nodes else None)
+    together = config.prompt_chunk or (few if few < config.prompts and not own else None)
     settled = changed(config, chunk=config.evolution.chunk or members, prompt_chunk=together)
     # Devices of a CPU share its cores.
     devices = 1 if jax.default_backend() == "cpu" else layout.devices

@@ -1,5 +1,6 @@
 """Which parameters evolve and at which sigma: the plan of a model as the settings change it."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 import eggroll
-from eggroll.plan import Planner
+from eggroll.plan import Leaf, Plan, Planner
 from eggroll.plan.parameters import matches, unmatched
 from experiments.reasoning.config import Config
 from experiments.run.errors import UsageError
@@ -38,6 +39,25 @@ def planner_of(config: Config, planner: Planner, params: Callable[[Array], PyTre
         except ValueError as error:
             raise UsageError(f"--sigma-scale rms: {error}") from error
     return planner if config.subspaces == 1 else eggroll.plan.subspaces(planner, config.subspaces)
+
+
+def on_outputs(planner: Planner) -> Planner:
+    """The plan of a model with node noise in place of the low-rank noise of its matrices.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"w": jnp.ones((8, 8)), "b": jnp.ones(8)}
+        >>> plan = on_outputs(eggroll.plan.by_shape({"w": eggroll.Matrix(rows=0, columns=1)}))(params, 1)
+        >>> plan["w"].treatment, plan["b"].treatment
+        (Nodes(sigma=1.0), Dense(sigma=1.0))
+    """
+
+    def of(leaf: Leaf) -> Leaf:
+        if not isinstance(leaf.treatment, eggroll.Matrix):
+            return leaf
+        return dataclasses.replace(leaf, treatment=eggroll.Nodes(leaf.sigma), reason="outputs")
+
+    return lambda params, rank: Plan(tuple(map(of, planner(params, rank).leaves)))
 
 
 def paths_of(planner: Planner, params: PyTree, patterns: Sequence[str]) -> list[str]:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.reasoning import probing, rewards
+from experiments.reasoning.answer_noise import LEARNERS, OutputNoise, WeightNoise
 from experiments.reasoning.config import Config
 from experiments.reasoning.evolution import Evolution
 from experiments.reasoning.examiner import Examiner
-from experiments.reasoning.node_answers import LEARNERS, OutputNoise
 from experiments.reasoning.probing import Choice, Probed
 from experiments.reasoning.questions import Questions
 from experiments.reasoning.reward_values import names
@@ -135,7 +135,7 @@ def _learner(
     questions: Questions,
     examiner: Examiner,
     layout: Layout,
-) -> Evolution | OutputNoise:
+) -> Evolution | WeightNoise | OutputNoise:
     """Learning whose generation i has the i-th sigma, the noise of generation 0, and its own keys of
     sampling."""
     learner = LEARNERS[config.perturb](config, base, questions, examiner, layout)

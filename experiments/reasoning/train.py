@@ -21,6 +21,7 @@ from jaxtyping import Float, PyTree
 
 from experiments.reasoning import adapters, diagnostics, rewards, scores, tasks
 from experiments.reasoning import probe as probing
+from experiments.reasoning.answer_noise import LEARNERS, OutputNoise, WeightNoise
 from experiments.reasoning.answers import extract
 from experiments.reasoning.backprop import GroupPolicy, Supervised
 from experiments.reasoning.config import Config
@@ -29,7 +30,6 @@ from experiments.reasoning.evolution import Evolution
 from experiments.reasoning.examiner import Examiner
 from experiments.reasoning.fitting import fit
 from experiments.reasoning.hints import hints
-from experiments.reasoning.node_answers import LEARNERS, OutputNoise
 from experiments.reasoning.questions import Questions, repeated
 from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import Completions, pack
@@ -45,7 +45,7 @@ from experiments.run.plots import Curve
 from experiments.run.progress import part
 from experiments.run.trainer import Adapts, Carry, Conclusion, LanguageTrainer, Outcome, Replays
 
-Learner = Evolution | OutputNoise | GroupPolicy | Supervised
+Learner = Evolution | WeightNoise | OutputNoise | GroupPolicy | Supervised
 BY_BACKPROPAGATION: Mapping[str, Callable[..., GroupPolicy | Supervised]] = {
     "grpo": GroupPolicy,
     "sft": Supervised,
@@ -284,10 +284,10 @@ class Reasoning(LanguageTrainer[Config], Adapts, Replays):
     @property
     def keeps_history(self) -> bool:  # type: ignore[override]
         """Whether updates can be made again from scores alone."""
-        return self.config.algorithm == "eggroll" and self.config.perturb == "weights"
+        return self.config.algorithm == "eggroll" and self.config.perturb != "nodes"
 
     def replay(self, carry: Carry, scores: np.ndarray) -> tuple[Carry, Mapping[str, Any]]:
-        assert isinstance(self.learner, Evolution)
+        assert isinstance(self.learner, Evolution | WeightNoise)
         learner, row = self.learner.update(carry.learner, scores)
         return carry._replace(learner=learner, generation=carry.generation + 1), row
 
@@ -359,5 +359,6 @@ def how(config: Config) -> str:
         rank = config.evolution.rank
         kind = "dense ES" if rank == "full" else f"EGGROLL of rank {rank}"
         kind = "node noise" if config.perturb == "nodes" else kind
-        return f"by {kind} with a population of {config.evolution.population}"
+        own = " a question, each with noise of its own for each" * (config.perturb != "weights")
+        return f"by {kind} with a population of {config.evolution.population}{own}"
     return f"by {config.algorithm.upper()} and {config.optimizer.name}"

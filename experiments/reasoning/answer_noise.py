@@ -1,14 +1,13 @@
-"""Learning from rewards by node noise: what comes out of layers is perturbed anew for every token written.
+"""Learning from rewards with noise of its own for every answer: on weights, or on what comes out of layers.
 
-A member of weight noise turns all its answers into a number for each question, which tells about every weight
-at once. Under node noise the members of a pair see ``y_t + sigma e_t`` and ``y_t - sigma e_t`` at every
-product of every token that they write, and the difference of the two rewards tells about those outputs
-alone: of a matrix, ``x_t (outer) (r+ - r-) e_t / (2 sigma)``, where x_t is the mean of the two members'
-inputs. There are as many outputs as the widths of the layers times the tokens of an answer, and many more
-weights.
+Usually a member answers all questions of a generation, and its noise is told by the sum of what it came to.
+Here it answers one, so that a generation tries as many noises as it has answers. Prompts are read once,
+without noise, up to their last token; an answer is written from there under the noise of its member.
 
-Prompts are read once, without noise, up to their last token. An answer is written from there under the noise
-of its member; then it is read once more under the same noise, to sum up what every product received.
+Node noise goes on: the members of a pair see ``y_t + sigma e_t`` and ``y_t - sigma e_t`` at every product of
+every token that they write, and the difference of their rewards tells about these outputs alone: of a
+matrix, ``x_t (outer) (r+ - r-) e_t / (2 sigma)``, where x_t is the mean of the two members' inputs. Answers
+are read once more under the same noise to sum that up.
 """
 
 import dataclasses
@@ -47,6 +46,7 @@ from experiments.reasoning.sequences import (
     tokens_read,
 )
 from experiments.reasoning.tasks import Question
+from experiments.run.history import SCORES
 
 # Answers are read again up to a multiple of this: few programs, and few tokens behind the longest.
 STEP = 4
@@ -80,11 +80,11 @@ class Own(NamedTuple):
     given: Any
 
 
-class OutputNoise(Population):
-    """Learning by node noise; tables are those of weight noise.
+class AnswerNoise(Population):
+    """What both have: answers of members with noise of their own.
 
-    Each member has a noise of its own for every question, so that the members of the strategy are as many
-    as a generation's answers: pair p of the strategy answers question ``p % asked``.
+    The members of the strategy are as many as a generation's answers: pair p of the strategy answers question
+    ``p % asked``.
     """
 
     def generation(
@@ -94,15 +94,14 @@ class OutputNoise(Population):
         questions = self._questions.of_generation(generation)
         found, read = self._answered(state, questions, share)
         row = row_of_answers(found) | {"prompt_tokens": found.tokens_read}
-        values = self._values(found)
-        steps = found.completions.tokens.shape[-1]
-        used = min(steps, -(-int(found.completions.lengths.max()) // STEP) * STEP)
-        own = Own(self._prompts(len(found.asked)), _flat(found.completions.tokens)[:, :used])
-        es = dataclasses.replace(self.es, rows=Rows(used, pick=0))
-        placed = rows_of(values, _flat(found.completions.lengths), used)
-        given = (self._writes, read, np.array(self._questions.ends, np.int32))
-        state, told = self._update_by(es.placed(state), state, placed, own, *given)
+        state, told = self._learned(state, found, read, self._values(found))
         return state, told | _fitness(found.rewards) | row
+
+    def _learned(
+        self, state: eggroll.State, found: Answers, read: Read, values: Float[np.ndarray, "answers"]
+    ) -> tuple[eggroll.State, dict[str, Any]]:
+        """An update by the scores of all answers, and its figures; the state is donated."""
+        raise NotImplementedError
 
     @functools.cached_property
     def _writes(self) -> "Writes":
@@ -168,6 +167,32 @@ class OutputNoise(Population):
 
         return self._layout.jit(mapped, static_argnums=(0, 2))
 
+
+class WeightNoise(AnswerNoise):
+    """Noise on weights."""
+
+    def _learned(
+        self, state: eggroll.State, found: Answers, read: Read, values: Float[np.ndarray, "answers"]
+    ) -> tuple[eggroll.State, dict[str, Any]]:
+        scores = values.astype(np.float32)
+        state, told = self.update(state, scores)
+        return state, told | {SCORES: scores}
+
+
+class OutputNoise(AnswerNoise):
+    """Node noise."""
+
+    def _learned(
+        self, state: eggroll.State, found: Answers, read: Read, values: Float[np.ndarray, "answers"]
+    ) -> tuple[eggroll.State, dict[str, Any]]:
+        tokens, lengths = found.completions.tokens, found.completions.lengths
+        used = min(tokens.shape[-1], -(-int(lengths.max()) // STEP) * STEP)
+        own = Own(self._prompts(len(found.asked)), _flat(tokens)[:, :used])
+        es = dataclasses.replace(self.es, rows=Rows(used, pick=0))
+        scores = rows_of(values, _flat(lengths), used)
+        given = (self._writes, read, np.array(self._questions.ends, np.int32))
+        return self._update_by(es.placed(state), state, scores, own, *given)
+
     @functools.cached_property
     def _update_by(self) -> Any:
         def updated(
@@ -186,8 +211,9 @@ class OutputNoise(Population):
 
 
 # The learner of each `--perturb`.
-LEARNERS: Mapping[str, type[Evolution] | type[OutputNoise]] = {
+LEARNERS: Mapping[str, type[Evolution] | type[WeightNoise] | type[OutputNoise]] = {
     "weights": Evolution,
+    "answers": WeightNoise,
     "nodes": OutputNoise,
 }
 

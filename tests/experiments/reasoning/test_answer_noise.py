@@ -1,4 +1,4 @@
-"""Node noise for answers: an exact policy gradient, runs that learn, and what is refused."""
+"""Noise of its own for every answer: an exact policy gradient, runs that learn, and what is refused."""
 
 import itertools
 from pathlib import Path
@@ -15,9 +15,7 @@ pytest.importorskip("tokenizers")
 import eggroll
 from eggroll.interpret.node_pass import Rows
 from experiments.models.transformer import TransformerConfig
-from experiments.reasoning.config import PRESETS, Config
-from experiments.reasoning.language_model import LanguageModel, language_model
-from experiments.reasoning.node_answers import (
+from experiments.reasoning.answer_noise import (
     CHOSEN,
     Own,
     Writes,
@@ -26,6 +24,9 @@ from experiments.reasoning.node_answers import (
     read_prompts,
     rows_of,
 )
+from experiments.reasoning.config import PRESETS, Config
+from experiments.reasoning.language_model import LanguageModel, language_model
+from experiments.reasoning.planning import on_outputs
 from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import pack
 from experiments.run.cli import main
@@ -48,7 +49,7 @@ def model() -> LanguageModel:
 
 def strategy(model: LanguageModel, **settings: Any) -> eggroll.EvolutionStrategy:
     usual: dict[str, Any] = dict(
-        optimizer=optax.sgd(1.0), plan=model.plan, perturb="nodes", rows=Rows(STEPS, pick=0),
+        optimizer=optax.sgd(1.0), plan=on_outputs(model.plan), perturb="nodes", rows=Rows(STEPS, pick=0),
         shaping=None, credit=eggroll.credit.causal(),
     )  # fmt: skip
     return eggroll.EvolutionStrategy(**{**usual, **settings})
