@@ -37,11 +37,11 @@ from experiments.run.metrics import read_metrics
 from experiments.run.plots import wilson
 
 PRESET = "smollm2-sums"
-# Of the preset smollm2-nodes.
-OUTPUTS = "--optimizer adam --learning-rate 1e-3 --sigma 0.007".split()
 METHODS: dict[str, list[str]] = {
     "EGGROLL": [],
-    "node noise": ["--perturb", "nodes", *OUTPUTS],
+    # As the presets smollm2-answers and smollm2-nodes.
+    "noise for answers": "--perturb answers --optimizer adam --learning-rate 1e-3 --sigma 0.007".split(),
+    "node noise": "--perturb nodes --optimizer adam --learning-rate 1e-3 --sigma 0.03".split(),
     "EGGROLL, sigma by RMS": "--sigma-scale rms --sigma 0.03 --learning-rate 5e-3".split(),
     "EGGROLL, 4 subspaces": ["--subspaces", "4"],
     "dense ES": ["--rank", "full"],

@@ -29,6 +29,7 @@ PresetName = Literal[
     "countdown",
     "gsm-symbolic",
     "smollm2-sums",
+    "smollm2-answers",
     "smollm2-nodes",
     "tiny",
 ]
@@ -469,6 +470,7 @@ SMOLLM2_SUMS = (
 TASK_SETTINGS: dict[str, str] = {
     "tiny": '{"digits": 1}',
     "smollm2-sums": SMOLLM2_SUMS,
+    "smollm2-answers": SMOLLM2_SUMS,
     "smollm2-nodes": SMOLLM2_SUMS,
 }
 PRESETS: dict[str, Config] = {
@@ -492,12 +494,21 @@ PRESETS: dict[str, Config] = {
     "smollm2-sums": preset(
         "smollm2-sums", **SMOLLM2, sigma=0.003, learning_rate=5e-5, max_generations=60
     ),
+    "smollm2-answers": preset(
+        "smollm2-answers",
+        **SMOLLM2,
+        perturb="answers",
+        optimizer="adam",
+        sigma=0.007,
+        learning_rate=1e-3,
+        max_generations=100,
+    ),
     "smollm2-nodes": preset(
         "smollm2-nodes",
         **SMOLLM2,
         perturb="nodes",
         optimizer="adam",
-        sigma=0.007,
+        sigma=0.03,
         learning_rate=1e-3,
         max_generations=100,
     ),

@@ -298,8 +298,10 @@ class Reasoning(LanguageTrainer[Config], Adapts, Replays):
         self, carry: Carry, to: Path | None, members: str, rank: int | None = None
     ) -> str:
         if not isinstance(self.learner, Evolution):
+            evolves = self.config.algorithm == "eggroll"
+            name = "perturb" if evolves else "algorithm"
             raise UsageError(
-                f"--members: a run {how(self.config)} has no members with weights of their own"
+                f"--members: a run with --{name} {getattr(self.config, name)} has no members that are models"
             )
         chosen = adapters.numbers(members, self.config.evolution.population)
         es = self.learner.es
@@ -358,7 +360,11 @@ def how(config: Config) -> str:
     if config.algorithm == "eggroll":
         rank = config.evolution.rank
         kind = "dense ES" if rank == "full" else f"EGGROLL of rank {rank}"
-        kind = "node noise" if config.perturb == "nodes" else kind
-        own = " a question, each with noise of its own for each" * (config.perturb != "weights")
-        return f"by {kind} with a population of {config.evolution.population}{own}"
+        own = {
+            "nodes": "node noise",
+            "answers": f"{kind} with noise of its own for every answer and",
+        }
+        kind = own.get(config.perturb, kind)
+        and_with = "" if config.perturb == "answers" else " with"
+        return f"by {kind}{and_with} a population of {config.evolution.population}"
     return f"by {config.algorithm.upper()} and {config.optimizer.name}"
