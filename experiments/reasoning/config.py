@@ -30,7 +30,6 @@ PresetName = Literal[
     "gsm-symbolic",
     "smollm2-sums",
     "smollm2-answers",
-    "smollm2-nodes",
     "tiny",
 ]
 
@@ -471,7 +470,6 @@ TASK_SETTINGS: dict[str, str] = {
     "tiny": '{"digits": 1}',
     "smollm2-sums": SMOLLM2_SUMS,
     "smollm2-answers": SMOLLM2_SUMS,
-    "smollm2-nodes": SMOLLM2_SUMS,
 }
 PRESETS: dict[str, Config] = {
     "warm-start": preset("warm-start", **SMALL, **SFT, max_generations=240),
@@ -500,15 +498,6 @@ PRESETS: dict[str, Config] = {
         perturb="answers",
         optimizer="adam",
         sigma=0.007,
-        learning_rate=1e-3,
-        max_generations=100,
-    ),
-    "smollm2-nodes": preset(
-        "smollm2-nodes",
-        **SMOLLM2,
-        perturb="nodes",
-        optimizer="adam",
-        sigma=0.03,
         learning_rate=1e-3,
         max_generations=100,
     ),
