@@ -96,7 +96,13 @@ def plan_of(settings: Settings, params: PyTree) -> Plan:
       ValueError: the arithmetic of the strategy cannot train a leaf, or subspaces do not divide the pairs.
     """
     plan = settings.plan(params, settings.rank)
-    plan = plan.with_nodes() if settings.perturb == "nodes" else plan
+    if settings.perturb == "nodes":
+        plan = plan.with_nodes()
+        if not plan.has_nodes:
+            raise ValueError(
+                "perturb='nodes': no parameter has node noise, since the plan names the treatment of each; "
+                "must be eggroll.Nodes() there, or not named"
+            )
     for leaf in plan.leaves:
         trained_by = leaf.arithmetic if leaf.trainable else None
         settings.arithmetic.check_leaf(leaf.path, leaf.dtype, trained_by)

@@ -1152,6 +1152,15 @@ def test_scores_of_rows_that_no_product_has_are_named():
             es.step, es.init({"w": W}, 0), fitness, X)  # fmt: skip
 
 
+def test_a_plan_that_names_every_parameter_has_no_node_noise():
+    plan = eggroll.plan.by_shape({"w": Matrix(0, 1)})
+    es = EvolutionStrategy(
+        optimizer=optax.sgd(1.0), population=4, sigma=0.1, plan=plan, perturb="nodes"
+    )
+    with pytest.raises(ValueError, match="perturb='nodes': no parameter has node noise"):
+        es.init({"w": jnp.ones((8, 8))}, 0)
+
+
 def test_there_is_no_member_to_build():
     es = make()
     state = es.init(MLP, 0)
