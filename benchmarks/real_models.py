@@ -39,10 +39,10 @@ from experiments.run.plots import wilson
 PRESET = "smollm2-sums"
 METHODS: dict[str, list[str]] = {
     "EGGROLL": [],
-    # As the preset smollm2-answers.
-    "noise for answers": "--perturb answers --optimizer adam --learning-rate 1e-3 --sigma 0.007".split(),
-    "node noise": "--perturb nodes --optimizer adam --learning-rate 2e-4 --sigma 0.02".split(),
-    "EGGROLL, sigma by RMS": "--sigma-scale rms --sigma 0.03 --learning-rate 5e-3".split(),
+    "EGGROLL by SGD": "--optimizer sgd --sigma 0.003 --learning-rate 5e-5".split(),
+    "noise for answers": "--perturb answers".split(),
+    "node noise": "--perturb nodes --sigma 0.02 --learning-rate 2e-4".split(),
+    "EGGROLL, sigma by RMS": "--sigma-scale rms --optimizer sgd --sigma 0.03 --learning-rate 5e-3".split(),
     "EGGROLL, 4 subspaces": ["--subspaces", "4"],
     "dense ES": ["--rank", "full"],
     "GRPO": "--algorithm grpo --optimizer adamw --learning-rate 1e-5 --temperature 1".split(),

@@ -458,7 +458,11 @@ SMOLLM2: dict[str, object] = dict(
     max_new_tokens=12,
     population=32,
     prompts=8,
+    optimizer="adam",
+    sigma=0.007,
+    learning_rate=1e-3,
     held_out_questions=80,
+    max_generations=60,
 )
 SMOLLM2_SUMS = (
     '{"least": 1, "most": 20, "held_out": 0.4, "form": "{a}+{b}", "template": '
@@ -489,18 +493,8 @@ PRESETS: dict[str, Config] = {
     "rwkv7": preset("rwkv7", **SMALL, **SFT, model="rwkv7", max_generations=240),
     "countdown": preset("countdown", **HUB, task="countdown"),
     "gsm-symbolic": preset("gsm-symbolic", **HUB, task="gsm_symbolic"),
-    "smollm2-sums": preset(
-        "smollm2-sums", **SMOLLM2, sigma=0.003, learning_rate=5e-5, max_generations=60
-    ),
-    "smollm2-answers": preset(
-        "smollm2-answers",
-        **SMOLLM2,
-        perturb="answers",
-        optimizer="adam",
-        sigma=0.007,
-        learning_rate=1e-3,
-        max_generations=100,
-    ),
+    "smollm2-sums": preset("smollm2-sums", **SMOLLM2),
+    "smollm2-answers": preset("smollm2-answers", **SMOLLM2, perturb="answers"),
     "tiny": preset(
         "tiny",
         layers=1,
