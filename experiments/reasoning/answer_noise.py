@@ -46,6 +46,7 @@ from experiments.reasoning.sequences import (
     tokens_read,
 )
 from experiments.reasoning.tasks import Question
+from experiments.run.errors import UsageError
 from experiments.run.history import SCORES
 
 # Answers are read again up to a multiple of this: few programs, and few tokens behind the longest.
@@ -122,6 +123,12 @@ class AnswerNoise(Population):
         """What every member answers with its rewards, and the prompts as they were read."""
         asked = repeated(questions, self._config.samples)
         prompts = self._questions.prompts(asked)
+        if (prompts.lengths < 2).any():
+            short = asked[int(prompts.lengths.argmin())].prompt
+            raise UsageError(
+                f"--perturb {self._config.perturb}: the prompt {short!r} must have at least 2 tokens, got 1, "
+                "since noise begins at the last"
+            )
         ends, sampling = self._questions.ends, self._questions.sampling()
         check_tokens(prompts, self._base.model.vocab_size, ends)
         read = read_prompts(self._base.model, state.params, prompts, sampling.max_new_tokens)
@@ -260,8 +267,8 @@ def read_prompts(model: LanguageModel, params: PyTree, prompts: Prompts, room: i
     """
     if (prompts.lengths < 2).any():
         raise ValueError(
-            f"prompt {int(prompts.lengths.argmin())} must have at least 2 tokens, got 1: node noise begins "
-            "at the last"
+            f"prompt {int(prompts.lengths.argmin())} must have at least 2 tokens, got 1: noise begins at "
+            "the last"
         )
     begun = Prompts(prompts.tokens, prompts.lengths - 1)
     shared = shared_length(begun)

@@ -141,6 +141,20 @@ def test_a_prompt_of_one_token_is_refused(model: LanguageModel) -> None:
         read_prompts(model, model.init(jax.random.key(1)), pack([[1, 2], [3]]), 2)
 
 
+def test_a_question_of_one_token_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"question": "{c}", "answer": "1"}}\n' for c in "abcdefghijklmnop")
+    )
+    words = ["--preset", "tiny", "--perturb", "answers", "--run-dir", str(tmp_path / "run")]
+    words += ["--task", str(tmp_path / "a.jsonl"), "--reward", "exact"]
+    words += ["--task-settings", '{"template": "{question}"}', "--generations", "1"]
+    assert main(["reasoning", *words]) == 2
+    assert "--perturb answers: the prompt" in (told := capsys.readouterr().err)
+    assert "must have at least 2 tokens, got 1" in told
+
+
 def test_tables_have_pairs_side_by_side() -> None:
     answers = np.arange(24).reshape(12, 2)
     table = _table(answers, 3)
