@@ -10,6 +10,7 @@ matrix, ``x_t (outer) (r+ - r-) e_t / (2 sigma)``, where x_t is the mean of the 
 are read once more under the same noise to sum that up.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 import eggroll
-from eggroll.interpret.node_pass import Rows
+from eggroll import Rows
+from eggroll.population.schedule import EXACT
 from experiments.reasoning import diagnostics
-from experiments.reasoning.engine import Share, Text, Written, unseen, write
+from experiments.reasoning.engine import Share, Text, Written, groups_of, unseen, write
 from experiments.reasoning.evolution import (
     Answers,
     Evolution,
@@ -81,11 +83,39 @@ class Own(NamedTuple):
     given: Any
 
 
-class AnswerNoise(Population):
-    """What both have: answers of members with noise of their own.
+@dataclasses.dataclass(frozen=True)
+class Writes:
+    """Writes or reads the answer of a member, as a function of its parameters.
 
-    The members of the strategy are as many as a generation's answers: pair p of the strategy answers question
-    ``p % asked``.
+    Attributes:
+        model: what its functions are.
+        sampling: how tokens are chosen.
+    """
+
+    model: LanguageModel
+    sampling: Sampling
+
+    def __call__(
+        self, params: PyTree, key: Key[Array, ""], own: Own, read: Read, eos: Int[Array, "ends"]
+    ) -> Written:
+        def token(text: Text, at: tuple[Array, Array]) -> tuple[Text, Written]:
+            t, given = at
+            logits, cache = self.model.decode(params, text.cache, text.token, t, read.prefix)
+            key_of_token = jax.random.fold_in(key, t)
+            text, written = write(logits, cache, text.ended, key_of_token, self.sampling, eos)
+            return text._replace(token=jnp.where(given == CHOSEN, text.token, given)), written
+
+        mine = lambda whole: lax.dynamic_index_in_dim(whole, own.prompt, keepdims=False)
+        start = Text(jax.tree.map(mine, read.caches), mine(read.last), jnp.bool_(False))
+        steps = jnp.arange(own.given.shape[0], dtype=jnp.int32)
+        return lax.scan(token, start, (steps, own.given))[1]
+
+
+class AnswerNoise(Population, abc.ABC):
+    """Learning where every answer has noise of its own.
+
+    The strategy has a member for each answer of a generation: pair p of the strategy answers question
+    ``p % asked``. Tables are those of `Evolution`, ``[population, asked]``.
     """
 
     def generation(
@@ -98,14 +128,14 @@ class AnswerNoise(Population):
         state, told = self._learned(state, found, read, self._values(found))
         return state, told | _fitness(found.rewards) | row
 
+    @abc.abstractmethod
     def _learned(
         self, state: eggroll.State, found: Answers, read: Read, values: Float[np.ndarray, "answers"]
     ) -> tuple[eggroll.State, dict[str, Any]]:
         """An update by the scores of all answers, and its figures; the state is donated."""
-        raise NotImplementedError
 
     @functools.cached_property
-    def _writes(self) -> "Writes":
+    def _writes(self) -> Writes:
         return Writes(self._base.model, self._questions.sampling())
 
     def _prompts(self, asked: int) -> Int[np.ndarray, "answers"]:
@@ -131,13 +161,20 @@ class AnswerNoise(Population):
             )
         ends, sampling = self._questions.ends, self._questions.sampling()
         check_tokens(prompts, self._base.model.vocab_size, ends)
-        read = read_prompts(self._base.model, state.params, prompts, sampling.max_new_tokens)
-        steps, members = sampling.max_new_tokens, self.es.population
-        own = Own(self._prompts(len(asked)), np.full((members, steps), CHOSEN, np.int32))
+        read = read_prompts(
+            self._base.model, state.params, prompts, sampling.max_new_tokens, self.es.deterministic
+        )
+        steps, parts = sampling.max_new_tokens, list[Written]()
+        own = Own(self._prompts(len(asked)), np.full((self.es.population, steps), CHOSEN, np.int32))
         es, eos = self.es.placed(state), np.array(ends, np.int32)
-        share(0, steps, "tokens")
-        written = jax.device_get(self._map(es, state, self._writes, own, read, eos))
-        share(steps, steps, "tokens")
+        for pairs, members in groups_of(es):
+            share(int(members[0]), es.population, "answers")
+            mine = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:])[pairs], own)  # noqa: B023
+            mine = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mine)
+            written = jax.device_get(self._map(es, state, self._writes, pairs, mine, read, eos))
+            parts.append(jax.tree.map(lambda x: x[: len(members)], written))  # noqa: B023
+        share(es.population, es.population, "answers")
+        written = jax.tree.map(lambda *x: np.concatenate(x), *parts)
         token, log_prob, entropy = (x[:, None] for x in written)
         one = completions_of(token, log_prob, entropy, 1, steps, ends)
         completions = Completions(*(_table(x[:, 0], len(asked)) for x in one))
@@ -169,8 +206,15 @@ class AnswerNoise(Population):
 
     @functools.cached_property
     def _map(self) -> Any:
-        def mapped(es: Any, state: Any, fn: Any, own: Own, *args: Any) -> Written:
-            return es.map(state, fn, *args, members=own)
+        def mapped(
+            es: eggroll.EvolutionStrategy,
+            state: eggroll.State,
+            fn: Writes,
+            pairs: Array,
+            own: Own,
+            *args: Any,
+        ) -> Written:
+            return es.map(state, fn, *args, members=own, pairs=pairs)
 
         return self._layout.jit(mapped, static_argnums=(0, 2))
 
@@ -207,7 +251,7 @@ class OutputNoise(AnswerNoise):
             state: eggroll.State,
             values: Array,
             own: Own,
-            fn: Any,
+            fn: Writes,
             *args: Any,
         ) -> tuple[eggroll.State, dict[str, Any]]:
             new, metrics = es.update(state, values, fn, *args, members=own)
@@ -225,35 +269,9 @@ LEARNERS: Mapping[str, type[Evolution] | type[WeightNoise] | type[OutputNoise]] 
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Writes:
-    """Writes or reads the answer of a member, as a function of its parameters.
-
-    Attributes:
-        model: what its functions are.
-        sampling: how tokens are chosen.
-    """
-
-    model: LanguageModel
-    sampling: Sampling
-
-    def __call__(
-        self, params: PyTree, key: Key[Array, ""], own: Own, read: Read, eos: Int[Array, "ends"]
-    ) -> Written:
-        def token(text: Text, at: tuple[Array, Array]) -> tuple[Text, Written]:
-            t, given = at
-            logits, cache = self.model.decode(params, text.cache, text.token, t, read.prefix)
-            key_of_token = jax.random.fold_in(key, t)
-            text, written = write(logits, cache, text.ended, key_of_token, self.sampling, eos)
-            return text._replace(token=jnp.where(given == CHOSEN, text.token, given)), written
-
-        mine = lambda whole: lax.dynamic_index_in_dim(whole, own.prompt, keepdims=False)
-        start = Text(jax.tree.map(mine, read.caches), mine(read.last), jnp.bool_(False))
-        steps = jnp.arange(own.given.shape[0], dtype=jnp.int32)
-        return lax.scan(token, start, (steps, own.given))[1]
-
-
-def read_prompts(model: LanguageModel, params: PyTree, prompts: Prompts, room: int) -> Read:
+def read_prompts(
+    model: LanguageModel, params: PyTree, prompts: Prompts, room: int, exact: bool = False
+) -> Read:
     """Reads prompts up to their last token.
 
     Args:
@@ -261,6 +279,7 @@ def read_prompts(model: LanguageModel, params: PyTree, prompts: Prompts, room: i
         params: of the model.
         prompts: of `sequences.pack`, each of at least two tokens.
         room: tokens that are read afterwards: the last of the prompt, and all but the last of an answer.
+        exact: gives the same bits on any number of devices.
 
     Raises:
         ValueError: for a prompt of one token.
@@ -278,21 +297,27 @@ def read_prompts(model: LanguageModel, params: PyTree, prompts: Prompts, room: i
     width = min(slots, prompts.tokens.shape[1] - shared)
     tokens[:, :width] = prompts.tokens[:, shared : shared + width]
     last = np.take_along_axis(prompts.tokens, begun.lengths[:, None], 1)[:, 0]
-    prefix = _prefix(model, params, prompts.tokens[0, :shared]) if shared else None
-    return Read(_caches(model, params, tokens, rest, slots + room, prefix), last, prefix)
+    read_prefix, read_rest = _EXACT_READS if exact else _READS
+    prefix = read_prefix(model, params, prompts.tokens[0, :shared]) if shared else None
+    return Read(read_rest(model, params, tokens, rest, slots + room, prefix), last, prefix)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _prefix(model: LanguageModel, params: PyTree, tokens: Array) -> PyTree:
     return model.prefill(params, tokens, tokens.size, tokens.size, None)[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
 def _caches(
     model: LanguageModel, params: PyTree, tokens: Array, lengths: Array, slots: int, prefix: PyTree
 ) -> PyTree:
     read = lambda tokens, length: model.prefill(params, tokens, length, slots, prefix)[1]
     return jax.vmap(read)(tokens, lengths)
+
+
+_READS = jax.jit(_prefix, static_argnums=0), jax.jit(_caches, static_argnums=(0, 4))
+_EXACT_READS = (
+    jax.jit(_prefix, static_argnums=0, compiler_options=EXACT),
+    jax.jit(_caches, static_argnums=(0, 4), compiler_options=EXACT),
+)
 
 
 def rows_of(
@@ -325,7 +350,8 @@ def _fitness(rewards: Float[np.ndarray, "population asked"]) -> dict[str, float]
 
 
 def _table(x: np.ndarray, asked: int) -> np.ndarray:
-    """Of the strategy's members ``[answers, ...]``, as ``[population, asked, ...]`` with pairs side by side.
+    """What the members of the strategy have, ``[answers, ...]``, as a table ``[population, asked, ...]``, in
+    which the members of a pair are neighbours.
 
     Example:
         >>> print(_table(np.array([0, 1, 10, 11, 2, 3, 12, 13]), 2))

@@ -361,6 +361,20 @@ def _call(fn: Any, es: EvolutionStrategy | None, *args: Any) -> Any:
 # ---------------------------------------------------------------- what the host does
 
 
+def groups_of(es: EvolutionStrategy) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs that write at a time, and their members; of the last group some pairs do so once more."""
+    count = es.population // 2
+    found = list[tuple[np.ndarray, np.ndarray]]()
+    most = es.schedule.pairs_at_once(count, es.mesh) * devices(es.mesh)
+    # All groups alike, so that they are one program, and whole on every device.
+    share = devices(es.mesh)
+    size = -(-count // (-(-count // most) * share)) * share
+    for first in range(0, count, size):
+        pairs = np.arange(first, first + size, dtype=np.int32) % count
+        found.append((pairs, np.arange(2 * first, 2 * min(first + size, count))))
+    return found
+
+
 class _Writer(NamedTuple):
     """Everything but the parameters and the prompts."""
 
@@ -378,7 +392,9 @@ class _Writer(NamedTuple):
         shared = shared_length(prompts)
         rest = Prompts(prompts.tokens[:, shared:], prompts.lengths - shared)
         begin = prompts.tokens[0, :shared]
-        together, groups = buckets(rest.lengths, chunk), self._groups()
+        together = buckets(rest.lengths, chunk)
+        of_model: list[tuple[None, None]] = [(None, None)]
+        groups = of_model if self.es is None else groups_of(self.es)
         most = len(rest.lengths) if chunk is None else chunk
         new, count = self.sampling.max_new_tokens, len(together) * len(groups)
         for i, (pairs, members) in enumerate(groups):
@@ -400,21 +416,6 @@ class _Writer(NamedTuple):
                 yield Part(members, which, completions_of(*written, len(which), new, self.eos))
             # Before the next one is read.
             del prefix
-
-    def _groups(self) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
-        """Pairs that write at a time, and their members; of the last group some pairs do so once more."""
-        if self.es is None:
-            return [(None, None)]
-        count = self.es.population // 2
-        found = list[tuple[np.ndarray | None, np.ndarray | None]]()
-        most = self.es.schedule.pairs_at_once(count, self.es.mesh) * devices(self.es.mesh)
-        # All groups alike, so that they are one program, and whole on every device.
-        share = devices(self.es.mesh)
-        size = -(-count // (-(-count // most) * share)) * share
-        for first in range(0, count, size):
-            pairs = np.arange(first, first + size, dtype=np.int32) % count
-            found.append((pairs, np.arange(2 * first, 2 * min(first + size, count))))
-        return found
 
     def _read(self, source: Any, who: Any, tokens: np.ndarray) -> Any:
         """The cache of what all prompts begin with."""

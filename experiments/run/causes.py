@@ -121,6 +121,9 @@ def ties(run: Run) -> Finding | None:
         return None
     what = "write the same" if run.driver == "reasoning" else "score the same"
     seen = f"in {share:.0%} of the pairs both members {what}, in {run.span}"
+    if run.driver == "reasoning" and run.on_nodes:
+        # What size is usual differs from model to model; four times as much is a step of the probe.
+        return run.finding("ties", seen, "sigma", round_to(4 * run.number("sigma")))
     if run.noise < SILENT_NOISE or run.driver == "reasoning":
         seen = f"{seen}: the noise is {run.noise:.2g} of the weights"
         return run.finding("ties", seen, "sigma", better_sigma(run))
@@ -219,16 +222,17 @@ def population_small(run: Run) -> Finding | None:
     weights = run.typical("weights")
     if len(run.rows) < FEW_ROWS or not run.evolves or run.on_nodes or math.isnan(weights):
         return None
-    cosine = math.sqrt(run.pairs / (run.pairs + weights))
+    pairs = run.pairs * run.noises
+    cosine = math.sqrt(pairs / (pairs + weights))
     if not cosine < LOW_COSINE:
         return None
-    now, wanted = int(2 * run.pairs), 2 * math.ceil(GOOD_COSINE**2 * weights)
+    now, wanted = int(2 * run.pairs), 2 * math.ceil(GOOD_COSINE**2 * weights / run.noises)
     better = min(wanted, max(LARGEST_PROPOSED, 4 * now))
     # Members of a stream are a part of them.
     group = run.number("group")
     better = int(math.ceil(better / group) * group) if group > 0 else better
     seen = (
-        f"{run.pairs:g} pair{'s' * (run.pairs != 1)} for {weights:,.0f} weights: by the law of alignment "
+        f"{pairs:g} pair{'s' * (pairs != 1)} for {weights:,.0f} weights: by the law of alignment "
         f"the cosine of the estimate and the gradient is about {cosine:.2g}"
     )
     return run.finding("population too small", seen, "population", better)

@@ -94,9 +94,16 @@ class Run:
         return self.number("population") / 2
 
     @property
+    def noises(self) -> float:
+        """Noises of a member in a generation: one, or one for every answer."""
+        if self.driver != "reasoning" or self.setting("perturb") not in ("answers", "nodes"):
+            return 1.0
+        return self.number("prompts") * self.number("samples")
+
+    @property
     def on_nodes(self) -> bool:
         """Whether noise is on the outputs of layers."""
-        return self.setting("perturb") not in (None, "weights")
+        return self.setting("perturb") in ("nodes", "mixed")
 
     @property
     def noise(self) -> float:

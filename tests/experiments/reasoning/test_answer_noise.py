@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import state_of
 
 pytest.importorskip("tokenizers")
 
@@ -18,6 +19,7 @@ from experiments.models.transformer import TransformerConfig
 from experiments.reasoning.answer_noise import (
     CHOSEN,
     Own,
+    WeightNoise,
     Writes,
     _flat,
     _table,
@@ -29,6 +31,7 @@ from experiments.reasoning.language_model import LanguageModel, language_model
 from experiments.reasoning.planning import on_outputs
 from experiments.reasoning.sampling import Sampling
 from experiments.reasoning.sequences import pack
+from experiments.reasoning.train import Reasoning
 from experiments.run.cli import main
 from experiments.run.fields import changed
 from experiments.run.metrics import read_metrics
@@ -258,29 +261,44 @@ def test_scores_of_weight_noise_for_answers_are_those_of_their_members(
 def test_what_does_not_go_together_is_refused(
     words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [
-        "reasoning",
-        "--preset",
-        "tiny",
-        "--perturb",
-        "nodes",
-        "--run-dir",
-        str(tmp_path / "run"),
-    ]
+    given = f"reasoning --preset tiny --perturb nodes --run-dir {tmp_path / 'run'}".split()
     assert main([*given, *words]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_devices_change_rounding_alone(plain: str, tmp_path: Path) -> None:
-    usual = dict(generations=2, optimizer="sgd", learning_rate=0.05, sigma=0.1, reward=plain)
-    one, two = (settings(tmp_path / str(n), **usual, devices=n, reward_workers=0) for n in (1, 2))
+@pytest.mark.parametrize("perturb", ["answers", "nodes"])
+def test_devices_change_no_bit(perturb: str, plain: str, tmp_path: Path) -> None:
+    usual = dict(perturb=perturb, generations=2, optimizer="sgd", learning_rate=0.05, sigma=0.1)
+    usual |= dict(reward=plain, reward_workers=0, chunk=8, same_bits=True)
+    one, two = (settings(tmp_path / str(n), **usual, devices=n) for n in (1, 2))
     train(one)
     train(two)
-    rows = [read_metrics(each.run_dir / "metrics.jsonl")[0] for each in (one, two)]
-    assert rows[0]["reward_mean"] == rows[1]["reward_mean"]
-    assert rows[0]["update_norm"] == pytest.approx(rows[1]["update_norm"], rel=1e-4)
+    states = [state_of(each.run_dir).learner.params for each in (one, two)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    assert read_metrics(one.run_dir / "metrics.jsonl")[0]["update_norm"] > 0
+
+
+def test_answers_are_the_same_some_at_a_time(tmp_path: Path) -> None:
+    """Of 32 answers, in groups of 12 whose last is filled up; what is done is told in between."""
+    found, told = [], list[tuple[int, int, str]]()
+    for chunk in (None, 12):
+        config = settings(tmp_path / "run", perturb="answers", sigma=0.3, chunk=chunk)
+        with Reasoning(config) as trainer:
+            learner, asked = trainer.learner, trainer.questions.of_generation(0)
+            assert isinstance(learner, WeightNoise)
+            told.clear()
+            tell = lambda *done: told.append(done)
+            state = learner.start(jnp.int32(0))
+            found.append(learner.answers(state, asked, tell).completions.tokens)
+    np.testing.assert_array_equal(*found)
+    assert told == [
+        (0, 32, "answers"),
+        (12, 32, "answers"),
+        (24, 32, "answers"),
+        (32, 32, "answers"),
+    ]
 
 
 def test_a_run_has_no_members_to_export_and_no_history_to_replay(
@@ -297,18 +315,8 @@ def test_a_run_has_no_members_to_export_and_no_history_to_replay(
 def test_the_probe_compares_sigmas(
     plain: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "probe",
-        "--preset",
-        "tiny",
-        "--perturb",
-        "nodes",
-        "--reward",
-        plain,
-        "--reward-workers",
-        "0",
-    ]
-    words += ["--run-dir", str(tmp_path / "run"), "--probe-sigmas", "1e-7", "1"]
+    words = f"probe --preset tiny --perturb nodes --reward {plain} --reward-workers 0".split()
+    words += f"--run-dir {tmp_path / 'run'} --probe-sigmas 1e-7 1".split()
     main(words)
     said = capsys.readouterr().out
     identical = next(line for line in said.splitlines() if line.startswith("identical pairs"))

@@ -274,6 +274,24 @@ def test_a_population_for_many_weights_is_bounded_and_keeps_groups_whole() -> No
     assert found.better % 48 == 0
 
 
+def test_noise_for_every_answer_counts_by_answers() -> None:
+    many = [{**HEALTHY, "weights": 10**6}] * 30
+    settings = SETTINGS | {"population": 64, "prompts": 10, "samples": 2}
+    (whole,) = diagnose("reasoning", settings, many)
+    assert whole.sentence.startswith("32 pairs for") and whole.better == 4096
+    (single,) = diagnose("reasoning", settings | {"perturb": "answers"}, many)
+    assert single.sentence.startswith("640 pairs for") and single.better == pytest.approx(
+        4000, abs=4
+    )
+
+
+def test_node_noise_that_changes_no_answer_is_raised_step_by_step() -> None:
+    tied = {**HEALTHY, "identical_pairs": 0.9, "noise_norm": 0.0}
+    found = diagnose("reasoning", SETTINGS | {"perturb": "nodes", "sigma": 0.005}, [tied] * 30)
+    assert found[0].name == "ties" and found[0].better == 0.02
+    assert "of the weights" not in found[0].sentence
+
+
 def test_a_return_that_all_members_have_needs_more_noise() -> None:
     # Of MountainCar-v0, where no member reaches the flag.
     row = HEALTHY | {
