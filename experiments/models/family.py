@@ -53,8 +53,9 @@ class Family(Generic[C]):
         small: ``(vocab_size, width, layers) -> config``, of such a new model. It raises ValueError for a
             width that does not fit; the message goes on from "--width 33: ".
         init: ``(key, config) -> params``, untrained ones in float32.
-        apply: ``(params, tokens [length], config) -> logits [length, vocab]``: the logits of the token
-            after each of the tokens.
+        apply: ``(params, tokens [length], config, at, remat) -> logits [kept, vocab]``: the logits of the
+            token after each of the tokens, or with ``at`` after those at these places. Where ``remat`` is
+            true, a backward pass computes what is inside of a layer again instead of holding it.
         prefill: ``(params, tokens [prompt_slots], length, config, slots, prefix) -> (logits [vocab],
             cache)``: reads a prompt of ``length`` tokens that is padded behind its end. ``slots`` is the
             room for the padded prompt and all that is written after it; ``length`` may be traced.
@@ -88,7 +89,10 @@ class Family(Generic[C]):
     config: type[C]
     small: Callable[[int, int, int], C]
     init: Callable[[Key[Array, ""], C], Params]
-    apply: Callable[[Params, Int[Array, "length"], C], Float[Array, "length vocab"]]
+    apply: Callable[
+        [Params, Int[Array, "length"], C, Int[Array, "kept"] | None, bool],
+        Float[Array, "kept vocab"],
+    ]
     prefill: Callable[
         [Params, Int[Array, "prompt_slots"], int | Int[Array, ""], C, int, Cache | None],
         tuple[Float[Array, "vocab"], Cache],

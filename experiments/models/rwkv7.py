@@ -306,16 +306,24 @@ def sequence(
 
 
 def apply(
-    params: Params, tokens: Int[Array, "length"], config: RWKV7Config
-) -> Float[Array, "length vocab"]:
+    params: Params,
+    tokens: Int[Array, "length"],
+    config: RWKV7Config,
+    at: Int[Array, "kept"] | None = None,
+    remat: bool = False,
+) -> Float[Array, "kept vocab"]:
     """Logits of the token after each of a text's: :func:`sequence` from the state before a text.
 
     Args:
         params: as in :func:`step`.
         tokens: numbers below vocab_size.
         config: of the parameters.
+        at: places whose logits are wanted; all by default.
+        remat: a backward pass computes what is inside a layer again instead of holding it.
     """
-    return sequence(params, initial_state(config), tokens, config)[0]
+    start = initial_state(config)
+    x, _ = _read(params, start, tokens, config, None, recurrence_chunked, remat=remat)
+    return _logits(params, x if at is None else x[at])
 
 
 def prefill(
@@ -367,6 +375,7 @@ def _read(
     config: RWKV7Config,
     length: int | Int[Array, ""] | None,
     recurrence: Callable[..., tuple[Array, Array]],
+    remat: bool = False,
 ) -> tuple[Float[Array, "length hidden"], State]:
     """The last layer's outputs, and the state after the last real token."""
     last = tokens.shape[0] if length is None else length
@@ -400,6 +409,8 @@ def _read(
     x = _layer_norm(look_up(params["emb"], tokens, _dtype(params)), params["ln0"])
     layers = jnp.arange(config.num_hidden_layers)
     carry = (x, jnp.zeros_like(x), state)
+    # Inside of a scan nothing is moved out of the block by common subexpressions.
+    block = jax.checkpoint(block, prevent_cse=False) if remat else block
     (x, _, state), _ = lax.scan(block, carry, (layers, params["blocks"]))
     return x, state
 

@@ -188,15 +188,20 @@ def apply(
     params: Params,
     tokens: Int[Array, "*batch length"],
     config: TransformerConfig,
+    at: Int[Array, "kept"] | None = None,
+    remat: bool = False,
     unroll: int = 1,
-) -> Float[Array, "*batch length vocab"]:
-    """Logits of the token after each of the tokens.
+) -> Float[Array, "*batch kept vocab"]:
+    """Logits of the token after each of the tokens, or after those at some places.
 
     Args:
         params: of :func:`init`, in any float dtype; norms, positions and attention weights are float32
             inside.
         tokens: numbers below vocab_size.
         config: of the parameters.
+        at: places whose logits are wanted; all by default.
+        remat: a backward pass computes what is inside a layer again instead of holding it, with memory for
+            what goes from layer to layer alone.
         unroll: layers to a step of the scan; all of a few take less time and longer to compile.
 
     Returns:
@@ -225,8 +230,8 @@ def apply(
         >>> losses[0] > 1.9, losses[-1] < 0.1
         (True, True)
     """
-    x, _ = _read(params, tokens, config, unroll)
-    return _logits(params, x, config)
+    x, _ = _read(params, tokens, config, unroll=unroll, remat=remat)
+    return _logits(params, x if at is None else x[..., at, :], config)
 
 
 def features(
@@ -383,7 +388,9 @@ def _read(
     params: Params,
     tokens: Int[Array, "*batch length"],
     config: TransformerConfig,
+    *,
     unroll: int = 1,
+    remat: bool = False,
     keep: bool = False,
     prefix: Cache | None = None,
 ) -> tuple[Float[Array, "*batch length hidden"], Any]:
@@ -394,6 +401,7 @@ def _read(
         tokens: of whole texts.
         config: of the parameters.
         unroll: layers to a step of the scan.
+        remat: a backward pass computes what is inside a layer again.
         keep: also return keys and values, ``[layers, *batch, length, kv_heads, width]``.
         prefix: the cache of a text that the texts go on from.
     """
@@ -406,6 +414,8 @@ def _read(
         return _finish(layer, x, seen, config), (k, v) if keep else None
 
     layers = jnp.arange(config.num_hidden_layers), params["layers"]
+    # Inside of a scan nothing is moved out of the block by common subexpressions.
+    block = jax.checkpoint(block, prevent_cse=False) if remat else block
     return lax.scan(block, _embed(params, tokens), layers, unroll=unroll)
 
 

@@ -1,6 +1,7 @@
 """Learning by backpropagation: GRPO from rewards of its own answers, SFT from worked solutions."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from experiments.reasoning import diagnostics, grpo, sft
+from experiments.reasoning.anchor import anchored, drift_of
 from experiments.reasoning.config import Config
 from experiments.reasoning.engine import Share, generate, unseen
 from experiments.reasoning.examiner import Examiner
+from experiments.reasoning.fitting import fit_gradient
+from experiments.reasoning.gradient_memory import GradientPlan
 from experiments.reasoning.questions import Questions, repeated
 from experiments.reasoning.sequences import Completions, Prompts, tokens_read
 from experiments.reasoning.start import Start
@@ -35,11 +39,18 @@ class Backprop:
     ) -> None:
         self._config, self._base = config, base
         self._questions, self._examiner = questions, examiner
+        own, pull = config.optimizer, config.optimizer.learning_rate * config.anchor
         self._optimizer = sft.optimizer_of(
-            config.optimizer.name,
-            decayed(config.optimizer.learning_rate, config.optimizer.learning_rate_decay),
+            own.name,
+            decayed(own.learning_rate, own.learning_rate_decay),
             config.gradient_norm,
+            anchored(pull, config.anchor_norm) if config.anchor else None,
         )
+
+    @functools.cached_property
+    def plan(self) -> GradientPlan:
+        """How much memory is needed, and what fits at a time."""
+        return fit_gradient(self._config, self._base, self._questions, self._optimizer)
 
     def _compiled(self, update: Any) -> Any:
         """An update that also tells how many narrow weights changed, in the memory of what it is given."""
@@ -48,7 +59,7 @@ class Backprop:
             params, optimizer, row = update(*state, *data)
             narrow = self._config.narrow_type
             changed = diagnostics.changed_weights(state.params, params, narrow)
-            return Trained(params, optimizer), row | changed
+            return Trained(params, optimizer), row | changed | drift_of(optimizer)
 
         return jax.jit(apply, donate_argnums=0)
 
@@ -64,15 +75,21 @@ class Supervised(Backprop):
     """The likelihood of worked solutions is raised."""
 
     @functools.cached_property
-    def _update(self) -> Any:
-        return self._compiled(sft.make_update(self._base.model, self._optimizer))
+    def _updates(self) -> Callable[[int], Any]:
+        """By the tokens of the longest solution: an update, compiled once."""
+
+        def update(longest: int) -> Any:
+            backward = self.plan.backward._replace(longest=longest)
+            return self._compiled(sft.make_update(self._base.model, self._optimizer, backward))
+
+        return functools.cache(update)
 
     def generation(
         self, state: Trained, generation: int, share: Share = unseen
     ) -> tuple[Trained, dict[str, Any]]:
         """One update by the solutions of the questions."""
-        questions = self._questions.of_generation(generation)
-        state, row = self._update(state, *self._questions.solutions(questions))
+        packed = self._questions.solutions(self._questions.of_generation(generation))
+        state, row = self._updates(packed.longest)(state, *packed)
         return state, {**row, "prompt_tokens": 0, "generated_tokens": 0}
 
 
@@ -93,7 +110,7 @@ class GroupPolicy(Backprop):
             length=sampling.max_new_tokens if constant else None,
             temperature=sampling.temperature,
             epochs=own.epochs,
-            micro_batch=own.micro_batch,
+            backward=self.plan.backward,
         )
 
     @functools.cached_property
@@ -123,6 +140,7 @@ class GroupPolicy(Backprop):
             self._questions.sampling(),
             self._questions.ends,
             samples=group,
+            chunk=self.plan.written,
             share=share,
         )
         texts = self._questions.texts(written)

@@ -51,7 +51,8 @@ class Grpo:
     epochs: int = count(1)
     """Passes over the completions of a generation."""
     micro_batch: int | None = count(None)
-    """Completions whose gradient is taken at a time; None for all. Bounds memory, changes nothing."""
+    """Completions whose gradient is taken at a time; by default as many as fit. Changes nothing but
+    rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +160,9 @@ class Config(RunSettings):
     """What moves the parameters. SGD at sigma^2 sqrt(population) moves weights by about sigma an update."""
     gradient_norm: float = positive(1.0)
     """Gradients of backpropagation are scaled down to this norm."""
+    gradient_checkpointing: Literal["auto", "always", "never"] = setting("auto", role=Role.ROUNDING)
+    """Backpropagation computes the inside of layers again instead of holding it, which takes a third more
+    time and much less memory; "auto" where few texts fit otherwise."""
     grpo: Grpo = Grpo()
     """What only GRPO has."""
 
@@ -181,12 +185,15 @@ class Config(RunSettings):
     """Devices that share each large matrix, for models that one cannot hold; members are divided over the
     rest."""
     memory_gib: float | None = positive(None)
-    """Memory that a population may take; by default nine tenths of the device's, half of a CPU's."""
+    """Memory that training may take; by default nine tenths of the device's, half of a CPU's."""
     prompt_chunk: int | None = count(None)
     """Questions answered at a time: rewards of some are computed while others are answered. By default as
     many as fit."""
     anchor: float = from_zero(0.0)
     """Share of the way back to the model that training began with, times the learning rate, an update."""
+    anchor_norm: Literal["l2", "l1"] = "l2"
+    """What --anchor keeps small of the way from there: "l1" takes the same step back for every weight, in
+    units of weights, so that few of them end elsewhere than they began."""
     fitness: Literal["reward", "likelihood", "match", "teachers"] = "reward"
     """What a member is scored by: "reward", the rewards of its answers; "likelihood", the mean
     log-probability of worked solutions, which "sft" raises too; "match", the share of them that it would

@@ -31,6 +31,7 @@ from experiments.reasoning.language_model import LanguageModel
 from experiments.reasoning.sampling import Sampling, choose
 from experiments.reasoning.sequences import (
     PAD,
+    SEGMENT,
     Completions,
     Ends,
     Part,
@@ -62,7 +63,7 @@ def generate(
     eos: Ends,
     samples: int = 1,
     chunk: int | None = None,
-    segment: int = 32,
+    segment: int = SEGMENT,
     share: Share = unseen,
 ) -> Completions:
     """Answers of one model.
@@ -110,7 +111,7 @@ def answer(
     sampling: Sampling,
     eos: Ends,
     chunk: int | None = None,
-    segment: int = 32,
+    segment: int = SEGMENT,
     share: Share = unseen,
 ) -> Completions:
     """Answers of every member of the coming generation to all prompts.
@@ -156,7 +157,7 @@ def stream(
     sampling: Sampling,
     eos: Ends,
     chunk: int | None = None,
-    segment: int = 32,
+    segment: int = SEGMENT,
     share: Share = unseen,
 ) -> Iterator[Part]:
     """:func:`answer` a part at a time, so that rewards of one are computed beside the next.

@@ -16,6 +16,7 @@ import eggroll
 from eggroll.population.placement import tracing
 from experiments.models import parallel
 from experiments.reasoning import diagnostics, scores, sft
+from experiments.reasoning.anchor import anchored, drift_of
 from experiments.reasoning.config import Config
 from experiments.reasoning.distilling import Teachers, teacher_score
 from experiments.reasoning.engine import Share, stream, unseen
@@ -50,7 +51,8 @@ def strategy(config: Config, base: Start, layout: Layout = ONE) -> eggroll.Evolu
     """
     optimizer = optimizer_of(config.optimizer)
     if config.anchor:
-        optimizer = optax.chain(optimizer, anchored(config.optimizer.learning_rate * config.anchor))
+        rate = config.optimizer.learning_rate * config.anchor
+        optimizer = optax.chain(optimizer, anchored(rate, config.anchor_norm))
     planned = base.model.plan(jax.eval_shape(base.params, jnp.int32(0)), config.evolution.rank)
     sigmas = {leaf.path: leaf.scale for leaf in planned.leaves}
     how: dict[str, Any] = dict(
@@ -154,7 +156,7 @@ class Population:
     def _update(self) -> Any:
         def updated(
             es: eggroll.EvolutionStrategy, state: eggroll.State, values: Array
-        ) -> tuple[eggroll.State, dict[str, Array | None]]:
+        ) -> tuple[eggroll.State, dict[str, Any]]:
             new, metrics = es.update(state, values)
             return new, self._told(es, state, new, metrics)
 
@@ -167,10 +169,10 @@ class Population:
         before: eggroll.State,
         after: eggroll.State,
         metrics: eggroll.Metrics,
-    ) -> dict[str, Array | None]:
+    ) -> dict[str, Any]:
         """An update as a row, inside a program."""
         changed = diagnostics.changed_weights(before.params, after.params, self._config.narrow_type)
-        return row_of(metrics, es, before) | changed
+        return row_of(metrics, es, before) | changed | drift_of(after.optimizer)
 
 
 class Evolution(Population):
@@ -338,32 +340,3 @@ def in_noise_units(
         return times(updates, 1), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class AnchorState(NamedTuple):
-    """The parameters that training began with."""
-
-    anchor: PyTree
-
-
-def anchored(rate: float) -> optax.GradientTransformation:
-    """Decay towards the parameters at the start instead of 0 (arXiv 2605.30148), against forgetting.
-
-    Args:
-        rate: share of the way back, an update.
-
-    Example:
-        >>> rule = anchored(0.5)
-        >>> state = rule.init(jnp.array(1.0))
-        >>> rule.update(jnp.array(0.0), state, jnp.array(3.0))[0].item()
-        -1.0
-    """
-
-    def init(params: PyTree) -> AnchorState:
-        return AnchorState(jax.tree.map(functools.partial(jnp.array, copy=True), params))
-
-    def update(updates: PyTree, state: AnchorState, params: PyTree = None) -> tuple[PyTree, Any]:
-        pull = lambda u, p, a: u - rate * (p - a)
-        return jax.tree.map(pull, updates, params, state.anchor), state
-
-    return optax.GradientTransformation(init, update)

@@ -1,15 +1,20 @@
-"""How many members write at a time, and to how many questions: settled before anything is built."""
+"""How many members write at a time, and to how many questions, or how many texts are differentiated at a
+time: settled before anything is built."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from experiments.reasoning.config import Config
 from experiments.reasoning.evolution import strategy
+from experiments.reasoning.gradient_memory import GradientPlan, plan_gradient
 from experiments.reasoning.memory import MemoryPlan, device_bytes, plan_memory
 from experiments.reasoning.questions import Questions
 from experiments.reasoning.sequences import shared_length
+from experiments.reasoning.sft import room
 from experiments.reasoning.speed import expected_tokens_per_s
 from experiments.reasoning.start import Start
 from experiments.run import agreement
@@ -43,10 +48,6 @@ def fit(
     share = 2 * -(-es.population // (2 * layout.groups))
     # A member writes one answer.
     own = config.perturb != "weights"
-    # The same for all processes, whose programs are one.
-    budget = agreement.least(
-        device_bytes() if config.memory_gib is None else int(config.memory_gib * 2**30)
-    )
     # Those of a token beside those of all tokens before it.
     trained = sum(math.prod(leaf.shape) for leaf in es.plan_of(shapes).leaves if leaf.trainable)
     plan = plan_memory(
@@ -57,7 +58,7 @@ def fit(
         1 if own else config.prompts * config.samples,
         prompts.tokens.shape[1],
         questions.sampling(),
-        budget,
+        _budget(config),
         shared=shared_length(prompts),
         members=config.evolution.chunk,
         together=config.prompt_chunk and config.prompt_chunk * config.samples,
@@ -73,3 +74,44 @@ def fit(
     longest = min(LARGEST, sequences * prompts.tokens.shape[1])
     read, written = (devices * expected_tokens_per_s(shapes, n) for n in (longest, sequences))
     return settled, plan._replace(read_per_s=read, written_per_s=written)
+
+
+def fit_gradient(
+    config: Config, base: Start, questions: Questions, optimizer: optax.GradientTransformation
+) -> GradientPlan:
+    """How many texts GRPO or SFT differentiates, and how many answers it writes, at a time.
+
+    Args:
+        config: the settings.
+        base: the model that training begins with.
+        questions: of the task, of which those of the first generation say how long texts are.
+        optimizer: of the parameters.
+
+    Raises:
+        UsageError: where not even one text fits.
+    """
+    shapes, first = jax.eval_shape(base.params, jnp.int32(0)), questions.of_generation(0)
+    remat = {"auto": None, "always": True, "never": False}[config.gradient_checkpointing]
+    plan = functools.partial(
+        plan_gradient, base.model, optimizer, shapes, budget_bytes=_budget(config), remat=remat
+    )
+    if config.algorithm == "sft":
+        packed = questions.solutions(first)
+        sequences, slots = packed.tokens.shape
+        return plan(sequences=sequences, slots=slots, longest=packed.longest)
+    prompt_slots, sampling = questions.prompts(first).tokens.shape[1], questions.sampling()
+    longest = sampling.max_new_tokens
+    return plan(
+        sequences=len(first) * config.grpo.group,
+        slots=room(prompt_slots + longest),
+        longest=longest,
+        sampling=sampling,
+        prompt_slots=prompt_slots,
+        micro_batch=config.grpo.micro_batch,
+    )
+
+
+def _budget(config: Config) -> int:
+    """Bytes that may be taken of a device, the same for all processes, whose programs are one."""
+    own = config.memory_gib
+    return agreement.least(device_bytes() if own is None else int(own * 2**30))

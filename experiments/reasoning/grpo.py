@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from experiments.reasoning import scores
 from experiments.reasoning.language_model import LanguageModel
-from experiments.reasoning.sft import accumulate, log_probs_and_entropies
+from experiments.reasoning.sft import Backward, accumulate, completion, log_probs_and_entropies
 from experiments.reasoning.sft import log_probs as log_probs
 from experiments.run.errors import suggestion
 
@@ -66,7 +66,7 @@ class GRPO:
         length: for "constant" alone, such as the most tokens that a completion may have.
         temperature: that completions are sampled at.
         epochs: updates by the same rollouts.
-        micro_batch: sequences that are differentiated at a time; it bounds the memory and changes nothing.
+        backward: how gradients are computed.
 
     Raises:
         ValueError: for the first of these that is out of range.
@@ -87,7 +87,7 @@ class GRPO:
     length: int | None = None
     temperature: float = 1.0
     epochs: int = 1
-    micro_batch: int | None = None
+    backward: Backward = Backward()
 
     def __post_init__(self) -> None:
         known = {"advantage": tuple(scores.ADVANTAGES), "aggregation": AGGREGATIONS}
@@ -105,7 +105,6 @@ class GRPO:
             ("beta", self.beta >= 0, "0 or more"),
             ("temperature", self.temperature > 0, "more than 0"),
             ("epochs", self.epochs >= 1, counts),
-            ("micro_batch", self.micro_batch is None or self.micro_batch >= 1, counts),
             ("length", self.length is None or self.length >= 1, counts),
         ):
             if not right:
@@ -148,7 +147,7 @@ def prepare(
         )
     known = np.where(np.isfinite(known), known, np.nan)
     mask = jnp.asarray(mask) & ~np.isnan(known).reshape(-1, 1)
-    found = lambda params: _all_log_probs(model, params, tokens, config)
+    found = lambda params: _all_log_probs(model, params, jnp.asarray(tokens), mask, config)
     return Rollouts(
         jnp.asarray(tokens),
         mask,
@@ -201,7 +200,7 @@ def make_update(
 
         def epoch(carry: tuple[PyTree, Any], _: None) -> tuple[tuple[PyTree, Any], Any]:
             params, state = carry
-            value, row, grads = accumulate(objective, params, batch, config.micro_batch)
+            value, row, grads = accumulate(objective, params, batch, config.backward.micro_batch)
             updates, state = optimizer.update(grads, state, params)
             row |= {"loss": value, "gradient_norm": optax.tree.norm(grads)}
             return (optax.apply_updates(params, updates), state), row
@@ -306,8 +305,8 @@ def _sums(
     config: GRPO,
 ) -> tuple[Array, dict[str, Array]]:
     rollouts, weights, shares = batch
-    read = lambda one: log_probs_and_entropies(model, params, one, config.temperature)
-    log_prob, entropy = jax.vmap(read)(rollouts.tokens)
+    read = functools.partial(_read, model, params, config)
+    log_prob, entropy = jax.vmap(read)(*map(jnp.asarray, (rollouts.tokens, rollouts.mask)))
     # Masked before anything is made of them: no padding, whatever it is, has a gradient.
     kept = lambda x: jnp.where(rollouts.mask, x, 0)
     log_prob, old = kept(log_prob), kept(rollouts.old_log_probs)
@@ -323,7 +322,18 @@ def _sums(
     return (each * weights).sum(), told
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _all_log_probs(model: LanguageModel, params: PyTree, tokens: Array, config: GRPO) -> Array:
-    one = lambda tokens: log_probs(model, params, tokens, config.temperature)
-    return lax.map(one, tokens, batch_size=config.micro_batch or len(tokens))
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _all_log_probs(
+    model: LanguageModel, params: PyTree, tokens: Array, mask: Array, config: GRPO
+) -> Array:
+    one = lambda given: _read(model, params, config, *given)[0]
+    return lax.map(one, (tokens, mask), batch_size=config.backward.micro_batch or len(tokens))
+
+
+def _read(
+    model: LanguageModel, params: PyTree, config: GRPO, tokens: Array, mask: Array
+) -> tuple[Array, Array]:
+    """Log-probabilities and entropies of the tokens of one completion; 0 elsewhere, or of no meaning."""
+    at = completion(mask, config.backward.longest)
+    remat = config.backward.remat
+    return log_probs_and_entropies(model, params, tokens, config.temperature, at, remat)

@@ -20,7 +20,9 @@ class LanguageModel(NamedTuple):
         vocab_size: tokens that there are.
         context: tokens of the longest text that the model was made for; None for any.
         init: `(key) -> params`, untrained ones.
-        apply: `(params, tokens [length]) -> logits [length, vocab]`, of whole texts.
+        apply: `(params, tokens [length], at=None, remat=False) -> logits [kept, vocab]`, of whole texts:
+            after each token, or after those at the places `at`. With remat a backward pass computes what is
+            inside of layers again.
         prefill: `(params, tokens [prompt_slots], length, slots, prefix) -> (logits [vocab], cache)`: reads a
             prompt that is padded behind its end; slots is the room for it and for what will be written, and
             prefix the cache of the text before it, which sequences share, or None.
@@ -33,7 +35,7 @@ class LanguageModel(NamedTuple):
     vocab_size: int
     context: int | None
     init: Callable[[Array], PyTree]
-    apply: Callable[[PyTree, Array], Array]
+    apply: Callable[..., Array]
     prefill: Callable[[PyTree, Array, Any, int, Any], tuple[Array, Any]]
     decode: Callable[[PyTree, Any, Array, Any, Any], tuple[Array, Any]]
     plan: Planner
@@ -71,8 +73,8 @@ def language_model(
     def init(key: Array) -> PyTree:
         return family.init(key, config)
 
-    def apply(params: PyTree, tokens: Array) -> Array:
-        return family.apply(params, tokens, config)
+    def apply(params: PyTree, tokens: Array, at: Array | None = None, remat: bool = False) -> Array:
+        return family.apply(params, tokens, config, at, remat)
 
     def prefill(
         params: PyTree, tokens: Array, length: Any, slots: int, prefix: Any

@@ -3,6 +3,7 @@
 Everything is counted from shapes; nothing is computed or allotted.
 """
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from experiments.models import parallel
 from experiments.models.parallel import ShardingRules
 from experiments.reasoning.language_model import LanguageModel
 from experiments.reasoning.sampling import Sampling
-from experiments.reasoning.sequences import padded_length, segments
+from experiments.reasoning.sequences import SEGMENT, padded_length, segments
 from experiments.run.errors import UsageError
 
 # As many sequences as no model's other axes have entries: what has an axis of this size is a sequence's own.
@@ -68,17 +69,20 @@ class MemoryPlan(NamedTuple):
         """A small table."""
         held, sequences = self.weights + self.training, self.members * self.prompts
         rows = [
-            ("weights", f"{_size(self.weights)}"),
-            ("optimizer, float32 copies", f"{_size(self.training)}"),
-            ("noise", f"{_size(self.factors)} a pair x {self.members // 2} pairs"),
-            ("caches", f"{_size(self.cache)} a sequence x {sequences}"),
-            ("logits", f"{_size(self.logits)} a sequence x {sequences}"),
-            ("activations", f"{_size(self.activations)} a sequence x {sequences}"),
-            ("total", f"{_size(self.total)} of {_size(self.budget)}, {_size(held)} of it held"),
+            ("weights", f"{size_of(self.weights)}"),
+            ("optimizer, float32 copies", f"{size_of(self.training)}"),
+            ("noise", f"{size_of(self.factors)} a pair x {self.members // 2} pairs"),
+            ("caches", f"{size_of(self.cache)} a sequence x {sequences}"),
+            ("logits", f"{size_of(self.logits)} a sequence x {sequences}"),
+            ("activations", f"{size_of(self.activations)} a sequence x {sequences}"),
+            (
+                "total",
+                f"{size_of(self.total)} of {size_of(self.budget)}, {size_of(held)} of it held",
+            ),
             ("at a time", f"{self.members} of {self.population} members, {self.prompts} prompts"),
         ]
         if self.prefix:
-            shared = f"{_size(self.prefix)} a member x {self.members}"
+            shared = f"{size_of(self.prefix)} a member x {self.members}"
             rows.insert(3, ("caches of a shared prefix", shared))
         if self.read_per_s is not None and self.written_per_s is not None:
             speed = f"{self.read_per_s:,.0f} tokens/s read, {self.written_per_s:,.0f} written"
@@ -95,7 +99,7 @@ def plan_memory(
     prompt_slots: int,
     sampling: Sampling,
     budget_bytes: int,
-    segment: int = 32,
+    segment: int = SEGMENT,
     shared: int = 0,
     members: int | None = None,
     together: int | None = None,
@@ -144,27 +148,20 @@ def plan_memory(
         at a time                 64 of 64 members, 10 prompts
     """
     state = jax.eval_shape(lambda params: es.init(params, 0), params)
-    weights = _bytes(state.params, es.mesh, model.sharding)
+    weights = bytes_of(state.params, es.mesh, model.sharding)
     slots = padded_length(prompt_slots - shared)
     prefix = _cache(model, params, shared, 0, None) if shared else None
-
-    def cache_bytes(new: int) -> int:
-        count, steps = segments(new, segment)
-        found = _cache(model, params, slots, count * steps, prefix)
-        return _bytes(found, es.mesh, model.sharding)
-
-    def read(params: Any, prefix: Any, tokens: Any, length: Any) -> Any:
-        return model.prefill(params, tokens, length, tokens.size, prefix)
-
+    of_one = functools.partial(of_sequence, model, params, slots, segment, prefix, es.mesh)
+    sequence = of_one(sampling.max_new_tokens)
     plan = MemoryPlan(
         weights=weights,
-        training=_bytes(state, es.mesh, model.sharding) - weights + sums,
+        training=bytes_of(state, es.mesh, model.sharding) - weights + sums,
         factors=es.plan_of(params).noise_bytes,
-        prefix=_bytes(prefix, es.mesh, model.sharding),
-        prefix_activations=_activations(read, params, None, shared) if shared else 0,
-        cache=cache_bytes(sampling.max_new_tokens),
-        logits=3 * 4 * model.vocab_size,
-        activations=_activations(read, params, prefix, slots),
+        prefix=bytes_of(prefix, es.mesh, model.sharding),
+        prefix_activations=_activations(model, params, None, shared) if shared else 0,
+        cache=sequence.cache,
+        logits=sequence.logits,
+        activations=sequence.activations,
         population=population,
         members=0,
         prompts=0,
@@ -177,24 +174,25 @@ def plan_memory(
         said = " and ".join(f"{name} {number}" for name, number in given.items() if number)
         needed = _total(plan, members or 2, together or 1)
         raise UsageError(
-            f"{said} need {_size(needed)}, and the budget is {_size(budget_bytes)}: choose less, or leave "
-            "it out for what fits"
+            f"{said} need {size_of(needed)}, and the budget is {size_of(budget_bytes)}: choose less, or "
+            "leave it out for what fits"
         )
     if not fitting:
         held = plan.weights + plan.training
         if held > budget_bytes:
             raise UsageError(
-                f"the weights and what the optimizer holds of them take {_size(held)} of a device, and the "
-                f"budget is {_size(budget_bytes)}: let more devices share them (--tensor-parallel)"
+                f"the weights and what the optimizer holds of them take {size_of(held)} of a device, and the "
+                f"budget is {size_of(budget_bytes)}: let more devices share them (--tensor-parallel)"
             )
         room = budget_bytes - _total(plan._replace(cache=0), 2, 1)
-        fits = [new for new in _halves(sampling.max_new_tokens) if 2 * cache_bytes(new) <= room]
+        fits = [new for new in _halves(sampling.max_new_tokens) if 2 * of_one(new).cache <= room]
         raise UsageError(
             f"two members that answer one prompt of {prompt_slots} tokens with up to "
-            f"{sampling.max_new_tokens} need {_size(_total(plan, 2, 1))} (caches {_size(2 * plan.cache)}, "
-            f"activations {_size(2 * plan.activations)}, logits {_size(2 * plan.logits)}, noise "
-            f"{_size(plan.factors)}, weights and optimizer {_size(held)}), and the budget is "
-            f"{_size(budget_bytes)}: "
+            f"{sampling.max_new_tokens} need {size_of(_total(plan, 2, 1))} (caches "
+            f"{size_of(2 * plan.cache)}, activations {size_of(2 * plan.activations)}, logits "
+            f"{size_of(2 * plan.logits)}, noise "
+            f"{size_of(plan.factors)}, weights and optimizer {size_of(held)}), and the budget is "
+            f"{size_of(budget_bytes)}: "
             + (
                 f"--max-new-tokens {fits[0]} fits"
                 if fits
@@ -203,6 +201,40 @@ def plan_memory(
         )
     calls = lambda p: -(-population // p.members) * -(-prompts // p.prompts)
     return min(fitting, key=lambda p: (calls(p), -p.members))
+
+
+class OfSequence(NamedTuple):
+    """Bytes of a text that is written: see :class:`MemoryPlan`."""
+
+    cache: int
+    logits: int
+    activations: int
+
+
+def of_sequence(
+    model: LanguageModel,
+    params: PyTree,
+    slots: int,
+    segment: int,
+    prefix: Any,
+    mesh: Mesh | None,
+    new: int,
+) -> OfSequence:
+    """Bytes of one prompt and its answer.
+
+    Args:
+        model: what its functions are.
+        params: of the model, or their shapes.
+        slots: of the padded prompt, without what it shares with others.
+        segment: as in `engine.answer`.
+        prefix: the shapes of the cache of what it shares, or None.
+        mesh: devices that share caches.
+        new: tokens of the longest answer.
+    """
+    count, steps = segments(new, segment)
+    found = _cache(model, params, slots, count * steps, prefix)
+    cache = bytes_of(found, mesh, model.sharding)
+    return OfSequence(cache, 3 * 4 * model.vocab_size, _activations(model, params, prefix, slots))
 
 
 def device_bytes() -> int:
@@ -268,8 +300,12 @@ def _cache(model: LanguageModel, params: Any, slots: int, room: int, prefix: Any
     return jax.eval_shape(read, params, tokens, length, prefix)
 
 
-def _activations(read: Any, params: Any, prefix: Any, slots: int) -> int:
+def _activations(model: LanguageModel, params: Any, prefix: Any, slots: int) -> int:
     """Bytes a sequence of two arrays as large as the largest on the way: one is read, one written."""
+
+    def read(params: Any, prefix: Any, tokens: Any, length: Any) -> Any:
+        return model.prefill(params, tokens, length, tokens.size, prefix)
+
     tokens = jax.ShapeDtypeStruct((SEQUENCES, slots), "int32")
     lengths = jax.ShapeDtypeStruct((SEQUENCES,), "int32")
     each = jax.vmap(read, (None, None, 0, 0))
@@ -289,8 +325,8 @@ def _activations(read: Any, params: Any, prefix: Any, slots: int) -> int:
     return 2 * largest(traced.jaxpr)
 
 
-def _bytes(tree: PyTree, mesh: Mesh | None, rules: ShardingRules) -> int:
-    """On one device."""
+def bytes_of(tree: PyTree, mesh: Mesh | None = None, rules: ShardingRules = parallel.WHOLE) -> int:
+    """Bytes of arrays, or of their shapes, on one device."""
     places = jax.tree.leaves(parallel.shardings(tree, mesh, rules)) or repeat(None)
 
     def own(x: Any, place: NamedSharding | None) -> int:
@@ -300,7 +336,13 @@ def _bytes(tree: PyTree, mesh: Mesh | None, rules: ShardingRules) -> int:
     return sum(map(own, jax.tree.leaves(tree), places))
 
 
-def _size(n: int) -> str:
+def size_of(n: int) -> str:
+    """A number of bytes in words.
+
+    Example:
+        >>> size_of(3 * 2**20)
+        '3.0 MiB'
+    """
     for unit, bytes_of in (("GiB", 2**30), ("MiB", 2**20)):
         if n >= bytes_of:
             return f"{n / bytes_of:.1f} {unit}"

@@ -169,6 +169,10 @@ def tokens_read(prompts: Prompts, samples: int = 1) -> int:
     return shared + samples * int((prompts.lengths - shared).sum())
 
 
+# Tokens between two looks at whether all answers have ended, at most.
+SEGMENT = 32
+
+
 def segments(max_new_tokens: int, segment: int) -> tuple[int, int]:
     """How many segments follow the first token, and the tokens of each, all alike.
 

@@ -36,6 +36,33 @@ class Packed(NamedTuple):
     tokens: Int[Array | np.ndarray, "sequences length"]
     mask: Bool[Array | np.ndarray, "sequences length"]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest completion, or a few more, so that few numbers are compiled."""
+        return room(int(np.asarray(self.mask).sum(-1).max(initial=1)))
+
+
+class Backward(NamedTuple):
+    """How a gradient is computed: what bounds its time and memory, and changes nothing else.
+
+    Attributes:
+        micro_batch: sequences that are differentiated at a time; all by default.
+        longest: no completion has more tokens, so that the logits of other places are left out; None where
+            that is not known.
+        remat: what is inside the model's layers is computed again instead of held.
+
+    Raises:
+        ValueError: (when used) for a micro_batch that does not divide the sequences.
+    """
+
+    micro_batch: int | None = None
+    longest: int | None = None
+    remat: bool = False
+
+
+# All at once, with everything held.
+PLAIN = Backward()
+
 
 def pack(
     examples: Sequence[tuple[Sequence[int], Sequence[int]]],
@@ -120,7 +147,7 @@ def fit(
     epochs: int,
     batch: int,
     seed: int = 0,
-    micro_batch: int | None = None,
+    backward: Backward = PLAIN,
 ) -> tuple[PyTree, list[float]]:
     """Passes over the data.
 
@@ -132,7 +159,7 @@ def fit(
         epochs: how many passes.
         batch: sequences to an update.
         seed: decides the order of each pass.
-        micro_batch: sequences that are differentiated at a time; it bounds the memory and changes nothing.
+        backward: how gradients are computed.
 
     Returns:
         The parameters, and the loss before each update.
@@ -156,7 +183,7 @@ def fit(
         raise ValueError(
             f"token {highest} is in the data, but the model has the tokens 0 to {model.vocab_size - 1}"
         )
-    update = jax.jit(make_update(model, optimizer, micro_batch), donate_argnums=(0, 1))
+    update = jax.jit(make_update(model, optimizer, backward), donate_argnums=(0, 1))
     # Copies, since what is donated is gone.
     params, losses = jax.tree.map(lambda x: jnp.array(x, copy=True), params), []
     state = optimizer.init(params)
@@ -170,7 +197,7 @@ def fit(
 def make_update(
     model: LanguageModel,
     optimizer: optax.GradientTransformation,
-    micro_batch: int | None = None,
+    backward: Backward = PLAIN,
 ) -> Update:
     """(params, optimizer's state, tokens, mask) -> (params, state, metrics), to be compiled; see `fit`."""
 
@@ -181,9 +208,10 @@ def make_update(
         mask: Bool[Array, "sequences length"],
     ) -> tuple[PyTree, Any, dict[str, Array]]:
         def objective(params: PyTree, part: tuple[Array, Array]) -> tuple[Array, dict[str, Array]]:
-            return _weighed(model, params, *part), {}
+            return _weighed(model, params, *part, backward), {}
 
-        value, _, grads = accumulate(objective, params, (tokens, _shares(mask)), micro_batch)
+        batch = (tokens, _shares(mask))
+        value, _, grads = accumulate(objective, params, batch, backward.micro_batch)
         updates, state = optimizer.update(grads, state, params)
         row = {"loss": value, "gradient_norm": optax.tree.norm(grads)}
         return optax.apply_updates(params, updates), state, row
@@ -205,9 +233,18 @@ def _shares(mask: Array) -> Array:
     return mask / jnp.maximum(mask.sum(), 1).astype(jnp.float32)
 
 
-def _weighed(model: LanguageModel, params: PyTree, tokens: Array, weights: Array) -> Array:
-    each = jax.vmap(lambda one: log_probs(model, params, one))(tokens)
-    return -jnp.where(weights > 0, each * weights, 0).sum()
+def _weighed(
+    model: LanguageModel,
+    params: PyTree,
+    tokens: Array,
+    weights: Array,
+    backward: Backward = PLAIN,
+) -> Array:
+    def read(tokens: Array, weights: Array) -> Array:
+        places = completion(weights > 0, backward.longest)
+        return log_probs_and_entropies(model, params, tokens, at=places, remat=backward.remat)[0]
+
+    return -jnp.where(weights > 0, jax.vmap(read)(tokens, weights) * weights, 0).sum()
 
 
 # ---------------------------------------------------------------- parts that GRPO shares
@@ -235,20 +272,46 @@ def log_probs_and_entropies(
     params: PyTree,
     tokens: Int[Array | np.ndarray, "length"],
     temperature: float | Array = 1.0,
+    at: Int[Array, "kept"] | None = None,
+    remat: bool = False,
 ) -> tuple[Float[Array, "length"], Float[Array, "length"]]:
     """`log_probs`, and the entropy of what each token was drawn from, in nats, without a gradient.
 
+    Args:
+        model: whose parameters these are.
+        params: in any float dtype.
+        tokens: of one sequence.
+        temperature: that logits are divided by.
+        at: places of the tokens that are looked at, such as those of :func:`completion`, from 1; others are
+            0, and places behind the end are nothing. All by default.
+        remat: a backward pass computes what is inside of layers again.
+
     Example:
-        >>> flat = LanguageModel(4, *[None] * 6)._replace(apply=lambda _, tokens: jnp.zeros((3, 4)))
+        >>> flat = LanguageModel(4, *[None] * 6)._replace(apply=lambda *_: jnp.zeros((3, 4)))
         >>> print(*log_probs_and_entropies(flat, {}, np.array([3, 0, 2])))
         [ 0.        -1.3862944 -1.3862944] [0.        1.3862944 1.3862944]
     """
-    logits = model.apply(params, jnp.asarray(tokens))[:-1]
+    tokens = jnp.asarray(tokens)
+    places = jnp.arange(1, len(tokens)) if at is None else at
+    seen = jnp.clip(places, 1, len(tokens) - 1)
+    logits = model.apply(params, tokens, None if at is None else seen - 1, remat)
+    logits = logits[:-1] if at is None else logits
     every = jax.nn.log_softmax(logits.astype(_wide(logits.dtype)) / temperature)
-    chosen = jnp.take_along_axis(every, tokens[1:, None], axis=-1)[:, 0]
+    chosen = jnp.take_along_axis(every, tokens[seen, None], axis=-1)[:, 0]
     fixed = lax.stop_gradient(every)
     entropies = -(jnp.exp(fixed) * fixed).sum(-1)
-    return jnp.pad(chosen, (1, 0)), jnp.pad(entropies, (1, 0))
+    put = lambda x: jnp.zeros(len(tokens), x.dtype).at[places].set(x, mode="drop")
+    return put(chosen), put(entropies)
+
+
+def completion(mask: Bool[Array, "length"], longest: int | None) -> Int[Array, "longest"] | None:
+    """Places of a completion's tokens, and of as many behind them as make `longest`; None for None.
+
+    Example:
+        >>> print(completion(jnp.array([False, False, True, True, False]), 4))
+        [2 3 4 5]
+    """
+    return None if longest is None else jnp.argmax(mask) + jnp.arange(longest)
 
 
 def accumulate(
@@ -278,9 +341,9 @@ def accumulate(
         30.0 6.0 15.0
     """
     size = jax.tree.leaves(batch)[0].shape[0]
-    micro_batch = micro_batch or size
-    if size % micro_batch:
-        raise ValueError(f"micro_batch {micro_batch} does not divide the {size} sequences")
+    micro_batch = size if micro_batch is None else micro_batch
+    if micro_batch < 1 or size % micro_batch:
+        raise ValueError(f"micro_batch must divide the {size} sequences, got {micro_batch}")
     parts = jax.tree.map(lambda x: x.reshape(-1, micro_batch, *x.shape[1:]), batch)
     grad = jax.value_and_grad(objective, has_aux=True)
     found = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts))
@@ -291,7 +354,11 @@ def accumulate(
 
 
 def optimizer_of(
-    name: str, learning_rate: Any, gradient_norm: float | None = 1.0, **settings: Any
+    name: str,
+    learning_rate: Any,
+    gradient_norm: float | None = 1.0,
+    after: optax.GradientTransformation | None = None,
+    **settings: Any,
 ) -> optax.GradientTransformation:
     """An optimizer by name, behind a bound on the gradient's norm, with float32 weights.
 
@@ -299,9 +366,11 @@ def optimizer_of(
         name: such as "adamw" (optax) or "optim.lion" (this project).
         learning_rate: a number or a schedule.
         gradient_norm: longer gradients are scaled down to it; None for no bound.
+        after: changes the optimizer's updates, such as `anchored`.
         **settings: further arguments of the optimizer.
     """
     inner = make_optimizer(name, learning_rate, **settings)
+    inner = inner if after is None else optax.chain(inner, after)
     if gradient_norm is not None:
         inner = optax.chain(optax.clip_by_global_norm(gradient_norm), inner)
     return master_weights(inner)

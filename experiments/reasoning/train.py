@@ -111,6 +111,8 @@ class Reasoning(LanguageTrainer[Config], Adapts, Replays):
         if self.config.algorithm == "eggroll":
             self._fitted, plan = fit(self.config, self.base, self.questions, self.layout)
             said.append(plan.describe())
+        elif isinstance(self.learner, GroupPolicy | Supervised):
+            said.append(self.learner.plan.describe())
         if self.config.probing.probe:
             said += self._take_sigma()
         if self.config.start is not None and (warning := other_files(self.config.start)):

@@ -87,10 +87,16 @@ def init(key: Key[Array, ""], config: ToyConfig) -> Params:
 
 
 def apply(
-    params: Params, tokens: Int[Array, "length"], config: ToyConfig
-) -> Float[Array, "length vocab"]:
-    """Logits of the token after each."""
-    return _read(params, tokens, jnp.int32(0), _empty(params, tokens.size, config), config)[0]
+    params: Params,
+    tokens: Int[Array, "length"],
+    config: ToyConfig,
+    at: Int[Array, "kept"] | None = None,
+    remat: bool = False,
+) -> Float[Array, "kept vocab"]:
+    """Logits of the token after each, or after those at some places."""
+    cache = _empty(params, tokens.size, config)
+    x, _ = _read(params, tokens, jnp.int32(0), cache, config, remat)
+    return _logits(params, x if at is None else x[at])
 
 
 def prefill(
@@ -109,8 +115,10 @@ def prefill(
             lambda p, x: jnp.concatenate([p, x], 1) if x.ndim else p, prefix, cache
         )
         before = prefix.length
-    logits, cache = _read(params, tokens, before, cache, config)
-    return logits[length - 1], cache._replace(length=before + jnp.asarray(length, jnp.int32))
+    x, cache = _read(params, tokens, before, cache, config)
+    return _logits(params, x[length - 1]), cache._replace(
+        length=before + jnp.asarray(length, jnp.int32)
+    )
 
 
 def decode(
@@ -122,8 +130,8 @@ def decode(
     prefix: Cache | None = None,
 ) -> tuple[Float[Array, "vocab"], Cache]:
     """Reads one token; what comes before the prompt is in the cache."""
-    logits, cache = _read(params, token[None], cache.length + t, cache, config)
-    return logits[0], cache
+    x, cache = _read(params, token[None], cache.length + t, cache, config)
+    return _logits(params, x[0]), cache
 
 
 def _empty(params: Params, slots: int, config: ToyConfig) -> Cache:
@@ -135,9 +143,14 @@ def _empty(params: Params, slots: int, config: ToyConfig) -> Cache:
 
 
 def _read(
-    params: Params, tokens: Int[Array, "new"], start: Array, cache: Cache, config: ToyConfig
-) -> tuple[Float[Array, "new vocab"], Cache]:
-    """Reads tokens into the slots of a cache from ``start`` on."""
+    params: Params,
+    tokens: Int[Array, "new"],
+    start: Array,
+    cache: Cache,
+    config: ToyConfig,
+    remat: bool = False,
+) -> tuple[Float[Array, "new width"], Cache]:
+    """Reads tokens into the slots of a cache from ``start`` on; what the last layer says of each."""
     dtype, places = params["norm"].dtype, start + jnp.arange(tokens.size)
     visible: Bool[Array, "new slots"] = jnp.arange(cache.keys.shape[1]) <= places[:, None]
 
@@ -153,9 +166,13 @@ def _read(
         return x + linear(jax.nn.gelu(linear(y, layer["up"])), layer["down"]), (keys, values)
 
     x = look_up(params["tokens"], tokens, dtype) + look_up(params["positions"], places, dtype)
+    block = jax.checkpoint(block, prevent_cse=False) if remat else block
     x, (keys, values) = lax.scan(block, x, (params["layers"], cache.keys, cache.values))
-    logits = linear(rms_norm(x, params["norm"], EPS), params["head"])
-    return logits, cache._replace(keys=keys, values=values)
+    return x, cache._replace(keys=keys, values=values)
+
+
+def _logits(params: Params, x: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
+    return linear(rms_norm(x, params["norm"], EPS), params["head"])
 
 
 def _group(path: str) -> plans.Group:

@@ -45,7 +45,7 @@ class Subject(NamedTuple):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def applied(family: Family[Any], config: Any, params: Any, text: Any) -> Any:
     """One compiled function for all tests of a family."""
-    return family.apply(params, text, config)
+    return family.apply(params, text, config, None, False)
 
 
 @pytest.fixture(scope="module", params=EVERY, ids=lambda family: family.name)
@@ -90,6 +90,28 @@ def test_prompts_of_any_length_are_read_and_gone_on_with(subject: Subject) -> No
         logits, caches = decode(caches, TEXTS[rows, lengths + t], t)
         close(logits, right[rows, lengths + t])
         assert jax.tree.map(lambda x: (x.shape, x.dtype), caches) == before
+
+
+def test_logits_of_some_places_and_layers_computed_again(subject: Subject) -> None:
+    """What GRPO and SFT differentiate: the same values and gradients, with fewer logits held."""
+    family, config, params = subject
+    at, text = jnp.array([1, 4, 4]), jnp.asarray(TEXTS[0])
+
+    def loss(params: Any, at: Any, remat: bool) -> Any:
+        logits = family.apply(params, text, config, at, remat)
+        wanted = logits if at is not None else logits[jnp.array([1, 4, 4])]
+        return (wanted * jnp.cos(jnp.arange(wanted.size)).reshape(wanted.shape)).sum()
+
+    graded = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+    right = graded(params, None, False)
+    for remat in (False, True):
+        jax.tree.map(close, graded(params, at, remat), right)
+    held = lambda remat: len(
+        jax.tree.leaves(
+            jax.eval_shape(lambda p: jax.vjp(lambda p: loss(p, at, remat), p)[1], params)
+        )
+    )
+    assert held(True) < held(False)
 
 
 def test_texts_go_on_from_a_prefix_that_they_share(subject: Subject) -> None:
@@ -148,7 +170,7 @@ def test_members_are_perturbed_and_no_matrix_is_built(subject: Subject) -> None:
         on_dense="error",
     )
     state = es.init(params, jax.random.key(1))
-    score = lambda params, key: family.apply(params, jnp.asarray(TEXTS[0]), config)
+    score = lambda params, key: family.apply(params, jnp.asarray(TEXTS[0]), config, None, False)
     members = es.map(state, score)
     close(members[1], subject.apply(es.member(state, 1), TEXTS[0]))
     assert jnp.abs(members[0] - members[1]).max() > 0.01

@@ -24,6 +24,7 @@ from experiments.reasoning.grpo import (
     surrogate,
 )
 from experiments.reasoning.language_model import LanguageModel, language_model
+from experiments.reasoning.sft import Backward
 
 TRANSFORMER = language_model(
     TransformerConfig(
@@ -45,7 +46,7 @@ def of_functions(apply: Any) -> LanguageModel:
     return LanguageModel(5, *[None] * 6)._replace(apply=apply)  # type: ignore[arg-type]
 
 
-def running_mean(params: Any, tokens: Any) -> Any:
+def running_mean(params: Any, tokens: Any, *_: Any) -> Any:
     """Embeddings, their mean so far, tanh, a head: in the type of the parameters throughout."""
     x = jnp.cumsum(params["embed"][tokens], 0) / jnp.arange(1, len(tokens) + 1)[:, None]
     return jnp.tanh(x) @ params["head"]
@@ -106,7 +107,7 @@ def worked_out() -> tuple[LanguageModel, Any, Rollouts]:
         np.float32([1, -1]),
         np.log(np.float32([[1, 0.5, 0.5], [1, 0.25, 0.1]])),
     )
-    return of_functions(lambda params, tokens: params), params, rollouts
+    return of_functions(lambda params, tokens, *_: params), params, rollouts
 
 
 @pytest.mark.parametrize(
@@ -259,15 +260,36 @@ def test_micro_batches_are_the_whole_batch() -> None:
         update = jax.jit(make_update(TRANSFORMER, optimizer, config))
         return update(params, optimizer.init(params), rollouts)
 
-    whole, parts = updated(config), updated(dataclasses.replace(config, micro_batch=2))
+    whole, parts = updated(config), updated(dataclasses.replace(config, backward=Backward(2)))
     assert whole[2]["gradient_norm"] > 0.1
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), parts, whole)
     value, row = told(TRANSFORMER, params, rollouts, config)
     for name in row:
         np.testing.assert_allclose(parts[2][name], row[name], rtol=1e-4, atol=1e-7, err_msg=name)
     np.testing.assert_allclose(parts[2]["loss"], value, rtol=1e-4)
-    with pytest.raises(ValueError, match="micro_batch 3 does not divide the 8 sequences"):
-        updated(dataclasses.replace(config, micro_batch=3))
+    with pytest.raises(ValueError, match="micro_batch must divide the 8 sequences, got 3"):
+        updated(dataclasses.replace(config, backward=Backward(3)))
+
+
+@pytest.mark.parametrize("model", [TRANSFORMER, RWKV7], ids=["transformer", "rwkv7"])
+def test_how_gradients_are_computed_changes_nothing(model: LanguageModel) -> None:
+    """Logits of completions alone, layers computed again: the same update and figures."""
+
+    def updated(backward: Backward) -> Any:
+        config = GRPO(beta=0.1, backward=backward)
+        params, rollouts = rollouts_of(model, config)
+        optimizer = optax.sgd(1.0)
+        update = jax.jit(make_update(model, optimizer, config))
+        known = np.where(rollouts.mask, rollouts.old_log_probs, 0)
+        return known, update(params, optimizer.init(params), rollouts)
+
+    plain = updated(Backward())
+    assert plain[1][2]["gradient_norm"] > 0.1
+    # The last completion begins at place 1 and the first at 2: places behind the end are dropped.
+    for backward in (Backward(longest=4), Backward(4, 5, True)):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=3e-6), updated(backward), plain
+        )
 
 
 def test_epochs_are_updates_by_the_same_rollouts() -> None:
@@ -286,7 +308,7 @@ def test_epochs_are_updates_by_the_same_rollouts() -> None:
 
 
 def test_bfloat16_sums_in_float32_and_keeps_its_type() -> None:
-    config = GRPO(micro_batch=4)
+    config = GRPO(backward=Backward(4))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), TRANSFORMER.init(jax.random.key(0)))
     rollouts = prepare(TRANSFORMER, half, TOKENS, MASK, REWARDS, config)
     assert rollouts.old_log_probs.dtype == jnp.float32
@@ -317,7 +339,6 @@ def test_a_divergence_needs_a_reference() -> None:
         (dict(beta=-0.1), "beta must be 0 or more, got -0.1"),
         (dict(temperature=0.0), "temperature must be more than 0, got 0.0"),
         (dict(epochs=0), "epochs must be a whole number from 1, got 0"),
-        (dict(micro_batch=0), "micro_batch must be a whole number from 1, got 0"),
         (dict(aggregation="constant"), "aggregation is 'constant' and length is None"),
         (dict(length=8), "aggregation is 'sequence' and length is 8"),
     ],

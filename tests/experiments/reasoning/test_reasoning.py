@@ -17,7 +17,7 @@ pytest.importorskip("tokenizers")
 from experiments.models import hugging_face, tokens
 from experiments.reasoning import tasks
 from experiments.reasoning.config import PRESETS, Config
-from experiments.reasoning.evolution import Evolution, anchored, objective
+from experiments.reasoning.evolution import Evolution, objective
 from experiments.reasoning.questions import Questions
 from experiments.reasoning.sequences import Completions
 from experiments.reasoning.start import keep_tokenizer, start, with_dtype
@@ -283,14 +283,6 @@ def test_worked_solutions_are_a_fitness(fitness: Any, warm: Path, tmp_path: Path
     assert train(config)["generated_tokens"] == 0
     scores = [row["fitness_mean"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert np.mean(scores[-3:]) > np.mean(scores[:3])
-
-
-def test_the_anchor_pulls_back() -> None:
-    rule = anchored(0.25)
-    params = {"w": jnp.array([1.0, 2.0])}
-    state = rule.init(params)
-    moved = {"w": jnp.array([3.0, 2.0])}
-    assert rule.update({"w": jnp.zeros(2)}, state, moved)[0]["w"].tolist() == [-0.5, 0]
 
 
 @pytest.mark.parametrize(

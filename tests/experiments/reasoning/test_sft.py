@@ -14,6 +14,7 @@ import eggroll
 from experiments.models.transformer import TransformerConfig
 from experiments.reasoning.language_model import LanguageModel, language_model
 from experiments.reasoning.sft import (
+    Backward,
     Packed,
     accumulate,
     batches,
@@ -42,11 +43,11 @@ DATA = pack(EXAMPLES, length=6, end=1)
 def of_logits(shape: tuple[int, ...]) -> LanguageModel:
     """Its one parameter is the logits at each place, whatever the tokens."""
     whole = LanguageModel(shape[-1], *[None] * 6)  # type: ignore[arg-type]
-    return whole._replace(apply=lambda params, tokens: params)
+    return whole._replace(apply=lambda params, tokens, *_: params)
 
 
 # One product: compiled in no time. What is likely follows from the token before alone.
-BIGRAM = of_logits((11, 11))._replace(apply=lambda params, tokens: params["table"][tokens])
+BIGRAM = of_logits((11, 11))._replace(apply=lambda params, tokens, *_: params["table"][tokens])
 BIGRAM_PARAMS = {"table": jax.random.normal(jax.random.key(3), (11, 11))}
 
 
@@ -138,7 +139,7 @@ def test_an_exact_match_needs_every_token() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "optim.lion"])
 def test_micro_batches_change_nothing(optimizer: str) -> None:
     chain = optimizer_of(optimizer, 0.01)
-    updated = lambda micro_batch: jax.jit(make_update(BIGRAM, chain, micro_batch))(
+    updated = lambda size: jax.jit(make_update(BIGRAM, chain, Backward(size)))(
         BIGRAM_PARAMS, chain.init(BIGRAM_PARAMS), *DATA
     )
     whole, parts = updated(None), updated(2)
@@ -149,7 +150,7 @@ def test_micro_batches_change_nothing(optimizer: str) -> None:
 
 
 def test_micro_batches_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="micro_batch 3 does not divide the 4 sequences"):
+    with pytest.raises(ValueError, match="micro_batch must divide the 4 sequences, got 3"):
         accumulate(lambda w, x: ((w * x).sum(), {}), jnp.ones(()), jnp.ones(4), micro_batch=3)
 
 
