@@ -199,7 +199,10 @@ def test_a_run_goes_on_with_the_same_bits(plain: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("perturb", "least"), [("answers", 0.75), ("nodes", 0.6)])
+@pytest.mark.parametrize(
+    ("perturb", "least"),
+    [("answers", 0.75), pytest.param("nodes", 0.6, marks=pytest.mark.soak)],
+)
 def test_rewards_teach(perturb: str, least: float, plain: str, tmp_path: Path) -> None:
     config = settings(
         tmp_path / "run", reward=plain, reward_workers=0, generations=30, evaluate_every=30, population=64,
@@ -268,7 +271,7 @@ def test_what_does_not_go_together_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("perturb", ["answers", "nodes"])
+@pytest.mark.parametrize("perturb", [pytest.param("answers", marks=pytest.mark.soak), "nodes"])
 def test_devices_change_no_bit(perturb: str, plain: str, tmp_path: Path) -> None:
     usual = dict(perturb=perturb, generations=2, optimizer="sgd", learning_rate=0.05, sigma=0.1)
     usual |= dict(reward=plain, reward_workers=0, chunk=8, same_bits=True)

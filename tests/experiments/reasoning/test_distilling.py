@@ -77,7 +77,11 @@ def settings(folder: Path, **changes: Any) -> Config:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", [{}, {"quantised": True}], ids=["floats", "int8"])
+@pytest.mark.parametrize(
+    "student",
+    [{}, pytest.param({"quantised": True}, marks=pytest.mark.soak)],
+    ids=["floats", "int8"],
+)
 def test_a_student_comes_nearer_to_its_teachers(
     student: dict[str, Any], taught: Path, tmp_path: Path
 ) -> None:

@@ -38,6 +38,8 @@ RWKV7 = language_model(
     )
 )  # fmt: skip
 FAMILY = pytest.mark.parametrize("model", [TRANSFORMER, RWKV7], ids=["transformer", "rwkv7"])
+# Where a second family takes long and says the same.
+ONE = [TRANSFORMER, pytest.param(RWKV7, marks=pytest.mark.soak)]
 PROMPTS = pack([[3, 1, 4], [5, 9, 2, 6, 5], [7], [3, 1, 4]])
 GREEDY = Sampling(max_new_tokens=9)
 RANDOM = Sampling(max_new_tokens=9, temperature=1.0)
@@ -101,7 +103,7 @@ def test_members_write_what_their_built_parameters_do(model: LanguageModel) -> N
         )
 
 
-@FAMILY
+@pytest.mark.parametrize("model", ONE, ids=["transformer", "rwkv7"])
 def test_what_all_prompts_begin_with_is_read_once(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

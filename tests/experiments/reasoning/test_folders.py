@@ -143,18 +143,15 @@ def test_a_chat_is_asked_and_ended_as_the_folder_says(qwen: Path) -> None:
     assert base.tokenizer.decode(ids) == "user\n1+1?\nassistant\n"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(
-            "--algorithm grpo --temperature 1 --grpo.group 2 --grpo.kl 0.1 --learning-rate 0.01",
-            marks=pytest.mark.soak,
-        ),
+        "--algorithm grpo --temperature 1 --grpo.group 2 --grpo.kl 0.1 --learning-rate 0.01",
         "--quantised",
     ],
     ids=["grpo", "quantised"],
-)  # fmt: skip
+)
 def test_a_qwen3_in_shards_is_trained_otherwise(words: str, tmp_path: Path) -> None:
     folder = model_folders.qwen3(tmp_path / "shards", sharded=True)
     assert len(list(folder.glob("*.safetensors"))) > 1

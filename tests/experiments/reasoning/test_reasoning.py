@@ -90,12 +90,15 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         dict(population=32, sigma=0.03, learning_rate=1e-3, generations=25, prompts=16),
         # With a reference: parameters that were read are not lost to the updates.
-        dict(
-            ARMS["grpo"],
-            learning_rate=3e-3,
-            generations=30,
-            prompts=16,
-            **{"grpo.kl": 0.01, "grpo.group": 8},
+        pytest.param(
+            dict(
+                ARMS["grpo"],
+                learning_rate=3e-3,
+                generations=30,
+                prompts=16,
+                **{"grpo.kl": 0.01, "grpo.group": 8},
+            ),
+            marks=pytest.mark.soak,
         ),
     ],
     ids=["eggroll", "grpo"],
