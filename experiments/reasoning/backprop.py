@@ -153,6 +153,7 @@ class GroupPolicy(Backprop):
             found.rewards,
             self._settings,
             self._reference,
+            once=self._settings.epochs == 1,
         )
         state, learned = self._update(state, rollouts)
         parts = {name: table.T for name, table in found.parts.items()}

@@ -95,6 +95,8 @@ def fit_gradient(
     plan = functools.partial(
         plan_gradient, base.model, optimizer, shapes, budget_bytes=_budget(config), remat=remat
     )
+    if jax.default_backend() == "cpu":
+        plan = functools.partial(plan, busy=LARGEST)
     if config.algorithm == "sft":
         packed = questions.solutions(first)
         sequences, slots = packed.tokens.shape

@@ -19,8 +19,8 @@ from experiments.reasoning.sequences import SEGMENT, padded_length
 from experiments.reasoning.sft import Backward, log_probs_and_entropies
 from experiments.run.errors import UsageError
 
-# So many sequences at a time keep a device busy; where fewer fit, layers are better computed again.
-ENOUGH = 8
+# So many tokens at a time keep a device busy: more take more memory and no less time.
+BUSY = 8192
 # In float32, beside the parameters: the sum of gradients, that of a part, and what the optimizer adds.
 GRADIENTS = 3
 
@@ -85,9 +85,10 @@ def plan_gradient(
     prompt_slots: int = 0,
     micro_batch: int | None = None,
     remat: bool | None = None,
+    busy: int = BUSY,
 ) -> GradientPlan:
-    """The number of texts that are differentiated at a time: as many as fit, and where these are few, with
-    the inside of layers computed again.
+    """The number of texts that are differentiated at a time: as many as keep the device busy, or as fit, and
+    where so many do not fit otherwise, with the inside of layers computed again.
 
     Args:
         model: what its functions are.
@@ -101,6 +102,7 @@ def plan_gradient(
         prompt_slots: tokens of the longest prompt of these answers.
         micro_batch: texts at a time, if that is settled.
         remat: whether layers are computed again, if that is settled.
+        busy: tokens at a time that keep the device busy.
 
     Raises:
         UsageError: where not even one text fits; says what takes most, and what would fit.
@@ -117,9 +119,9 @@ def plan_gradient(
         weights                   18.0 MiB
         optimizer, float32 copies 36.0 MiB
         gradients                 54.0 MiB
-        layers' outputs           15.6 MiB a text x 8, held
-        total                     232.7 MiB of 256.0 MiB, 54.0 MiB of it held
-        at a time                 8 of 64 texts
+        layers' outputs           5.3 MiB a text x 16, computed again
+        total                     192.2 MiB of 256.0 MiB, 54.0 MiB of it held
+        at a time                 16 of 64 texts
     """
     state = jax.eval_shape(optimizer.init, params)
     wide = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
@@ -139,8 +141,10 @@ def plan_gradient(
     again = _held(model, params, slots, longest, remat=True)
     ways = {False: whole.bytes, True: again.bytes + whole.a_layer}
 
+    enough = max(1, busy // slots)
+
     def best(recomputed: bool) -> GradientPlan | None:
-        sizes = _divisors(sequences) if micro_batch is None else iter([micro_batch])
+        sizes = _divisors(sequences, enough) if micro_batch is None else iter([micro_batch])
         for size in sizes:
             own = plan._replace(
                 sequence=ways[recomputed], backward=Backward(size, longest, recomputed)
@@ -156,8 +160,8 @@ def plan_gradient(
     fitting = [one for one in found if not plan.writing or one.written]
     if not fitting:
         raise UsageError(_too_large(plan, ways, micro_batch, remat, prompt_slots, sampling))
-    many = lambda one: one.backward.micro_batch or sequences
-    return fitting[0] if many(fitting[0]) >= min(ENOUGH, many(fitting[-1])) else fitting[-1]
+    # The first of the largest: layers are held where that does for as many texts.
+    return max(fitting, key=lambda one: one.backward.micro_batch or sequences)
 
 
 class _Held(NamedTuple):
@@ -207,9 +211,9 @@ def _total(plan: GradientPlan) -> int:
     return plan.weights + plan.training + plan.gradients + own
 
 
-def _divisors(number: int) -> Iterator[int]:
-    """From the largest."""
-    return (size for size in range(number, 0, -1) if number % size == 0)
+def _divisors(number: int, most: int) -> Iterator[int]:
+    """From the largest that is not above the most."""
+    return (size for size in range(min(number, most), 0, -1) if number % size == 0)
 
 
 def _too_large(

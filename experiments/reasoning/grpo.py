@@ -37,14 +37,15 @@ class Rollouts(NamedTuple):
         tokens: int32, prompt and completion, padded behind their end.
         mask: true for the tokens of completions. A sequence without one is left out, as if it were not
             there.
-        old_log_probs: float32, of each token when the completion was sampled.
+        old_log_probs: float32, of each token when the completion was sampled; None where these are those of
+            the parameters at hand, so that all ratios are 1.
         advantages: float32, of each completion.
         reference_log_probs: the same of a model that is not to be left far behind.
     """
 
     tokens: Int[Array | np.ndarray, "sequences length"]
     mask: Bool[Array | np.ndarray, "sequences length"]
-    old_log_probs: Float[Array | np.ndarray, "sequences length"]
+    old_log_probs: Float[Array | np.ndarray, "sequences length"] | None
     advantages: Float[Array | np.ndarray, "sequences"]
     reference_log_probs: Float[Array | np.ndarray, "sequences length"] | None = None
 
@@ -124,6 +125,7 @@ def prepare(
     rewards: Any,
     config: GRPO,
     reference: PyTree | None = None,
+    once: bool = False,
 ) -> Rollouts:
     """Rollouts from completions and their rewards.
 
@@ -135,10 +137,16 @@ def prepare(
         rewards: ``[questions, samples]``. A completion whose reward is None, NaN or infinite is left out.
         config: says which advantages.
         reference: parameters of the reference, if there is one.
+        once: there will be one update, of these parameters: the probabilities of what was sampled are those
+            of its own forward pass then, and are not computed beforehand.
 
     Raises:
-        ValueError: where there are not as many rewards as sequences.
+        ValueError: for several epochs `once`, or where there are not as many rewards as sequences.
     """
+    if once and config.epochs > 1:
+        raise ValueError(
+            f"once must be false for {config.epochs} epochs, whose ratios differ from 1"
+        )
     known = np.asarray(rewards, np.float32)
     if known.ndim != 2 or known.size != len(tokens):
         raise ValueError(
@@ -151,7 +159,7 @@ def prepare(
     return Rollouts(
         jnp.asarray(tokens),
         mask,
-        found(params),
+        None if once else found(params),
         scores.ADVANTAGES[config.advantage](known).reshape(-1),
         None if reference is None else found(reference),
     )
@@ -309,7 +317,8 @@ def _sums(
     log_prob, entropy = jax.vmap(read)(*map(jnp.asarray, (rollouts.tokens, rollouts.mask)))
     # Masked before anything is made of them: no padding, whatever it is, has a gradient.
     kept = lambda x: jnp.where(rollouts.mask, x, 0)
-    log_prob, old = kept(log_prob), kept(rollouts.old_log_probs)
+    log_prob, known = kept(log_prob), rollouts.old_log_probs
+    old = lax.stop_gradient(log_prob) if known is None else kept(known)
     advantage = jnp.broadcast_to(rollouts.advantages[:, None], log_prob.shape)
     gain, ratio, cut = surrogate(log_prob - old, kept(advantage), config)
     row = {"ratio": ratio, "clip_fraction": cut, "entropy": kept(entropy)}

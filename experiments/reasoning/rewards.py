@@ -8,6 +8,7 @@ import functools
 import importlib
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from experiments.reasoning.reward_values import call as call
 from experiments.run import own_code
 from experiments.run.errors import UsageError, suggestion
 from experiments.run.fields import MOST_NUMBER
+
+# Numbers of a list, which commas part from each other and not their thousands.
+NUMBERS = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?", re.ASCII)
 
 
 def exact(completions: list[str], answers: list[str], **_: Any) -> list[float]:
@@ -50,6 +54,23 @@ def number_(completions: list[str], answers: list[str], **_: Any) -> list[float]
     """
     pairs = zip(completions, answers, strict=True)
     return [float(number(said[-LIMIT:]) == number(right) is not None) for said, right in pairs]
+
+
+def numbers(completions: list[str], answers: list[str], **_: Any) -> list[float]:
+    """The share of an answer's numbers that are in their places, among as many at the end of a completion.
+
+    Example:
+        >>> numbers(["The order is 3, 5, 9.", "5, 3, 9", "9"], ["3, 5, 9"] * 3)
+        [1.0, 0.3333333333333333, 0.0]
+    """
+
+    def share(said: str, answer: str) -> float:
+        right = list(map(number, NUMBERS.findall(answer)))
+        found = list(map(number, NUMBERS.findall(said[-LIMIT:])))[-len(right) :]
+        same = [a == b is not None for a, b in zip(found, right, strict=False)]
+        return sum(same) / len(right) if len(found) == len(right) > 0 else 0.0
+
+    return [share(*pair) for pair in zip(completions, answers, strict=True)]
 
 
 def countdown(
@@ -143,7 +164,7 @@ def format_(completions: list[str], answers: list[str], **_: Any) -> list[float]
 
 
 REWARDS: dict[str, Reward] = {
-    "exact": exact, "number": number_, "countdown": countdown, "math": math_, "gym": gym,
+    "exact": exact, "number": number_, "numbers": numbers, "countdown": countdown, "math": math_, "gym": gym,
     "format": format_,
 }  # fmt: skip
 
@@ -221,8 +242,8 @@ def load(name: str, where: str = "--reward") -> Reward:
         Traceback (most recent call last):
         ...
         experiments.run.errors.UsageError: there is no reward 'exactly'; choose one of exact, number,
-        countdown, math, gym, format, or name your own as module:function or file.py:function; did you
-        mean 'exact'?
+        numbers, countdown, math, gym, format, or name your own as module:function or file.py:function; did
+        you mean 'exact'?
     """
     if name in REWARDS:
         return REWARDS[name]

@@ -111,7 +111,8 @@ class Progress:
             # Of the generation that runs as much is left as its share says, or as its time says.
             gone = share * pace if share else min(now - last, pace)
             return max(0.0, ahead * pace - gone) if ahead else 0.0
-        if share:
+        # The first generation compiles before it does anything: its beginning says little of the rest.
+        if share >= 0.5:
             return (now - last) / share * (self._total - done - share)
         return None
 

@@ -89,6 +89,65 @@ def _added(a: int, b: int) -> str:
     return "\n".join([*lines, str(a + b)]) if len(lines) > 1 else str(a + b)
 
 
+def sorting(
+    *,
+    count: int = 3,
+    least: int = 0,
+    most: int = 99,
+    size: int = 10_000,
+    held_out: float = 0.1,
+    seed: int = 0,
+    form: str = "{numbers}:",
+    template: str = "{question}",
+) -> Task:
+    """Different numbers to be sorted, the smallest first; a reward for every number in its place.
+
+    Args:
+        count: numbers of a question.
+        least: of the numbers.
+        most: of the numbers.
+        size: questions that are drawn; the same numbers in the same order count once.
+        held_out: share of the questions, roughly; the same numbers in any order are all held out or none.
+        seed: decides the questions.
+        form: of a question, with {numbers} in it.
+        template: with {question} in it.
+
+    Raises:
+        UsageError: for numbers that cannot be.
+
+    Example:
+        >>> task = sorting(size=100)
+        >>> task.train[0].prompt, task.train[0].answer
+        ('49, 97, 53:', '49, 53, 97')
+    """
+    check(template, count=count, size=size)
+    if "{numbers}" not in form:
+        raise UsageError(f"form must have {{numbers}} in it, got {form!r}")
+    if not 0 <= least <= most - count + 1:
+        raise UsageError(
+            f"least must be from 0 to {most - count + 1}, with room for {count} numbers up to {most}, got "
+            f"{least}"
+        )
+    chance = random.Random(seed)
+    drawn = [tuple(chance.sample(range(least, most + 1), count)) for _ in range(size)]
+
+    def question(numbers: tuple[int, ...]) -> tuple[str, Question]:
+        written = lambda order: ", ".join(map(str, order))
+        asked = form.replace("{numbers}", written(numbers))
+        answer = written(sorted(numbers))
+        return answer, Question(template.replace("{question}", asked), answer, trace=answer)
+
+    train, others, fresh = split_by_text(map(question, dict.fromkeys(drawn)), held_out, True)
+    return Task(
+        name="sorting",
+        train=train,
+        held_out=others,
+        fresh=fresh,
+        reward=rewards.numbers,
+        max_new_tokens=count * (len(str(most)) + 2) + 4,
+    )
+
+
 def countdown_easy(
     *,
     size: int = 10_000,
@@ -157,4 +216,8 @@ def _solution(numbers: list[int], chance: random.Random) -> tuple[str, list[str]
 
 
 # By the name that `--task` takes; a task has its entry here and nowhere else.
-HOME_MADE: dict[str, Callable[..., Task]] = {"sums": sums, "countdown-easy": countdown_easy}
+HOME_MADE: dict[str, Callable[..., Task]] = {
+    "sums": sums,
+    "sorting": sorting,
+    "countdown-easy": countdown_easy,
+}

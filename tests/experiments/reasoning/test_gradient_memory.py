@@ -59,6 +59,8 @@ def test_layers_are_computed_again_where_few_texts_fit() -> None:
     assert narrow.backward.remat and narrow.backward.micro_batch > 1
     assert narrow.total <= one.total
     assert planned(model, one.total, remat=False).backward == Backward(1, LONGEST, False)
+    # As many tokens as keep the device busy, and no more.
+    assert planned(model, 2**40, busy=300).backward == Backward(4, LONGEST, False)
     assert planned(model, 2**40, remat=True).backward == Backward(16, LONGEST, True)
     # Twelve texts are divided into parts of one size.
     sizes = {planned(model, one.total + i * 2**20, 12).backward.micro_batch for i in range(40)}

@@ -292,6 +292,23 @@ def test_how_gradients_are_computed_changes_nothing(model: LanguageModel) -> Non
         )
 
 
+def test_one_update_needs_no_probabilities_beforehand() -> None:
+    config = GRPO(beta=0.1)
+    params, reference = (TRANSFORMER.init(jax.random.key(i)) for i in (9, 10))
+    optimizer = optax.sgd(1.0)
+    update = jax.jit(make_update(TRANSFORMER, optimizer, config))
+    rows = []
+    for once in (False, True):
+        rollouts = prepare(TRANSFORMER, params, TOKENS, MASK, REWARDS, config, reference, once=once)
+        assert (rollouts.old_log_probs is None) == once
+        rows.append(update(params, optimizer.init(params), rollouts))
+    assert rows[0][2]["gradient_norm"] > 0.1
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-6), rows[1], rows[0])
+    twice = dataclasses.replace(config, epochs=2)
+    with pytest.raises(ValueError, match="once must be false for 2 epochs"):
+        prepare(TRANSFORMER, params, TOKENS, MASK, REWARDS, twice, once=True)
+
+
 def test_epochs_are_updates_by_the_same_rollouts() -> None:
     config = GRPO(beta=0.1)
     params, rollouts = rollouts_of(TRANSFORMER, config)

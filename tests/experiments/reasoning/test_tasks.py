@@ -76,6 +76,18 @@ def test_a_sample_of_sums_is_a_function_of_the_seed() -> None:
     assert len(everything_of(first)) == 100
 
 
+def test_numbers_are_sorted_and_held_out_in_any_order() -> None:
+    task = load("sorting", count=2, least=10, most=15, size=1000, held_out=0.4)
+    everything = [*task.train, *task.held_out, *task.fresh]
+    assert len(everything) == 6 * 5  # each pair of different numbers, in both orders
+    sets = [{one.answer for one in part} for part in (task.train, task.held_out, task.fresh)]
+    assert sum(map(len, sets)) == len(set.union(*sets)) == 15
+    for one in everything:
+        numbers = sorted(map(int, one.prompt.rstrip(":").split(", ")))
+        assert one.answer == one.trace == ", ".join(map(str, numbers))
+    assert task.reward(["10, 14", "14, 10", "10"], ["10, 14"] * 3) == [1.0, 0.0, 0.0]
+
+
 def test_countdown_questions_have_the_answers_they_say() -> None:
     task = load("countdown-easy", size=500, seed=3)
     everything = everything_of(task)
@@ -107,6 +119,8 @@ def test_a_template_goes_around_the_question() -> None:
         ("sums", dict(most="two"), "the task 'sums': most must be a whole number, got 'two'"),
         ("sums", dict(form="{a}+"), "form must have {a} and {b} in it, got '{a}[+]'"),
         ("sums", dict(least=5, most=4), "least must be from 0 to 4, the largest number, got 5"),
+        ("sorting", dict(form="{number}"), "form must have {numbers} in it, got '{number}'"),
+        ("sorting", dict(count=5, most=3), "with room for 5 numbers up to 3, got 0"),
         ("sums", dict(template=3), "template must be a text, got 3"),
         ("sums", dict(held_out=True), "held_out must be a number, got True"),
         ("a.jsonl", dict(columns="level"), "columns must be a list of names, got 'level'"),
@@ -284,7 +298,7 @@ def test_answers_of_several_lines_reach_their_verifier() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "words"),
     [
-        ("countdwn", {}, "there is no task 'countdwn'; choose one of sums, countdown-easy, a task.*; did you mean 'countdown"),
+        ("countdwn", {}, "there is no task 'countdwn'; choose one of sums, sorting, countdown-easy, a task.*; did you mean 'countdown"),
         ("chain_sum", dict(max_term=3), "the task 'chain_sum' does not take .*unexpected keyword argument 'max_term'"),
         ("chain_sum", dict(min_terms=9), "the task 'chain_sum' does not take .*max_terms must be"),
         ("chain_sum", dict(size="3"), "the task 'chain_sum': size must be a whole number, got '3'"),

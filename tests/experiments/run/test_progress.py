@@ -79,9 +79,13 @@ def test_a_share_of_the_first_generation_says_how_long_the_run_takes() -> None:
         clock.now = 30.0
         progress.part(128, 512, "members")
         assert shown.state.part == (128, 512, "members")
-        assert shown.state.left == pytest.approx(120 * 9.75)
+        # Most of it was compiled until now.
+        assert shown.state.left is None
+        clock.now = 60.0
+        progress.part(256, 512, "members")
+        assert shown.state.left == pytest.approx(120 * 9.5)
     progress.part(1, 2, "members")  # of no run: nothing happens
-    assert shown.state.part == (128, 512, "members")
+    assert shown.state.part == (256, 512, "members")
 
 
 def test_a_file_gets_fewer_lines_the_longer_it_takes() -> None:
