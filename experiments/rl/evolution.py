@@ -11,7 +11,7 @@ import eggroll
 from experiments.rl.config import Config
 from experiments.rl.environments import Environment
 from experiments.rl.policy import Policy
-from experiments.rl.rollout import run_episodes
+from experiments.rl.rollout import run_abreast, run_episodes
 from experiments.rl.statistics import Statistics, merge, nothing_seen
 from experiments.rl.stretches import count, play
 from experiments.run.devices import ONE, Layout
@@ -83,12 +83,13 @@ def make_generation(
 ) -> Callable[[Carry], tuple[Carry, dict[str, Array | None]]]:
     """carry -> (next carry, metric row)."""
     es = make_strategy(config, layout, rates)
+    run = run_abreast if config.evolution.rank == "full" else run_episodes
 
     def fitness(
         params: PyTree, key: Key[Array, ""], statistics: Statistics
     ) -> tuple[Float[Array, ""], Any]:
         keys = key[None] if config.episodes == 1 else jax.random.split(key, config.episodes)
-        played = run_episodes(
+        played = run(
             environment,
             policy,
             params,

@@ -2,8 +2,10 @@
 
 An evolution strategy scores a member by whole episodes: ``step`` is looped until the first end. Under
 ``vmap`` the loop runs until the last member is done, and members that are done stay as they are.
-A member's episodes follow one another in the one loop: side by side, all would wait for the longest
-of them, and episodes of one member differ much more in their length than whole members do.
+A member's episodes follow one another in the one loop (`run_episodes`): side by side, all would wait for the
+longest of them, and episodes of one member differ much more in their length than whole members do. Where
+every member has matrices of its own, reading these takes the time, and one reading had better serve all of
+its episodes (`run_abreast`).
 """
 
 import functools
@@ -94,6 +96,22 @@ def run_episodes(
     act = functools.partial(policy.act, params, statistics)
     step = lambda lane: lanes.step(act, lane)
     return jax.lax.while_loop(lanes.plays, step, lanes.start(watch)).total
+
+
+def run_abreast(
+    environment: Environment[Any],
+    policy: Policy,
+    params: PyTree,
+    statistics: Statistics,
+    keys: Key[Array, "episodes"],
+    deterministic: bool = True,
+    watch: bool = False,
+) -> Episode:
+    """What :func:`run_episodes` gives, to rounding, with the episodes side by side."""
+    one = lambda key: run_episode(
+        environment, policy, params, statistics, key, deterministic, watch
+    )
+    return jax.tree.map(lambda x: x.sum(0), jax.vmap(one)(keys))
 
 
 class Lanes(NamedTuple):

@@ -60,10 +60,10 @@ class ExportSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleSettings:
-    """Let a language model write: that of a run, or of a folder that one was exported to."""
+    """Let a language model write: that of a run, of a folder that one was exported to, or of a GGUF file."""
 
     run: Positional[Path]
-    """The run folder, or a folder with a model."""
+    """The run folder, a folder with a model, or what else names one: a GGUF file, or "smollm2"."""
     prompt: tuple[str, ...] = ("",)
     """What the model goes on from; several texts are answered one after another."""
     length: int | None = count(None)
@@ -171,7 +171,10 @@ def sample(settings: SampleSettings) -> str:
         UsageError: where there is no language model in the folder, or a setting cannot be right.
     """
     check_ranges(settings)
-    of_run = "driver" in read_config(settings.run)
+    named = not settings.run.is_dir() and (
+        settings.run.suffix == ".gguf" or settings.run.name == str(settings.run)
+    )
+    of_run = not named and "driver" in read_config(settings.run)
     if of_run:
         check_run(settings.run)
 
@@ -194,11 +197,19 @@ def sample(settings: SampleSettings) -> str:
 
 
 def _of_model(settings: SampleSettings) -> "Trainer[Any]":
-    """A trainer that has no run, of the driver that takes models from folders."""
+    """A trainer that has no run, of the driver that takes models by their names.
+
+    Raises:
+        UsageError: for what names no model.
+    """
     driver = find_driver("reasoning")
     config = changed(
         driver.presets["tiny"], model=str(settings.run), chat=settings.chat, max_new_tokens=64
     )
+    try:
+        config.check_places()
+    except UsageError as error:
+        raise UsageError(str(error).removeprefix("--model ")) from error
     return driver.load()(config.settled())
 
 

@@ -15,7 +15,7 @@ from experiments.rl.config import PRESETS
 from experiments.rl.environments import Environment
 from experiments.rl.libraries.gymnax import Gymnax
 from experiments.rl.policy import Policy, make_policy
-from experiments.rl.rollout import run_episode, run_episodes
+from experiments.rl.rollout import run_abreast, run_episode, run_episodes
 from experiments.rl.statistics import Statistics, add, merge, no_sums, nothing_seen
 from experiments.rl.train import in_words, make_trainer
 from experiments.run.fields import changed
@@ -132,13 +132,14 @@ def test_episode_is_cut_at_the_time_limit(cartpole: Gymnax) -> None:
     assert set(episodes.score.tolist()) == {7.0}
 
 
-def test_episodes_one_after_the_other_are_the_episodes_alone(cartpole: Gymnax) -> None:
+@pytest.mark.parametrize("run", [run_episodes, run_abreast])
+def test_several_episodes_are_the_episodes_alone(run: Any, cartpole: Gymnax) -> None:
     policy, params = linear_policy(cartpole)
     seen = merge(nothing_seen(4), no_sums(4))
 
     @jax.jit
     def both(keys: Any) -> Any:
-        several = lambda keys: run_episodes(cartpole, policy, params, seen, keys, False, True)
+        several = lambda keys: run(cartpole, policy, params, seen, keys, False, True)
         alone = lambda key: run_episode(cartpole, policy, params, seen, key, False, True)
         return jax.vmap(several)(keys), jax.vmap(jax.vmap(alone))(keys)
 
