@@ -3,12 +3,14 @@
     make smollm2
     python -m benchmarks.real_models --seconds 900 --seeds 3 --out runs/real-models
 
-Every method gets the same seconds of generations, on the preset smollm2-sums: two generations are run first;
-the second, in which nothing is compiled, is timed, and the run is continued for as many as fit. The table is
-measured afterwards, on questions that were not trained on:
+Every method gets the same seconds of generations, on the preset smollm2-sums or with `--task sorting` on
+smollm2-sorting. First each method runs a few generations, of which those in which nothing is compiled are
+timed, one method after the other: nothing else may run beside them then. Every seed runs for as many
+generations as fit by that pace, so that what runs beside it later does not matter. The table is measured
+afterwards, on questions that were not trained on:
 
 * accuracy of greedy answers on the held-out and fresh questions together, with a band of 95% (Wilson);
-* the same on sums of larger numbers than any that was trained on;
+* the same on questions of larger numbers than any that was trained on;
 * pass@k of samples at temperature 1;
 * bits a byte of an English text that has nothing to do with the task, which says what was forgotten;
 * the largest memory of the process that trained.
@@ -36,7 +38,11 @@ from experiments.run.commands import read_run
 from experiments.run.metrics import read_metrics
 from experiments.run.plots import wilson
 
-PRESET = "smollm2-sums"
+# Settings of a preset's task for questions beyond those that are trained on.
+TASKS: dict[str, dict[str, int]] = {
+    "sums": {"least": 21, "most": 30},
+    "sorting": {"least": 100, "most": 999, "size": 400},
+}
 METHODS: dict[str, list[str]] = {
     "EGGROLL": [],
     "EGGROLL by SGD": "--optimizer sgd --sigma 0.003 --learning-rate 5e-5".split(),
@@ -49,8 +55,8 @@ METHODS: dict[str, list[str]] = {
     # Worked solutions have several lines.
     "SFT": "--algorithm sft --optimizer adamw --learning-rate 1e-5 --max-new-tokens 24 --stop".split(),
 }
-# Generations whose seconds are no guide: programs are compiled there.
-COMPILING = 1
+# Generations that are timed: in the first, programs are compiled.
+COMPILING, TIMED = 1, 2
 SAMPLES = 16
 TEXT = Path(__file__).resolve().parent.parent / "docs" / "node-noise.md"
 
@@ -60,7 +66,7 @@ class Figures(NamedTuple):
 
     Attributes:
         right: whether each held-out and fresh question was answered right.
-        beyond: the same for sums of larger numbers.
+        beyond: the same for larger numbers.
         passed: pass@k by k, the mean over some questions.
         bits: a byte of an English text.
     """
@@ -71,28 +77,35 @@ class Figures(NamedTuple):
     bits: float
 
 
-def train(words: Sequence[str], folder: Path, seconds: float) -> float:
-    """Trains for about so many seconds of generations; returns the largest memory of a process in GiB."""
-    command = [sys.executable, "-m", "experiments.run.cli", "reasoning", "--preset", PRESET, *words]
-    command += ["--run-dir", str(folder)]
-    note = folder / "benchmark.json"
+def pace(words: Sequence[str], folder: Path) -> float:
+    """Seconds of a generation in which nothing is compiled, measured once in a run that is gone on with."""
+    note = folder / "pace.json"
     if note.exists():
-        return json.loads(note.read_text())["memory_gib"]
-    run([*command, "--generations", str(COMPILING + 1)])
+        return float(json.loads(note.read_text())["seconds"])
+    run([*words, "--run-dir", str(folder), "--generations", str(COMPILING + TIMED)])
     rows = read_metrics(folder / "metrics.jsonl")
-    each = min(row["timing"]["seconds"] for row in rows[COMPILING:])
-    count = max(COMPILING + 1, round(seconds / each))
-    memory = run([*command, "--generations", str(count)])
-    note.write_text(json.dumps({"memory_gib": memory, "generations": count}) + "\n")
+    seconds = min(row["timing"]["seconds"] for row in rows[COMPILING:])
+    note.write_text(json.dumps({"seconds": seconds}) + "\n")
+    return seconds
+
+
+def train(words: Sequence[str], folder: Path, generations: int) -> float:
+    """Trains for so many generations; returns the largest memory of the process in GiB."""
+    note = folder / "benchmark.json"
+    if note.exists() and (told := json.loads(note.read_text()))["generations"] == generations:
+        return float(told["memory_gib"])
+    memory = run([*words, "--run-dir", str(folder), "--generations", str(generations)])
+    note.write_text(json.dumps({"memory_gib": memory, "generations": generations}) + "\n")
     return memory
 
 
-def run(command: Sequence[str]) -> float:
-    """Runs a command to its end; returns the largest memory of its process in GiB.
+def run(words: Sequence[str]) -> float:
+    """Runs `eggroll reasoning` to its end; returns the largest memory of its process in GiB.
 
     Raises:
         subprocess.CalledProcessError: where it fails.
     """
+    command = [sys.executable, "-m", "experiments.run.cli", "reasoning", *words]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -104,7 +117,7 @@ def run(command: Sequence[str]) -> float:
 def figures(trainer: Reasoning, params: PyTree, seed: int = 0) -> Figures:
     """What a model can do, by the questions of a run."""
     asked = [*trainer.questions.measured, *trainer.questions.fresh]
-    larger = dict(trainer.config.task_arguments(), least=21, most=30)
+    larger = trainer.config.task_arguments() | TASKS[trainer.config.task]
     others = tasks.load(trainer.config.task, **larger)
     answers = lambda questions: trainer.answers(params, questions)[2][:, 0] >= RIGHT
     drawn = trainer.answers(params, asked[:32], SAMPLES, seed)[2] >= RIGHT
@@ -146,6 +159,7 @@ def line(name: str, found: Sequence[Figures], more: Mapping[str, str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     p = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    p.add_argument("--task", choices=TASKS, default="sums", help="of the preset smollm2-TASK")
     p.add_argument("--model", default="smollm2", help="as --model of eggroll reasoning")
     p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     p.add_argument("--seconds", type=float, default=900.0, help="of generations, for each run")
@@ -155,30 +169,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = p.parse_args(argv)
     if args.seconds <= 0 or args.seeds < 1:
         p.error("--seconds must be above 0 and --seeds at least 1")
-    more = [word for pair in args.more for word in (f"--{pair}".split("=", 1))]
+    usual = ["--preset", f"smollm2-{args.task}", "--model", args.model]
+    usual += [word for pair in args.more for word in (f"--{pair}".split("=", 1))]
+    places = {
+        name: args.out / args.task / name.replace(" ", "-").replace(",", "")
+        for name in args.methods
+    }
+    words = {name: [*usual, *METHODS[name]] for name in args.methods}
+    counts = {
+        name: max(
+            COMPILING + TIMED,
+            round(args.seconds / pace([*words[name], "--seed", "0"], place / "0")),
+        )
+        for name, place in places.items()
+    }
     powers = ", ".join(str(2**i) for i in range(SAMPLES.bit_length()))
     head = ["", "right", "95%", "larger numbers", f"pass@{powers}", "bits a byte"]
-    head += ["generations", "million tokens", "GiB"]
+    head += ["generations", "seconds each", "million tokens", "GiB"]
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|", flush=True)
     base = None
-    for name in args.methods:
-        found, memory, counts, tokens = [], 0.0, [], []
+    for name, place in places.items():
+        found, memory, tokens = [], 0.0, []
         for seed in range(args.seeds):
-            folder = args.out / name.replace(" ", "-").replace(",", "") / str(seed)
-            words = ["--model", args.model, "--seed", str(seed), *METHODS[name], *more]
-            memory = max(memory, train(words, folder, args.seconds))
+            folder = place / str(seed)
+            own = [*words[name], "--seed", str(seed)]
+            memory = max(memory, train(own, folder, counts[name]))
             result = json.loads((folder / "result.json").read_text())
-            with read_run(folder, on_host=True) as run:
-                trainer = run.trainer
+            with read_run(folder, on_host=True) as opened:
+                trainer = opened.trainer
                 assert isinstance(trainer, Reasoning)
                 if base is None:
                     base = figures(trainer, trainer.base.params(jnp.int32(seed)))
                     print(line("as it is", [base], dict.fromkeys(head[6:], "")), flush=True)
-                found.append(figures(trainer, run.state.learner.params))
-                counts.append(int(run.state.generation))
+                found.append(figures(trainer, opened.state.learner.params))
             tokens.append((result["prompt_tokens"] + result["generated_tokens"]) / 1e6)
         told = {
-            "generations": ", ".join(map(str, counts)),
+            "generations": str(counts[name]),
+            "seconds": f"{pace([], place / '0'):.1f}",
             "tokens": f"{np.mean(tokens):.2f}",
             "memory": f"{memory:.1f}",
         }

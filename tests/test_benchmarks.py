@@ -271,7 +271,7 @@ def test_real_models(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         head, _, base, eggroll = capsys.readouterr().out.strip().split("\n")
         cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
         assert [cells(line)[0] for line in (base, eggroll)] == ["as it is", "EGGROLL"]
-        assert {len(cells(line)) for line in (head, base, eggroll)} == {9}
-        assert cells(eggroll)[6] == "2" and 0.05 < float(cells(eggroll)[8]) < 50
+        assert {len(cells(line)) for line in (head, base, eggroll)} == {10}
+        assert cells(eggroll)[6] == "3" and 0.05 < float(cells(eggroll)[9]) < 50
         # A model of random numbers knows no text.
         assert float(cells(base)[5]) > 3
