@@ -10,7 +10,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def state(given: object) -> State:
     )
 
 
-def quantised(plan: Plan, master_weights: bool) -> None:
+def quantised(plan: Plan, master_weights: bool | Literal["int8"]) -> None:
     """Checks that quantised int8 parameters have float32 copies, which hold fractions of a unit."""
     for leaf in plan.leaves:
         if leaf.keeps_copy and leaf.dtype == jnp.int8 and not master_weights:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import optax
 from jax.sharding import Mesh
@@ -50,7 +50,7 @@ class Settings:
     on_dense: str = "warn"
     agreement: bool = False
     shared_keys: bool = True
-    master_weights: bool = True
+    master_weights: bool | Literal["int8"] = True
     factor_memory: int = 2**25
     specs: Specs | None = dataclasses.field(default=None, init=False, repr=False)
 
@@ -131,6 +131,11 @@ def check(given: Settings) -> None:
         "noise_reuse",
         is_whole(given.noise_reuse) and given.noise_reuse >= 1,
         "a number of generations, an integer of at least 1",
+    )
+    require(
+        "master_weights",
+        given.master_weights in (True, False, "int8"),
+        "True, False or 'int8'",
     )
     require(
         "on_dense", given.on_dense in ("error", "warn", "ignore"), "'error', 'warn' or 'ignore'"

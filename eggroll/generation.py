@@ -44,7 +44,7 @@ from eggroll.plan.treatments import Given
 from eggroll.population.pairs import split_pairs
 from eggroll.population.placement import AXIS, constrain_all, devices, replicated
 from eggroll.population.schedule import share
-from eggroll.state import Metrics, State, trainable_of
+from eggroll.state import Metrics, State, rest_of, trainable_of
 
 Out = TypeVar("Out", bound=PyTree)
 Draws = list[Draw]
@@ -352,9 +352,11 @@ def _advanced(g: Generation, state: State, trained: PyTree, optimizer: PyTree) -
             params.append(before)
             continue
         value = leaf.arithmetic.in_range(value)
+        stored = leaf.arithmetic.stored(value, leaf.dtype)
         if leaf.path in state.master:
-            master[leaf.path] = value
-        params.append(leaf.arithmetic.stored(value, leaf.dtype))
+            rest = state.master[leaf.path].dtype == jnp.int8
+            master[leaf.path] = rest_of(value, stored) if rest else value
+        params.append(stored)
     return State(
         jax.tree.unflatten(tree, params), master, optimizer, state.generation + 1, state.seed
     )

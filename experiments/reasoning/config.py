@@ -128,7 +128,10 @@ class Config(RunSettings):
     "auto" is float32 on a CPU, where products in bfloat16 are slower, and bfloat16 elsewhere; that of the
     earlier run for --start, and float32 for a new model."""
     quantised: bool = False
-    """Hold the matrices in int8, with float32 copies that collect their updates, and train their scales."""
+    """Hold the matrices in int8, with copies that collect their updates, and train their scales."""
+    copies: Literal["float32", "int8"] = "float32"
+    """What collects the updates of matrices in int8: float32 copies, or in int8 what rounding left of them
+    (arXiv 2602.03120), with two bytes a weight in all instead of five."""
     trained: tuple[str, ...] = ()
     """What is trained beside the matrices of layers: any of "embeddings", "head", "vectors"."""
     only: tuple[str, ...] = ()
@@ -229,6 +232,8 @@ class Config(RunSettings):
             raise UsageError(
                 f"--quantised: --algorithm {self.algorithm} trains floats alone; choose eggroll"
             )
+        if self.copies == "int8" and not self.quantised:
+            raise UsageError("--copies int8: they are those of matrices in int8; add --quantised")
         of_noise = {
             "sigma_scale": self.sigma_scale != "same",
             "only": self.only,

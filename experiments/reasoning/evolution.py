@@ -61,6 +61,7 @@ def strategy(config: Config, base: Start, layout: Layout = ONE) -> eggroll.Evolu
         # Questions differ in how hard they are: members are compared on each by itself.
         shaping=eggroll.shaping.per_task(),
         noise_reuse=config.noise_reuse,
+        master_weights="int8" if config.copies == "int8" else True,
     )
     if config.perturb != "weights":
         # A member for every answer; answers are compared on each question before they are told.

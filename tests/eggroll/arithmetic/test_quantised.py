@@ -64,6 +64,50 @@ def test_the_mean_is_the_rounded_copy_and_small_updates_add_up():
     np.testing.assert_allclose(state.master["layers"], params["layers"] + 1.0, atol=1e-4)
 
 
+def test_rests_in_a_byte_are_float_copies_to_a_508th_of_a_step():
+    """Float32 copies and int8 rests under the same random updates, some of them far below a step."""
+    copies, rests = make(), make(master_weights="int8")
+    params, chance = make_params(), np.random.default_rng(0)
+    a, b = copies.init(params, 0), rests.init(params, 0)
+    assert {leaf.dtype for leaf in b.master.values()} == {jnp.dtype("int8")}
+    for i in range(1, 21):
+        size = 10.0 ** chance.uniform(-2, 1)
+        draw = lambda x, size=size: jnp.asarray(size * chance.normal(size=x.shape), jnp.float32)
+        push = jax.tree.map(draw, params)
+        a, _ = copies.apply_gradient(a, push)
+        b, _ = rests.apply_gradient(b, push)
+        for name in b.master:
+            whole = b.params[name] + b.master[name] / 254
+            inside = np.abs(a.master[name]) < 126  # the ends of the range cut otherwise
+            error = np.abs(whole - a.master[name])[inside].max()
+            assert 0 < error <= i / 508 + 1e-4
+            assert (np.abs(b.params[name] - whole) <= 0.5 + 1e-6).all()
+        np.testing.assert_allclose(a.params["bias"], b.params["bias"])
+    assert any((a.params[name] != params[name]).any() for name in b.master)
+
+
+def test_a_step_with_rests_is_that_with_copies():
+    x = jnp.linspace(-1, 1, 6)
+    found = []
+    for how in (True, "int8"):
+        es = make(master_weights=how, optimizer=optax.sgd(20.0))
+        state, _ = es.step(es.init(make_params(), 0), fitness, x)
+        found.append(state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *found)
+    assert (found[0]["layers"] != make_params()["layers"]).any()
+
+
+def test_rests_are_a_byte_a_weight():
+    sizes = [
+        sum(
+            leaf.nbytes
+            for leaf in jax.tree.leaves((state.params["layers"], state.master["layers"]))
+        )
+        for state in (make(master_weights=how).init(make_params(), 0) for how in (True, "int8"))
+    ]
+    assert sizes == [5 * 90, 2 * 90]
+
+
 def test_copies_stay_in_the_range_of_int8():
     es = make()
     state = es.init(make_params(), 0)

@@ -253,8 +253,13 @@ def test_a_completion_that_cannot_be_told_leaves_its_pair_out() -> None:
     assert objective(rewards, best)[0, 1] == 1
 
 
-def test_weights_in_int8_are_trained_on_and_exported_as_floats(warm: Path, tmp_path: Path) -> None:
-    changes = dict(quantised=True, population=32, sigma=0.03, learning_rate=1e-3, prompts=16)
+@pytest.mark.parametrize("copies", [pytest.param("float32", marks=pytest.mark.soak), "int8"])
+def test_weights_in_int8_are_trained_on_and_exported_as_floats(
+    copies: str, warm: Path, tmp_path: Path
+) -> None:
+    changes = dict(
+        quantised=True, copies=copies, population=32, sigma=0.03, learning_rate=1e-3, prompts=16
+    )
     config = settings(tmp_path / "run", start=warm, generations=8, evaluate_every=100, **changes)
     train(config)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -264,6 +269,7 @@ def test_weights_in_int8_are_trained_on_and_exported_as_floats(warm: Path, tmp_p
     state = state_of(tmp_path / "run").learner
     layers = state.params["layers"]
     assert layers["up_proj"]["int8"].dtype == jnp.int8
+    assert state.master["layers/up_proj/int8"].dtype == jnp.dtype(copies)
     before = state_of(warm).learner.params
     apart = layers["up_proj"]["int8"] * layers["up_proj"]["scale"][:, None]
     assert 0 < float(jnp.abs(apart - before["layers"]["up_proj"]).max()) < 0.5
@@ -309,6 +315,7 @@ def test_worked_solutions_are_a_fitness(fitness: Any, warm: Path, tmp_path: Path
         (["--fitness", "match", "--samples", "2", "--temperature", "1"], "--fitness match: nothing is"),
         (["--fitness", "match", "--algorithm", "sft"], "--fitness match: members of an evolution"),
         (["--quantised", "--algorithm", "sft"], "--quantised: --algorithm sft trains floats alone"),
+        (["--copies", "int8"], "--copies int8: they are those of matrices in int8; add --quantised"),
         (["--chat"], "--chat: the tokenizer of transformer has no chat template; choose --no-chat"),
         (["--chat-settings", "{"], "--chat-settings '{' is no JSON"),
         (["--chat-settings", '{"x": 1}'], "they are those of --chat"),
