@@ -69,14 +69,14 @@ SLOW, SAMPLED = _listed("slow.txt"), _listed("sampled.txt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests of tests/slow.txt as slow, beside those that say so themselves, and three of four cases
+    """Marks the tests of tests/slow.txt as slow, beside those that say so themselves, and four of five cases
     of those of tests/sampled.txt as soak."""
     cases = collections.Counter[str]()
     for item in items:
         name = item.nodeid.split("[")[0]
         if name in SLOW:
             item.add_marker("slow")
-        if name in SAMPLED and cases[name] % 4:
+        if name in SAMPLED and cases[name] % 5:
             item.add_marker("soak")
         cases[name] += 1
 

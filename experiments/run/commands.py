@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tyro.conf import Positional
 
-from experiments.run.drivers import check_run, find_driver, settings_to_read
+from experiments.run.drivers import Driver, check_run, find_driver, settings_to_read
 from experiments.run.errors import UsageError
 from experiments.run.fields import changed, check_ranges, count, from_zero
 from experiments.run.folder import REPLACE, read_config, read_object
 from experiments.run.paths import check_writable
-from experiments.run.settings import SEED
+from experiments.run.settings import SEED, RunSettings
 
 if TYPE_CHECKING:
     from experiments.run.trainer import Carry, Trainer
@@ -175,8 +175,11 @@ def sample(settings: SampleSettings) -> str:
         settings.run.suffix == ".gguf" or settings.run.name == str(settings.run)
     )
     of_run = not named and "driver" in read_config(settings.run)
+    # Mistakes are told before anything heavy is imported.
     if of_run:
         check_run(settings.run)
+    else:
+        driver, config = _of_model(settings)
 
     from experiments.run.trainer import LanguageTrainer
 
@@ -185,7 +188,7 @@ def sample(settings: SampleSettings) -> str:
         if of_run:
             trainer, _, state = stack.enter_context(read_run(settings.run))
         else:
-            trainer = stack.enter_context(_of_model(settings))
+            trainer = stack.enter_context(driver.load()(config))
         if not isinstance(trainer, LanguageTrainer):
             raise UsageError(
                 f"{settings.run} is a run without a language model: there is none to sample"
@@ -196,8 +199,8 @@ def sample(settings: SampleSettings) -> str:
     return "\n\n".join(a + b for a, b in zip(settings.prompt, written, strict=True))
 
 
-def _of_model(settings: SampleSettings) -> "Trainer[Any]":
-    """A trainer that has no run, of the driver that takes models by their names.
+def _of_model(settings: SampleSettings) -> tuple[Driver, RunSettings]:
+    """The driver that takes models by their names, and settings for one without a run.
 
     Raises:
         UsageError: for what names no model.
@@ -210,7 +213,7 @@ def _of_model(settings: SampleSettings) -> "Trainer[Any]":
         config.check_places()
     except UsageError as error:
         raise UsageError(str(error).removeprefix("--model ")) from error
-    return driver.load()(config.settled())
+    return driver, config.settled()
 
 
 def export(settings: ExportSettings) -> str:

@@ -168,10 +168,8 @@ def test_every_model_learns(changes: dict[str, Any], generations: int, bits: flo
     assert row["invalid"] == 0 < row["weights_moved"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes", [dict(), pytest.param(dict(model="gru", same_bits=True), marks=pytest.mark.soak)]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("changes", [dict(), dict(model="gru", same_bits=True)])
 def test_devices_change_no_bit(changes: dict[str, Any]) -> None:
     one, four = (run(settings(devices=n, **changes), 2)[0] for n in (1, 4))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):

@@ -42,7 +42,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(folder: Path, model: Path, *words: str) -> list[str]:
     # As on an accelerator.
     own = ["--model", str(model), "--dtype", "bfloat16", "--run-dir", str(folder / "run")]
-    task = ["--task-settings", '{"size": 20, "held_out": 2}']
+    # Questions of one length: prompts of every other length are a program more.
+    task = ["--task", "sums", "--task-settings", '{"least": 10, "size": 40}']
     return [*SMALL, *own, *task, "--reward", REWARD, *words]
 
 

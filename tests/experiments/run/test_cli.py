@@ -73,7 +73,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["eval", "nope"], "nope is not a run folder"),
     (["eval", "nope", "--episodes", "0"], "--episodes 0: choose a whole number of at least 1"),
     (["eval", ""], "--run: a path must not be empty"),
-    (["sample", "nope"], "nope is not a run folder"),
+    (["sample", "nope"], "nope is no folder"),
     (
         ["sample", "nope", "--temperature", "nan"],
         "--temperature nan: choose 0 or a positive number",
