@@ -179,7 +179,7 @@ def test_devices_change_no_bit(changes: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- runs
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     whole, parts = (
         settings(run_dir=tmp_path / name, evaluate_every=2, checkpoint_seconds=0.0, sample_bytes=4)

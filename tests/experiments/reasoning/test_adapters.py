@@ -211,7 +211,7 @@ def others(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
         ("dense", ["--members", "0"], "has dense noise"),
         pytest.param("int8", ["--members", "0"], "in int8", marks=pytest.mark.slow),
         pytest.param("rwkv7", ["--adapter"], "no adapters of rwkv7", marks=pytest.mark.slow),
-        ("sft", ["--members", "0"], "sft has no population"),
+        ("sft", ["--members", "0"], "--algorithm sft has no members that are models"),
         ("run", ["--members", "0,4"], "has the members 0 to 3, and 4 is not among them"),
         ("run", ["--members", "one"], "write numbers as in 0,1,2"),
         ("run", ["--rank", "3"], "it is that of --adapter or --members"),

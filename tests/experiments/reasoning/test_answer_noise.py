@@ -182,6 +182,7 @@ def plain(tmp_path: Path) -> str:
     return f"{path}:plain"
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_with_the_same_bits(plain: str, tmp_path: Path) -> None:
     usual = dict(generations=4, optimizer="adam", learning_rate=0.01, sigma=0.1, temperature=1.0)
     usual |= dict(reward=plain, reward_workers=0, chunk=16)
