@@ -93,11 +93,11 @@ def state(given: object) -> State:
 
 
 def quantised(plan: Plan, master_weights: bool | Literal["int8"]) -> None:
-    """Checks that quantised int8 parameters have float32 copies, which hold fractions of a unit."""
+    """Checks that quantised int8 parameters have copies or rests, which hold fractions of a unit."""
     for leaf in plan.leaves:
         if leaf.keeps_copy and leaf.dtype == jnp.int8 and not master_weights:
             raise ValueError(
-                f"master_weights=False: must be True, since the int8 parameter {leaf.path!r} would "
+                f"master_weights=False: must be True or 'int8', since the int8 parameter {leaf.path!r} would "
                 "round every update away"
             )
 

@@ -6,7 +6,7 @@ Everything is counted from shapes; nothing is computed or allotted.
 import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -169,38 +169,61 @@ def plan_memory(
         budget=budget_bytes,
     )
     fitting = list(_choices(plan, prompts, members, together))
-    if not fitting and (members or together) and list(_choices(plan, prompts, None, None)):
-        given = {"--chunk": members, "--prompt-chunk": together}
-        said = " and ".join(f"{name} {number}" for name, number in given.items() if number)
-        needed = _total(plan, members or 2, together or 1)
-        raise UsageError(
-            f"{said} need {size_of(needed)}, and the budget is {size_of(budget_bytes)}: choose less, or "
-            "leave it out for what fits"
-        )
     if not fitting:
-        held = plan.weights + plan.training
-        if held > budget_bytes:
-            raise UsageError(
-                f"the weights and what the optimizer holds of them take {size_of(held)} of a device, and the "
-                f"budget is {size_of(budget_bytes)}: let more devices share them (--tensor-parallel)"
-            )
-        room = budget_bytes - _total(plan._replace(cache=0), 2, 1)
-        fits = [new for new in _halves(sampling.max_new_tokens) if 2 * of_one(new).cache <= room]
-        raise UsageError(
-            f"two members that answer one prompt of {prompt_slots} tokens with up to "
-            f"{sampling.max_new_tokens} need {size_of(_total(plan, 2, 1))} (caches "
-            f"{size_of(2 * plan.cache)}, activations {size_of(2 * plan.activations)}, logits "
-            f"{size_of(2 * plan.logits)}, noise "
-            f"{size_of(plan.factors)}, weights and optimizer {size_of(held)}), and the budget is "
-            f"{size_of(budget_bytes)}: "
-            + (
-                f"--max-new-tokens {fits[0]} fits"
-                if fits
-                else "shorter prompts (--max-prompt-tokens) or more devices (--tensor-parallel) are needed"
-            )
-        )
+        cache_of = lambda new: of_one(new).cache
+        settled = (members, together) if list(_choices(plan, prompts, None, None)) else None
+        raise UsageError(_too_large(plan, settled, prompt_slots, sampling.max_new_tokens, cache_of))
     calls = lambda p: -(-population // p.members) * -(-prompts // p.prompts)
     return min(fitting, key=lambda p: (calls(p), -p.members))
+
+
+def _too_large(
+    plan: MemoryPlan,
+    settled: tuple[int | None, int | None] | None,
+    prompt_slots: int,
+    longest: int,
+    cache_of: Callable[[int], int],
+) -> str:
+    """Why nothing fits, and what would.
+
+    Args:
+        plan: what is needed.
+        settled: the numbers of members and prompts at a time that do not fit, where others would.
+        prompt_slots: tokens of the longest prompt.
+        longest: tokens of the longest answer.
+        cache_of: bytes of a cache by the tokens of an answer.
+    """
+    budget, held = f"the budget is {size_of(plan.budget)}", plan.weights + plan.training
+    if settled is not None:
+        members, together = settled
+        given = {"--chunk": members, "--prompt-chunk": together}
+        said = " and ".join(f"{name} {number}" for name, number in given.items() if number)
+        needed = size_of(_total(plan, members or 2, together or 1))
+        return f"{said} need {needed}, and {budget}: choose less, or leave it out for what fits"
+    if held > plan.budget:
+        return (
+            f"the weights and what the optimizer holds of them take {size_of(held)} of a device, and "
+            f"{budget}: let more devices share them (--tensor-parallel)"
+        )
+    parts = {
+        "caches": 2 * plan.cache,
+        "activations": 2 * plan.activations,
+        "logits": 2 * plan.logits,
+        "noise": plan.factors,
+        "weights and optimizer": held,
+    }
+    listed = ", ".join(f"{name} {size_of(number)}" for name, number in parts.items())
+    room = plan.budget - _total(plan._replace(cache=0), 2, 1)
+    fits = [new for new in _halves(longest) if 2 * cache_of(new) <= room]
+    way_out = (
+        f"--max-new-tokens {fits[0]} fits"
+        if fits
+        else "shorter prompts (--max-prompt-tokens) or more devices (--tensor-parallel) are needed"
+    )
+    return (
+        f"two members that answer one prompt of {prompt_slots} tokens with up to {longest} need "
+        f"{size_of(_total(plan, 2, 1))} ({listed}), and {budget}: {way_out}"
+    )
 
 
 class OfSequence(NamedTuple):

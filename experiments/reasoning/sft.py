@@ -292,15 +292,18 @@ def log_probs_and_entropies(
         [ 0.        -1.3862944 -1.3862944] [0.        1.3862944 1.3862944]
     """
     tokens = jnp.asarray(tokens)
-    places = jnp.arange(1, len(tokens)) if at is None else at
-    seen = jnp.clip(places, 1, len(tokens) - 1)
-    logits = model.apply(params, tokens, None if at is None else seen - 1, remat)
-    logits = logits[:-1] if at is None else logits
+    if at is None:
+        seen, logits = jnp.arange(1, len(tokens)), model.apply(params, tokens, None, remat)[:-1]
+    else:
+        seen = jnp.clip(at, 1, len(tokens) - 1)
+        logits = model.apply(params, tokens, seen - 1, remat)
     every = jax.nn.log_softmax(logits.astype(_wide(logits.dtype)) / temperature)
     chosen = jnp.take_along_axis(every, tokens[seen, None], axis=-1)[:, 0]
     fixed = lax.stop_gradient(every)
     entropies = -(jnp.exp(fixed) * fixed).sum(-1)
-    put = lambda x: jnp.zeros(len(tokens), x.dtype).at[places].set(x, mode="drop")
+    if at is None:
+        return jnp.pad(chosen, (1, 0)), jnp.pad(entropies, (1, 0))
+    put = lambda x: jnp.zeros(len(tokens), x.dtype).at[at].set(x, mode="drop")
     return put(chosen), put(entropies)
 
 

@@ -123,10 +123,11 @@ def sorting(
     check(template, count=count, size=size)
     if "{numbers}" not in form:
         raise UsageError(f"form must have {{numbers}} in it, got {form!r}")
-    if not 0 <= least <= most - count + 1:
+    if least < 0:
+        raise UsageError(f"least must be 0 or more, got {least}")
+    if most < (lowest := least + count - 1):
         raise UsageError(
-            f"least must be from 0 to {most - count + 1}, with room for {count} numbers up to {most}, got "
-            f"{least}"
+            f"most must be at least {lowest}, for {count} different numbers from {least}, got {most}"
         )
     chance = random.Random(seed)
     drawn = [tuple(chance.sample(range(least, most + 1), count)) for _ in range(size)]

@@ -148,7 +148,8 @@ def test_without_an_override_they_pass_through():
 def test_what_would_round_the_noise_is_refused():
     params, x = make_params(), jnp.ones(6)
     with pytest.raises(
-        ValueError, match="master_weights=False: must be True, since the int8 parameter 'head'"
+        ValueError,
+        match="master_weights=False: must be True or 'int8', since the int8 parameter 'head'",
     ):
         make(master_weights=False).init(params, 0)
     es = make()
